@@ -1,0 +1,281 @@
+"""The rules across the configuration's fields. Every violation is reported at once.
+
+A rule is a small generator over the resolved configuration; it yields one sentence for each
+violation: the flag, the value, the rule, the nearest valid choices. Rules run before any process
+starts. No torch import.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+from megalite.config import Config
+from megalite.data.source import source_problems
+from megalite.errors import ConfigError
+from megalite.parallel.environment import World
+from megalite.tokenizer.byte import ByteTokenizer
+
+Violations = Iterator[str]
+
+
+def check(config: Config, world: World | None = None) -> None:
+    """Check a resolved configuration.
+
+    Args:
+        config: after `resolve`.
+        world: ranks that a launcher has started, if any.
+
+    Raises:
+        ConfigError: with all violations.
+    """
+    found = list(_positive(config))
+    # Later rules divide by these sizes: with a wrong sign they would only repeat the complaint.
+    if not found:
+        found = [violation for rule in _RULES for violation in rule(config)]
+        found += _world(config, world)
+    if found:
+        raise ConfigError(found)
+
+
+def _positive(config: Config) -> Violations:
+    model, parallel, train = config.model, config.parallel, config.train
+    for name, value in {
+        "num-layers": model.num_layers,
+        "hidden-size": model.hidden_size,
+        "num-attention-heads": model.num_attention_heads,
+        "num-kv-heads": model.num_kv_heads,
+        "head-dim": model.head_dim,
+        "ffn-hidden-size": model.ffn_hidden_size,
+        "vocab-size": model.vocab_size,
+        "make-vocab-size-divisible-by": model.make_vocab_size_divisible_by,
+        "seq-length": model.seq_length,
+        "rope-theta": model.rope_theta,
+        "rope-scaling-factor": model.rope_scaling_factor,
+        "rope-original-seq-length": model.rope_original_seq_length,
+        "norm-epsilon": model.norm_epsilon,
+        "tp": parallel.tp,
+        "pp": parallel.pp,
+        "dp": parallel.dp,
+        "distributed-timeout-minutes": parallel.distributed_timeout_minutes,
+        "micro-batch-size": train.micro_batch_size,
+        "global-batch-size": train.global_batch_size,
+        "lr": train.lr,
+        "adam-eps": train.adam_eps,
+        "log-interval": config.run.log_interval,
+    }.items():
+        if not value > 0:
+            yield f"--{name} {value} must be above 0"
+    for name, value in {
+        "min-lr": train.min_lr,
+        "init-method-std": model.init_method_std,
+        "weight-decay": train.weight_decay,
+        "clip-grad": train.clip_grad,
+        "lr-warmup-steps": train.lr_warmup_steps,
+        "lr-decay-steps": train.lr_decay_steps,
+        "lr-wsd-decay-steps": train.lr_wsd_decay_steps,
+        "eval-interval": train.eval_interval,
+        "eval-steps": train.eval_steps,
+        "sample-length": config.run.sample_length,
+        "steps": train.steps,
+        "tokens": train.tokens,
+        "seed": train.seed,
+    }.items():
+        if not value >= 0:
+            yield f"--{name} {value} must not be negative"
+
+
+def _probabilities(config: Config) -> Violations:
+    for name, value in {
+        "hidden-dropout": config.model.hidden_dropout,
+        "attention-dropout": config.model.attention_dropout,
+        "adam-beta1": config.train.adam_beta1,
+        "adam-beta2": config.train.adam_beta2,
+    }.items():
+        if not 0 <= value < 1:
+            yield f"--{name} {value} must be at least 0 and below 1"
+
+
+def _heads(config: Config) -> Violations:
+    model, tp = config.model, config.parallel.tp
+    heads, kv_heads = model.num_attention_heads, model.num_kv_heads
+    if heads % kv_heads:
+        yield (
+            f"--num-kv-heads {kv_heads} does not divide --num-attention-heads {heads}"
+            f"{_try(_divisors(heads), kv_heads)}"
+        )
+    if heads % tp:
+        yield (
+            f"--tp {tp} does not divide --num-attention-heads {heads} "
+            f"(each tensor rank owns whole heads){_try(_divisors(heads), tp)}"
+        )
+    elif kv_heads % tp and tp % kv_heads:
+        choices = [n for n in _divisors(heads) if not (kv_heads % n and n % kv_heads)]
+        yield (
+            f"--tp {tp} and --num-kv-heads {kv_heads}: one must divide the other (a key/value "
+            f"head is whole on a rank, or copied on equally many){_try(choices, tp)}"
+        )
+    if model.head_dim % 2:
+        yield f"--head-dim {model.head_dim} must be even: RoPE turns pairs of features"
+    if model.hidden_size % heads and model.head_dim == model.hidden_size // heads:
+        yield (
+            f"--num-attention-heads {heads} does not divide --hidden-size {model.hidden_size}"
+            f"{_try(_divisors(model.hidden_size), heads)}, or give --head-dim"
+        )
+
+
+def _widths(config: Config) -> Violations:
+    model, parallel = config.model, config.parallel
+    if model.ffn_hidden_size % parallel.tp:
+        yield (
+            f"--tp {parallel.tp} does not divide --ffn-hidden-size {model.ffn_hidden_size}"
+            f"{_try(_divisors(model.ffn_hidden_size), parallel.tp)}"
+        )
+    if parallel.sequence_parallel and model.seq_length % parallel.tp:
+        yield (
+            f"--seq-length {model.seq_length} is not a multiple of --tp {parallel.tp}, as "
+            f"sequence parallelism needs{_nearest_multiples(model.seq_length, parallel.tp)}, or "
+            "give --no-sequence-parallel"
+        )
+    if model.rope_scaling == "llama3" and (
+        model.rope_high_freq_factor <= model.rope_low_freq_factor
+    ):
+        yield (
+            f"--rope-high-freq-factor {model.rope_high_freq_factor} must be above "
+            f"--rope-low-freq-factor {model.rope_low_freq_factor}"
+        )
+
+
+def _stages(config: Config) -> Violations:
+    layers, parallel = config.model.num_layers, config.parallel
+    if parallel.pp > layers:
+        yield (
+            f"--pp {parallel.pp} is more than --num-layers {layers}: every stage owns at least "
+            f"one layer; try --pp {layers} or fewer"
+        )
+    split = parallel.pp_layers
+    if split and len(split) != parallel.pp:
+        yield (
+            f"--pp-layers {_join(split)} names {len(split)} stages, but --pp is {parallel.pp}"
+        )
+    if split and sum(split) != layers:
+        yield f"--pp-layers {_join(split)} adds up to {sum(split)}, but --num-layers is {layers}"
+    if any(count < 1 for count in split):
+        yield f"--pp-layers {_join(split)}: every stage owns at least one layer"
+
+
+def _batch(config: Config) -> Violations:
+    train, dp = config.train, config.parallel.dp
+    unit = train.micro_batch_size * dp
+    if train.global_batch_size % unit:
+        yield (
+            f"--global-batch-size {train.global_batch_size} is not a multiple of "
+            f"--micro-batch-size {train.micro_batch_size} x dp {dp} = {unit}"
+            f"{_nearest_multiples(train.global_batch_size, unit)}"
+        )
+
+
+def _length(config: Config) -> Violations:
+    train = config.train
+    if train.steps and train.tokens:
+        yield f"--steps {train.steps} and --tokens {train.tokens} contradict: give one"
+    if not train.steps and not train.tokens:
+        yield "--steps 0 trains nothing: give --steps or --tokens"
+    if train.steps and train.lr_warmup_steps >= train.lr_decay_steps:
+        yield (
+            f"--lr-warmup-steps {train.lr_warmup_steps} must be below the "
+            f"{train.lr_decay_steps} steps of the learning-rate schedule"
+        )
+    if train.min_lr > train.lr:
+        yield f"--min-lr {train.min_lr} is above --lr {train.lr}"
+    if train.lr_wsd_decay_steps > train.lr_decay_steps - train.lr_warmup_steps:
+        yield (
+            f"--lr-wsd-decay-steps {train.lr_wsd_decay_steps} is longer than the "
+            f"{train.lr_decay_steps - train.lr_warmup_steps} steps after warm-up"
+        )
+
+
+def _data(config: Config) -> Violations:
+    data = config.data
+    if data.data and data.mock_data:
+        yield f"--data {data.data} and --mock-data contradict: give one"
+    parts = data.split.split(",")
+    if not (
+        2 <= len(parts) <= 3
+        and all(re.fullmatch(r"\d+(\.\d*)?", part.strip()) for part in parts)
+        and float(parts[0]) > 0
+    ):
+        yield (
+            f"--split {data.split}: expected two or three shares separated by commas, the first "
+            "above 0, as in 95,5 or 969,30,1"
+        )
+    problems, is_text = source_problems(data)
+    yield from problems
+    if data.eod_mask_loss and not is_text:
+        yield "--eod-mask-loss needs text: which token ends a document of a .bin is not known"
+    if is_text and config.model.vocab_size < ByteTokenizer.vocab_size:
+        yield (
+            f"--vocab-size {config.model.vocab_size} is below the {ByteTokenizer.vocab_size} "
+            "tokens of the byte tokenizer"
+        )
+
+
+def _run(config: Config) -> Violations:
+    name = config.run.name
+    if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+        yield (
+            f"--name {name!r} must be one folder name: letters, digits, '.', '_', '+', '-', "
+            "starting with a letter or digit"
+        )
+    if config.run.tensorboard and find_spec("tensorboard") is None:
+        yield "--tensorboard: TensorBoard is not installed; pip install tensorboard"
+
+
+_RULES: tuple[Callable[[Config], Violations], ...] = (
+    _probabilities,
+    _heads,
+    _widths,
+    _stages,
+    _batch,
+    _length,
+    _data,
+    _run,
+)
+
+
+def _world(config: Config, world: World | None) -> Violations:
+    if world is None:
+        return
+    parallel = config.parallel
+    if world.size != config.world_size:
+        model_ranks = parallel.tp * parallel.pp
+        hint = (
+            f"give --dp {world.size // model_ranks} or leave it out"
+            if world.size % model_ranks == 0
+            else f"tp x pp = {model_ranks} must divide {world.size}"
+        )
+        yield (
+            f"{world.launcher} started {world.size} ranks, but tp {parallel.tp} x pp "
+            f"{parallel.pp} x dp {parallel.dp} = {config.world_size}: {hint}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _try(choices: list[int], value: int) -> str:
+    """The valid choices nearest to the value, in words."""
+    nearest = sorted(sorted(choices, key=lambda n: abs(n - value))[:4])
+    return f"; try {', '.join(map(str, nearest))}"
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    choices = [n for n in (below, below + unit) if n]
+    return f"; try {' or '.join(map(str, choices))}"
+
+
+def _join(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))

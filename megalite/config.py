@@ -1,0 +1,322 @@
+"""The run's configuration: frozen dataclasses, one field per flag.
+
+Every field carries a doc line with its unit; the command line and its help are generated from
+these fields (`megalite.cli`), presets are values of them (`megalite.presets`), and the rules
+across them live in `megalite.check`. Field names are unique over all groups, so that a flag, a
+line of a TOML file and a preset entry all name a field by itself.
+
+`0`, `""`, `()` and `auto` mean "derived": `resolve` replaces them by the value in use.
+No torch import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from megalite.tokenizer.byte import ByteTokenizer
+
+
+def option(default: Any, doc: str, *, metavar: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with the line that `--help` shows. The unit stands in `metavar`."""
+    return field(default=default, metadata={"doc": doc, "metavar": metavar, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: shape, positions, initial values, dropout."""
+
+    model: str = option("tiny", "Preset that every other value starts from.", metavar="NAME")
+    num_layers: int = option(4, "Transformer layers of the whole model.", metavar="LAYERS")
+    hidden_size: int = option(128, "Width of the residual stream.", metavar="FEATURES")
+    num_attention_heads: int = option(4, "Query heads.", metavar="HEADS")
+    num_kv_heads: int = option(
+        0, "Key/value heads (grouped-query attention). 0: as many as query heads.", metavar="HEADS"
+    )
+    head_dim: int = option(
+        0, "Features of a head. 0: hidden size / query heads.", metavar="FEATURES"
+    )
+    ffn_hidden_size: int = option(352, "Width of the SwiGLU MLP.", metavar="FEATURES")
+    vocab_size: int = option(0, "Vocabulary. 0: the tokenizer's.", metavar="TOKENS")
+    make_vocab_size_divisible_by: int = option(
+        128, "The vocabulary is padded to a multiple of this times tp.", metavar="TOKENS"
+    )
+    seq_length: int = option(256, "Length of a training sample.", metavar="TOKENS")
+    tie_embeddings: bool = option(False, "Share one matrix between the embedding and the head.")
+    norm_epsilon: float = option(1e-5, "Added to the mean square in RMSNorm.", metavar="X")
+    rope_theta: float = option(10000.0, "Base of the rotary frequencies.", metavar="X")
+    rope_scaling: str = option(
+        "none", "Rotary frequencies beyond the trained length.", choices=("none", "llama3")
+    )
+    rope_scaling_factor: float = option(8.0, "llama3 scaling: factor.", metavar="X")
+    rope_low_freq_factor: float = option(1.0, "llama3 scaling: low frequency factor.", metavar="X")
+    rope_high_freq_factor: float = option(
+        4.0, "llama3 scaling: high frequency factor.", metavar="X"
+    )
+    rope_original_seq_length: int = option(
+        8192, "llama3 scaling: length the model was first trained at.", metavar="TOKENS"
+    )
+    init_method_std: float = option(
+        0.02,
+        "Standard deviation of initial weights; output projections get it / sqrt(2 x layers).",
+        metavar="X",
+    )
+    hidden_dropout: float = option(
+        0.0, "Probability to drop a feature of an attention or MLP output.", metavar="P"
+    )
+    attention_dropout: float = option(
+        0.0, "Probability to drop an attention weight (takes an unfused path).", metavar="P"
+    )
+
+    @property
+    def qkv_features(self) -> int:
+        """Output features of the q, k and v projections together."""
+        return (self.num_attention_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """Vocabulary rounded up so that every tensor rank holds an equal share [tokens]."""
+        multiple = self.make_vocab_size_divisible_by * tp
+        return -(-self.vocab_size // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout: how many ranks on each axis, and how they are started."""
+
+    tp: int = option(1, "Tensor-parallel ranks: each holds 1/tp of every matrix.", metavar="RANKS")
+    pp: int = option(1, "Pipeline-parallel ranks: each holds some layers.", metavar="RANKS")
+    dp: int = option(
+        0, "Data-parallel ranks. 0: world size / (tp x pp), or 1.", metavar="RANKS"
+    )
+    sequence_parallel: bool | None = option(
+        None, "Split norms and dropout along the sequence over tp. Default: on if tp > 1."
+    )
+    pp_layers: tuple[int, ...] = option(
+        (), "Layers of each pipeline stage. Default: balanced.", metavar="N,N,..."
+    )
+    schedule: str = option("1f1b", "Pipeline schedule.", choices=("1f1b", "gpipe"))
+    device: str = option(
+        "auto",
+        "Where to train. auto: one GPU per rank if there are enough, else the CPU.",
+        choices=("auto", "cpu", "cuda"),
+    )
+    distributed_timeout_minutes: float = option(
+        10.0, "Longest wait for other ranks in a collective.", metavar="MINUTES"
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Batch, length, optimizer, precision."""
+
+    micro_batch_size: int = option(4, "Samples of one forward pass.", metavar="SAMPLES")
+    global_batch_size: int = option(
+        0, "Samples of one optimizer step. 0: micro-batch size x dp.", metavar="SAMPLES"
+    )
+    steps: int = option(0, "Optimizer steps. 0: from --tokens.", metavar="STEPS")
+    tokens: int = option(0, "Tokens to train on, in place of --steps.", metavar="TOKENS")
+    seed: int = option(1234, "Seed of weights, data order and dropout.", metavar="N")
+    lr: float = option(3e-4, "Peak learning rate.", metavar="X")
+    min_lr: float = option(0.0, "Learning rate at the end of the decay.", metavar="X")
+    lr_decay_style: str = option(
+        "cosine",
+        "Shape of the decay after warm-up.",
+        choices=("cosine", "linear", "constant", "WSD"),
+    )
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up.", metavar="STEPS")
+    lr_decay_steps: int = option(
+        0, "Steps until the minimum is reached. 0: all steps.", metavar="STEPS"
+    )
+    lr_wsd_decay_steps: int = option(
+        0, "WSD: length of the final decay. 0: a tenth of the steps.", metavar="STEPS"
+    )
+    weight_decay: float = option(
+        0.1, "Decoupled weight decay; norm weights get none.", metavar="X"
+    )
+    adam_beta1: float = option(0.9, "AdamW: decay of the first moment.", metavar="X")
+    adam_beta2: float = option(0.95, "AdamW: decay of the second moment.", metavar="X")
+    adam_eps: float = option(1e-8, "AdamW: added to the root of the second moment.", metavar="X")
+    clip_grad: float = option(1.0, "Largest global gradient norm. 0: no clipping.", metavar="X")
+    precision: str = option(
+        "auto",
+        "Weights and activations; bf16 keeps fp32 master weights. auto: bf16 on GPUs, else fp32.",
+        choices=("auto", "bf16", "fp32", "fp64"),
+    )
+    recompute: str = option(
+        "none",
+        "Activations computed again in backward: the attention core, or whole layers.",
+        choices=("none", "selective", "full"),
+    )
+    reverse_micro_batches: bool = option(
+        False, "Run each step's micro-batches in reverse: equal mathematics, other rounding."
+    )
+    eval_interval: int = option(0, "Steps between validations. 0: at the end.", metavar="STEPS")
+    eval_steps: int = option(4, "Global batches of a validation. 0: none.", metavar="BATCHES")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model reads."""
+
+    data: str = option(
+        "",
+        "A .txt or .jsonl file, or a .bin/.idx prefix. Default: this Python's standard library.",
+        metavar="PATH",
+    )
+    mock_data: bool = option(False, "Random tokens in place of a corpus, for benchmarks.")
+    split: str = option(
+        "95,5", "Shares of training and validation; a third one is left out.", metavar="A,B[,C]"
+    )
+    eod_mask_loss: bool = option(
+        False, "Leave the token after an end of document out of the loss."
+    )
+    data_cache_path: str = option(
+        "", "Tokenized corpora. Default: the user's cache folder.", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is written and shown."""
+
+    runs: str = option("runs", "Folder of runs.", metavar="DIR")
+    name: str = option("", "Name of this run in it. Default: date, model, layout.", metavar="NAME")
+    log_interval: int = option(1, "Steps between progress lines.", metavar="STEPS")
+    sample_length: int = option(
+        120, "Tokens of text generated at the end. 0: none.", metavar="TOKENS"
+    )
+    save_weights: bool = option(True, "Write the final weights.")
+    tensorboard: bool | None = option(
+        None, "Write TensorBoard scalars. Default: if it is installed."
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Immutable: `replace` returns a changed copy."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def replace(self, **values: Any) -> Config:
+        """A copy with the named fields (of whichever group) changed.
+
+        Raises:
+            KeyError: a name that no group has.
+        """
+        changed: dict[str, dict[str, Any]] = {}
+        owners = {spec.name: spec.group for spec in fields()}
+        for name, value in values.items():
+            changed.setdefault(owners[name], {})[name] = value
+        groups = {
+            group: dataclasses.replace(getattr(self, group), **part)
+            for group, part in changed.items()
+        }
+        return dataclasses.replace(self, **groups)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values by group, as `config.json` and TOML files hold them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of one step on each data rank."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.dp)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step over all ranks."""
+        return self.train.global_batch_size * self.model.seq_length
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the layout."""
+        return self.parallel.tp * self.parallel.pp * self.parallel.dp
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One field of one group, as the command line sees it."""
+
+    group: str
+    name: str
+    type: Any
+    default: Any
+    doc: str
+    metavar: str
+    choices: tuple[str, ...]
+
+    @property
+    def flag(self) -> str:
+        """The command-line spelling."""
+        return "--" + self.name.replace("_", "-")
+
+
+def fields() -> Iterator[FieldSpec]:
+    """All fields of all groups, in the order of the help."""
+    for group, cls in get_type_hints(Config).items():
+        hints = get_type_hints(cls)
+        for item in dataclasses.fields(cls):
+            meta = item.metadata
+            yield FieldSpec(
+                group,
+                item.name,
+                hints[item.name],
+                item.default,
+                meta["doc"],
+                meta["metavar"],
+                meta["choices"],
+            )
+
+
+def resolve(config: Config, world_size: int | None = None) -> Config:
+    """Replace derived values by the ones in use, as far as they follow without a device.
+
+    Args:
+        config: as parsed; may still break rules, so nothing here may fail on bad values.
+        world_size: ranks that a launcher has already started; None if we start them.
+
+    Returns:
+        The configuration with dp, batch, steps, heads, vocabulary and sequence parallelism filled
+        in. `device` and `precision` stay `auto` until `resolve_device`.
+    """
+    model, parallel, train = config.model, config.parallel, config.train
+    dp = parallel.dp
+    if not dp:
+        dp = max(1, (world_size or 1) // max(1, parallel.tp * parallel.pp))
+    values: dict[str, Any] = {"dp": dp}
+    if not model.num_kv_heads:
+        values["num_kv_heads"] = model.num_attention_heads
+    if not model.head_dim and model.num_attention_heads > 0:
+        values["head_dim"] = model.hidden_size // model.num_attention_heads
+    if not model.vocab_size:
+        values["vocab_size"] = ByteTokenizer.vocab_size
+    if parallel.sequence_parallel is None:
+        values["sequence_parallel"] = parallel.tp > 1
+    batch = train.global_batch_size or train.micro_batch_size * dp
+    values["global_batch_size"] = batch
+    if not train.steps and train.tokens:
+        values["steps"] = -(-train.tokens // max(1, batch * model.seq_length))
+        values["tokens"] = 0
+    resolved = config.replace(**values)
+    if not train.lr_decay_steps:
+        resolved = resolved.replace(lr_decay_steps=max(1, resolved.train.steps))
+    if train.lr_decay_style == "WSD" and not train.lr_wsd_decay_steps:
+        resolved = resolved.replace(
+            lr_wsd_decay_steps=max(1, resolved.train.lr_decay_steps // 10)
+        )
+    return resolved
+
+
+def resolve_device(config: Config, device: str) -> Config:
+    """Fix `device` ("cpu" or "cuda") and the precision that follows from it."""
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    return config.replace(device=device, precision=precision)

@@ -1,0 +1,316 @@
+"""Text into an indexed dataset in the cache, and the embedded default corpus.
+
+With no `--data` the corpus is the source text of the running Python's own standard library: real
+text, on every machine, nothing shipped and nothing downloaded. A corpus is tokenized once, under a
+lock, and appears in the cache under its final name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megalite.config import DataConfig
+from megalite.data.indexed import IndexedReader, IndexedWriter, token_dtype
+from megalite.data.source import Source, find_source
+from megalite.errors import DataError
+from megalite.tokenizer.byte import ByteTokenizer
+
+FORMAT = 1
+"""Part of the cache's key: raised when the same text would give other files."""
+
+STDLIB_CAP_BYTES = 16 << 20
+STDLIB_LEAST_BYTES = 1 << 20
+SEQUENCE_BYTES = 4096
+"""A text file is one document, cut into sequences of about this size at line ends, so that a
+split by sequences (Megatron's unit) can cut inside it."""
+
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
+    | {"_vendor", "_bundled", "lib-dynload"}
+)
+_COUNT_CHUNK_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenized corpus.
+
+    Attributes:
+        prefix: of its .bin and .idx; empty for random tokens.
+        description: what it is, for people.
+        fingerprint: of the tokens; ranks with different fingerprints refuse to train together.
+        documents, tokens: their numbers.
+        max_token: largest token id seen (of a foreign dataset: in its first 16 Mi tokens).
+        text_bytes: bytes of the text; 0 if unknown.
+        unigram_nats, bigram_nats: entropy of a token, and of a token given the one before [nats];
+            0 if unknown.
+    """
+
+    prefix: str
+    description: str
+    fingerprint: str
+    documents: int
+    tokens: int
+    max_token: int
+    text_bytes: int = 0
+    unigram_nats: float = 0.0
+    bigram_nats: float = 0.0
+
+    def describe(self) -> str:
+        """One line for the opening of a run."""
+        if not self.prefix:
+            return self.description
+        text = f"{self.description}: {self.documents:,} documents, {self.tokens:,} tokens"
+        if self.unigram_nats:
+            text += (
+                f"; entropy {self.unigram_nats:.3f} nats by token counts, "
+                f"{self.bigram_nats:.3f} by pairs"
+            )
+        return text
+
+
+def prepare_corpus(data: DataConfig) -> Corpus:
+    """Find or tokenize the corpus that the configuration names.
+
+    Safe to call from many processes at once: one tokenizes, the others wait.
+
+    Raises:
+        DataError: unreadable, empty or malformed input, or a cache that cannot be written.
+    """
+    source = find_source(data)
+    if source.kind == "mock":
+        return Corpus("", "random tokens", "mock", 0, 0, 0)
+    if source.kind == "indexed":
+        return _describe_indexed(source.path)
+    folder = _cache_folder(data)
+    prefix = folder / f"{source.kind}-{_cache_key(source)}"
+    with _locked(prefix):
+        if not all(Path(f"{prefix}{suffix}").exists() for suffix in (".bin", ".idx", ".json")):
+            _tokenize(source, prefix)
+        return Corpus(**json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8")))
+
+
+def stdlib_files(root: Path) -> list[Path]:
+    """Python sources of the standard library without tests, vendored and installed packages.
+
+    The order is by the hash of the path: fixed, and unrelated to the alphabet, so that the size cap
+    and the held-out share are both a fair sample.
+    """
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    key = {path: hashlib.sha256(path.relative_to(root).as_posix().encode()) for path in found}
+    return sorted(found, key=lambda path: key[path].digest())
+
+
+def _tokenize(source: Source, prefix: Path) -> None:
+    """Write .bin, .idx and, last, the sidecar that marks them as complete."""
+    tokenizer = ByteTokenizer()
+    writer = IndexedWriter(prefix, token_dtype(tokenizer.vocab_size))
+    counter = _TokenCounter(tokenizer.vocab_size)
+    digest = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint}".encode())
+    text_bytes = documents = 0
+    try:
+        for text, ends_document in _sequences(source):
+            tokens = np.frombuffer(text, np.uint8).astype(np.uint16)
+            if ends_document and len(tokens):
+                tokens = np.append(tokens, np.uint16(tokenizer.eod))
+            if len(tokens):
+                writer.add_sequence(tokens)
+                counter.add(tokens)
+                digest.update(tokens.tobytes())
+            if ends_document:
+                writer.end_document()
+                documents += 1
+            text_bytes += len(text)
+        if not text_bytes:
+            raise DataError(f"--data {source.path} holds no text")
+        writer.close()
+    except OSError as error:
+        raise DataError(
+            f"cannot write the tokenized corpus to {prefix.parent}: {error.strerror}; "
+            "give another folder with --data-cache-path"
+        ) from None
+    finally:
+        writer.discard()
+    unigram, bigram = counter.entropies()
+    corpus = Corpus(
+        prefix=str(prefix),
+        description=_describe(source),
+        fingerprint=digest.hexdigest()[:16],
+        documents=documents,
+        tokens=counter.total,
+        max_token=counter.largest,
+        text_bytes=text_bytes,
+        unigram_nats=unigram,
+        bigram_nats=bigram,
+    )
+    temporary = Path(f"{prefix}.tmp-{os.getpid()}.json")
+    temporary.write_text(json.dumps(asdict(corpus), indent=2), encoding="utf-8")
+    os.replace(temporary, f"{prefix}.json")
+
+
+def _describe(source: Source) -> str:
+    if source.kind == "stdlib":
+        return f"source text of Python's standard library in {source.path}"
+    return str(source.path)
+
+
+def _describe_indexed(prefix: Path) -> Corpus:
+    reader = IndexedReader(prefix)
+    digest = hashlib.sha256(Path(f"{prefix}.idx").read_bytes())
+    head = np.asarray(reader.tokens[: 1 << 24])
+    digest.update(head.tobytes())
+    if len(head) and int(head.min()) < 0:
+        raise DataError(f"{prefix}.bin holds a negative token id, {int(head.min())}")
+    return Corpus(
+        prefix=str(prefix),
+        description=str(prefix),
+        fingerprint=digest.hexdigest()[:16],
+        documents=len(reader.documents) - 1,
+        tokens=len(reader.tokens),
+        max_token=int(head.max(initial=0)),
+    )
+
+
+def _sequences(source: Source) -> Iterator[tuple[bytes, bool]]:
+    """Text of each sequence, and whether it is the last of its document."""
+    if source.kind == "stdlib":
+        return _stdlib_sequences(source.path)
+    if source.kind == "jsonl":
+        return _jsonl_sequences(source.path)
+    return _text_sequences(source.path)
+
+
+def _stdlib_sequences(root: Path) -> Iterator[tuple[bytes, bool]]:
+    files = stdlib_files(root)
+    if sum(path.stat().st_size for path in files) < STDLIB_LEAST_BYTES:
+        raise DataError(
+            f"this Python comes without the sources of its standard library ({root} holds "
+            f"{len(files)} .py files), so there is no built-in corpus: give a text with --data"
+        )
+    total = 0
+    for path in files:
+        text = path.read_bytes()
+        total += len(text)
+        if total > STDLIB_CAP_BYTES:
+            return
+        yield text, True
+
+
+def _text_sequences(path: Path) -> Iterator[tuple[bytes, bool]]:
+    with open(path, "rb") as file:
+        while lines := file.readlines(SEQUENCE_BYTES):
+            yield b"".join(lines), False
+    yield b"", True
+
+
+def _jsonl_sequences(path: Path) -> Iterator[tuple[bytes, bool]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}: line {number} is not JSON: {error}") from None
+            except (KeyError, TypeError, IndexError):
+                raise DataError(f"{path}: line {number} has no field 'text'") from None
+            if not isinstance(text, str):
+                raise DataError(f"{path}: line {number}: 'text' is not a string")
+            yield text.encode("utf-8", "surrogatepass"), True
+
+
+class _TokenCounter:
+    """Counts tokens and pairs of neighbours, a large chunk at a time."""
+
+    def __init__(self, vocab_size: int):
+        self.total = 0
+        self.largest = 0
+        self._size = vocab_size
+        self._pairs = np.zeros(vocab_size * vocab_size, np.int64)
+        self._buffer: list[np.ndarray] = []
+        self._buffered = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        self.total += len(tokens)
+        self._buffer.append(tokens)
+        self._buffered += len(tokens)
+        if self._buffered >= _COUNT_CHUNK_TOKENS:
+            self._count()
+
+    def entropies(self) -> tuple[float, float]:
+        """(unigram, bigram) entropy of the stream in nats: H(x) and H(x | the token before)."""
+        self._count()
+        pairs = self._pairs.reshape(self._size, self._size)
+        first = _entropy(pairs.sum(axis=1))
+        return _entropy(pairs.sum(axis=0)), _entropy(self._pairs) - first
+
+    def _count(self) -> None:
+        if not self._buffered:
+            return
+        stream = np.concatenate(self._buffer).astype(np.int64)
+        self.largest = max(self.largest, int(stream.max()))
+        codes = stream[:-1] * self._size + stream[1:]
+        self._pairs += np.bincount(codes, minlength=len(self._pairs))
+        self._buffer = [stream[-1:]]  # the next pair begins here
+        self._buffered = 0
+
+
+def _entropy(counts: np.ndarray) -> float:
+    total = counts.sum()
+    if not total:
+        return 0.0
+    shares = counts[counts > 0] / total
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _cache_folder(data: DataConfig) -> Path:
+    if data.data_cache_path:
+        folder = Path(data.data_cache_path)
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = Path(base) / "megalite"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot make the cache folder {folder}: {error.strerror}; "
+            "give another one with --data-cache-path"
+        ) from None
+    return folder
+
+
+def _cache_key(source: Source) -> str:
+    """Names what is tokenized by path, sizes and times of change: content is not read again."""
+    files = stdlib_files(source.path) if source.kind == "stdlib" else [source.path]
+    digest = hashlib.sha256(f"{FORMAT} {ByteTokenizer.fingerprint}".encode())
+    for path in files:
+        stat = path.stat()
+        digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _locked(prefix: Path) -> Iterator[None]:
+    """Hold an exclusive lock beside the prefix; it goes with the process."""
+    try:
+        lock = open(f"{prefix}.lock", "w")
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {prefix.parent} cannot be written: {error.strerror}; "
+            "give another one with --data-cache-path"
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

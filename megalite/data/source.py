@@ -1,0 +1,77 @@
+"""What `--data` names, decided from the file system alone. No torch or numpy import."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalite.config import DataConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where tokens come from.
+
+    Attributes:
+        kind: "stdlib" (the embedded default), "text", "jsonl", "indexed" or "mock".
+        path: the file, the folder of the standard library, or the prefix of .bin/.idx.
+    """
+
+    kind: str
+    path: Path
+
+
+def find_source(data: DataConfig) -> Source:
+    """The source that the configuration names; whether it can be read is not checked here."""
+    if data.mock_data:
+        return Source("mock", Path())
+    if not data.data:
+        return Source("stdlib", Path(sysconfig.get_paths()["stdlib"]))
+    path = Path(data.data)
+    if path.suffix in (".bin", ".idx"):
+        return Source("indexed", path.with_suffix(""))
+    if path.suffix in (".jsonl", ".json"):
+        return Source("jsonl", path)
+    if not path.exists() and _index_of(path).exists():
+        return Source("indexed", path)
+    return Source("text", path)
+
+
+def source_problems(data: DataConfig) -> tuple[list[str], bool]:
+    """Sentences for what is missing or unreadable, and whether the source is text."""
+    source = find_source(data)
+    is_text = source.kind in ("stdlib", "text", "jsonl")
+    files: list[Path] = []
+    if source.kind == "indexed":
+        files = [Path(f"{source.path}.bin"), _index_of(source.path)]
+    elif source.kind in ("text", "jsonl"):
+        files = [source.path]
+    problems = [problem for file in files if (problem := _file_problem(file, data.data))]
+    return problems, is_text
+
+
+def _index_of(prefix: Path) -> Path:
+    return Path(f"{prefix}.idx")
+
+
+def _file_problem(file: Path, given: str) -> str | None:
+    if file.is_dir():
+        return f"--data {given} is a folder: give a .txt or .jsonl file, or a .bin/.idx prefix"
+    if not file.exists():
+        return f"--data {given}: there is no file {file}{_near(file)}"
+    if not os.access(file, os.R_OK):
+        return f"--data {given}: {file} cannot be read (permission denied)"
+    if not file.stat().st_size:
+        return f"--data {given}: {file} is empty"
+    return None
+
+
+def _near(file: Path) -> str:
+    """Names of data files beside the missing one."""
+    if not file.parent.is_dir():
+        return f" (nor a folder {file.parent})"
+    suffixes = (".txt", ".jsonl", ".idx")
+    names = sorted(p.name for p in file.parent.iterdir() if p.suffix in suffixes)[:4]
+    return f"; beside it: {', '.join(names)}" if names else ""

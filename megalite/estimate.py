@@ -1,0 +1,146 @@
+"""Parameters, memory and arithmetic of a run, from its configuration alone. No torch import.
+
+`tests/unit/test_estimate.py` holds the counts against the modules themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from megalite.config import Config
+from megalite.models.stage import StageSpec, stage_specs
+from megalite.pipeline.schedules import SCHEDULES
+
+WEIGHT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp32": 4, "fp64": 8})
+
+
+@dataclass(frozen=True)
+class RankEstimate:
+    """Memory of the ranks of one pipeline stage [bytes unless said].
+
+    Attributes:
+        parameters: number of parameters held, padding and copies included.
+        weights, gradients, optimizer: flat buffers; master weights are the optimizer's.
+        activations: kept for backward, at the schedule's peak of micro-batches.
+        logits: of one micro-batch, with the loss's temporaries; on the last stage.
+    """
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it; the allocator's and the libraries' own memory is not in it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def whole_parameters(config: Config) -> int:
+    """Parameters of the whole model, without padding and copies."""
+    model = config.model
+    layer = _layer_matrices(config, tp=1) + 2 * model.hidden_size
+    tables = 1 if model.tie_embeddings else 2
+    return (
+        model.num_layers * layer
+        + tables * model.vocab_size * model.hidden_size
+        + model.hidden_size
+    )
+
+
+def rank_parameters(config: Config, spec: StageSpec) -> int:
+    """Parameters held by each rank of a stage, padding and copies included."""
+    model, tp = config.model, config.parallel.tp
+    count = spec.num_layers * (_layer_matrices(config, tp) + 2 * model.hidden_size)
+    table = model.padded_vocab_size(tp) // tp * model.hidden_size
+    if spec.has_embedding:
+        count += table
+    if spec.has_head:
+        tied_here = model.tie_embeddings and spec.has_embedding
+        count += model.hidden_size + (0 if tied_here else table)
+    return count
+
+
+def rank_estimate(config: Config, spec: StageSpec) -> RankEstimate:
+    """Memory of each rank of a stage, for a precision other than `auto`."""
+    train = config.train
+    parameters = rank_parameters(config, spec)
+    width = WEIGHT_BYTES[train.precision]
+    full = max(4, width)
+    master = 0 if width == full else full
+    plan = SCHEDULES[config.parallel.schedule](config.parallel.pp, config.num_micro_batches)
+    live = _peak_live(plan.ranks[spec.stage])
+    tokens = train.micro_batch_size * config.model.seq_length
+    logits = 0
+    if spec.has_head:
+        columns = config.model.padded_vocab_size(config.parallel.tp) // config.parallel.tp
+        # Logits, their gradient, and in the loss softmax, its gradient and one temporary.
+        logits = tokens * columns * (2 * width + 3 * full)
+    return RankEstimate(
+        parameters=parameters,
+        weights=parameters * width,
+        gradients=parameters * full,
+        optimizer=parameters * (master + 2 * full),
+        activations=live * tokens * _stage_activation_bytes(config, spec, width),
+        logits=logits,
+    )
+
+
+def flops_per_token(config: Config) -> float:
+    """Floating-point operations of forward and backward per trained token: 6 N + 12 L h s.
+
+    N: parameters without the input embedding (a tied head counts). Attention is counted as a full
+    square, as the field does, which flatters a causal model by up to 10%; recomputation is not
+    counted. Source: Narayanan et al., arXiv:2104.04473, and PaLM's appendix B, arXiv:2204.02311.
+    """
+    model = config.model
+    embedding = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
+    matrices = whole_parameters(config) - embedding
+    attention = model.num_attention_heads * model.head_dim
+    return 6.0 * matrices + 12.0 * model.num_layers * attention * model.seq_length
+
+
+def _layer_matrices(config: Config, tp: int) -> int:
+    """Elements of one layer's matrices on each of tp ranks."""
+    model = config.model
+    heads = model.num_attention_heads // tp
+    kv_heads = max(1, model.num_kv_heads // tp)
+    attention = (2 * heads + 2 * kv_heads) * model.head_dim * model.hidden_size
+    return attention + 3 * model.hidden_size * model.ffn_hidden_size // tp
+
+
+def _stage_activation_bytes(config: Config, spec: StageSpec, width: int) -> int:
+    """Bytes kept per token of a micro-batch, by the tensors that autograd saves."""
+    model, parallel = config.model, config.parallel
+    split = parallel.tp if parallel.sequence_parallel else 1
+    hidden = model.hidden_size / split
+    if config.train.recompute == "full":
+        per_layer = hidden
+    else:
+        heads = model.num_attention_heads / parallel.tp * model.head_dim
+        kv = max(1, model.num_kv_heads / parallel.tp) * model.head_dim
+        # Input of each norm and of each column-parallel layer.
+        per_layer = 4 * hidden
+        # Packed q, k, v; q and k after RoPE; attention's output, and its copy in [S, B, H] order.
+        per_layer += heads + 2 * kv
+        if config.train.recompute == "none":
+            per_layer += heads + kv + heads
+        per_layer += heads
+        # Packed gate and up, silu(gate), and the product.
+        per_layer += 4 * model.ffn_hidden_size / parallel.tp
+    kept = spec.num_layers * per_layer
+    if spec.has_head:
+        kept += 2 * hidden
+    return int(kept * width)
+
+
+def _peak_live(order: tuple) -> int:
+    live = peak = 0
+    for action in order:
+        live += 1 if action.op == "F" else -1
+        peak = max(peak, live)
+    return peak

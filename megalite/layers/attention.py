@@ -1,0 +1,125 @@
+"""Causal self-attention with grouped key/value heads, cut over the tensor ranks by heads.
+
+Legend: S sequence, B micro-batch, H hidden, N query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megalite.config import ModelConfig
+from megalite.layers.batch import DropoutPlace
+from megalite.layers.dropout import attention_keep
+from megalite.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
+from megalite.parallel.tensor import TensorGroup
+from megalite_kernels import rope
+
+
+class Attention(nn.Module):
+    """softmax(Q K^T / sqrt(D)) V of this rank's heads, between a column- and a row-parallel layer.
+
+    Each rank owns N/tp query heads and the key/value heads that they use: K/tp of them, or a copy
+    of one if tp > K.
+
+    Args:
+        model: shape and dropout.
+        layer: index in the whole model; names tensors and dropout masks.
+        tp: the tensor group.
+        recompute_core: compute everything between the projections again in backward.
+        dtype, device: of the weights.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        *,
+        tp: TensorGroup,
+        recompute_core: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ):
+        super().__init__()
+        self.head_dim = model.head_dim
+        self.num_heads = model.num_attention_heads
+        self.local_heads = model.num_attention_heads // tp.size
+        self.local_kv_heads = max(1, model.num_kv_heads // tp.size)
+        self.first_head = tp.rank * self.local_heads
+        self.dropout = model.attention_dropout
+        self.site = f"layer {layer} attention"
+        self.recompute_core = recompute_core
+        prefix = f"model.layers.{layer}.self_attn"
+        self.qkv = ColumnParallelLinear(
+            model.hidden_size,
+            [
+                Output(f"{prefix}.q_proj.weight", model.num_attention_heads, model.head_dim),
+                Output(f"{prefix}.k_proj.weight", model.num_kv_heads, model.head_dim),
+                Output(f"{prefix}.v_proj.weight", model.num_kv_heads, model.head_dim),
+            ],
+            tp=tp,
+            init_std=model.init_method_std,
+            dtype=dtype,
+            device=device,
+        )
+        self.out = RowParallelLinear(
+            model.num_attention_heads * model.head_dim,
+            model.hidden_size,
+            name=f"{prefix}.o_proj.weight",
+            tp=tp,
+            init_std=model.init_method_std / math.sqrt(2 * model.num_layers),
+            dtype=dtype,
+            device=device,
+        )
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, place: DropoutPlace | None = None
+    ) -> Tensor:
+        """Hidden states to the block's contribution to them.
+
+        Args:
+            x: [S/tp, B, H] or [S, B, H].
+            cos, sin: [S, D/2].
+            place: of the forward pass in the run; None in evaluation.
+        """
+        qkv = self.qkv(x)
+        if self.recompute_core:
+            mixed = checkpoint(
+                self._core, qkv, cos, sin, place, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            mixed = self._core(qkv, cos, sin, place)
+        return self.out(mixed)
+
+    def _core(self, qkv: Tensor, cos: Tensor, sin: Tensor, place: DropoutPlace | None) -> Tensor:
+        """[S, B, (N + 2K) D / tp] -> [S, B, N D / tp]."""
+        length, batch, _ = qkv.shape
+        heads = qkv.view(length, batch, -1, self.head_dim)
+        sizes = [self.local_heads, self.local_kv_heads, self.local_kv_heads]
+        q, k, v = heads.split(sizes, dim=2)
+        # [S, B, N, D] -> [B, N, S, D]
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (rope(q, cos, sin), rope(k, cos, sin), v))
+        if self.dropout and place is not None:
+            mixed = self._with_dropout(q, k, v, place)
+        else:
+            grouped = self.local_heads != self.local_kv_heads
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return mixed.permute(2, 0, 1, 3).reshape(length, batch, -1)
+
+    def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, place: DropoutPlace) -> Tensor:
+        """The unfused path: the mask must not depend on a kernel's own generator."""
+        copies = self.local_heads // self.local_kv_heads
+        k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
+        length = q.shape[2]
+        scores = (q @ k.transpose(-1, -2)) / math.sqrt(self.head_dim)
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+        weights = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32))
+        heads = range(self.first_head, self.first_head + self.local_heads)
+        keep = attention_keep(self.dropout, place, self.site, heads, self.num_heads, length)
+        weights = weights * keep * (1.0 / (1.0 - self.dropout))
+        return weights.to(v.dtype) @ v

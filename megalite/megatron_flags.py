@@ -1,0 +1,158 @@
+"""Megatron-LM's long flags: what each one means here.
+
+A flag that people have in their hands either sets one of our fields, or asks for what megalite
+always does, or is refused with one sentence. None is ignored.
+`docs/megatron_flags.md` is this table in words, with every default that differs.
+No torch import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Alias:
+    """The flag sets `field` to its own value, or to `value` if it takes none."""
+
+    field: str
+    value: str | None = None
+
+
+@dataclass(frozen=True)
+class Always:
+    """The flag asks for what megalite does anyway; other `values` are refused.
+
+    Attributes:
+        values: what may be given; empty if the flag takes no value.
+        why: what megalite does.
+    """
+
+    why: str
+    values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The flag has no equal here; `why` is the sentence that says so, and what to do."""
+
+    why: str
+
+
+MegatronFlag = Alias | Always | Refused
+
+_CHECKPOINTS = "only the final weights are written, to runs/<name>/weights; leave it out"
+_SAMPLES = "lengths are given in steps (--train-iters) or --tokens"
+_TOKENIZER = (
+    "text is tokenized by bytes; tokenize it beforehand, give the .bin/.idx prefix as --data "
+    "and the tokenizer's size as --vocab-size"
+)
+_EXPERTS = "there are no experts: megalite trains dense LLaMA models"
+_LOGS = "scalars go to runs/<name>/metrics.jsonl, and to TensorBoard there if it is installed"
+
+MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
+    {
+        # Model
+        "--num-query-groups": Alias("num_kv_heads"),
+        "--num-key-value-heads": Alias("num_kv_heads"),
+        "--group-query-attention": Always("--num-query-groups alone says it"),
+        "--kv-channels": Alias("head_dim"),
+        "--rotary-base": Alias("rope_theta"),
+        "--rotary-position-embeddings-theta": Alias("rope_theta"),
+        "--rotary-percent": Always("RoPE turns every feature", ("1.0", "1")),
+        "--use-rope-scaling": Alias("rope_scaling", "llama3"),
+        "--position-embedding-type": Always("positions are rotary", ("rope",)),
+        "--use-rotary-position-embeddings": Always("positions are rotary"),
+        "--max-position-embeddings": Refused(
+            "RoPE has no table of positions; --seq-length alone counts"
+        ),
+        "--swiglu": Always("the MLP is SwiGLU"),
+        "--normalization": Always("norms are RMSNorm", ("RMSNorm", "rmsnorm")),
+        "--layernorm-epsilon": Alias("norm_epsilon"),
+        "--disable-bias-linear": Always("there are no biases"),
+        "--untie-embeddings-and-output-weights": Alias("tie_embeddings", "false"),
+        "--attention-backend": Always("PyTorch's SDPA takes the fastest back end", ("auto",)),
+        "--use-flash-attn": Always("PyTorch's SDPA takes flash attention where it can"),
+        "--transformer-impl": Always("the layers are megalite's own", ("local",)),
+        "--attention-softmax-in-fp32": Always("softmax statistics are fp32"),
+        "--no-masked-softmax-fusion": Refused("softmax is part of the attention kernel"),
+        "--num-experts": Refused(_EXPERTS),
+        "--expert-model-parallel-size": Always(_EXPERTS, ("1",)),
+        # Layout
+        "--tensor-model-parallel-size": Alias("tp"),
+        "--pipeline-model-parallel-size": Alias("pp"),
+        "--context-parallel-size": Always("there is no context parallelism", ("1",)),
+        "--num-layers-per-virtual-pipeline-stage": Refused(
+            "each pipeline rank has one stage: there is no interleaved schedule"
+        ),
+        "--decoder-first-pipeline-num-layers": Refused("give all stages with --pp-layers N,N,..."),
+        "--decoder-last-pipeline-num-layers": Refused("give all stages with --pp-layers N,N,..."),
+        "--use-distributed-optimizer": Refused(
+            "optimizer states are replicated over the data-parallel ranks"
+        ),
+        "--overlap-grad-reduce": Always("gradient buckets are reduced during the last backward"),
+        "--overlap-param-gather": Refused("parameters are not sharded, so there is no gather"),
+        "--tp-comm-overlap": Refused(
+            "it needs Transformer Engine; the reduction of input gradients overlaps anyway"
+        ),
+        "--distributed-backend": Refused("it follows from --device: NCCL on GPUs, gloo on CPUs"),
+        # Batch, length, optimizer
+        "--train-iters": Alias("steps"),
+        "--train-samples": Refused(_SAMPLES),
+        "--rampup-batch-size": Refused("the batch size is constant"),
+        "--optimizer": Always("the optimizer is AdamW (Megatron's adam)", ("adam",)),
+        "--lr-warmup-iters": Alias("lr_warmup_steps"),
+        "--lr-decay-iters": Alias("lr_decay_steps"),
+        "--lr-wsd-decay-iters": Alias("lr_wsd_decay_steps"),
+        "--lr-warmup-samples": Refused(_SAMPLES),
+        "--lr-decay-samples": Refused(_SAMPLES),
+        "--lr-warmup-fraction": Refused("give the warm-up's length in steps: --lr-warmup-iters"),
+        "--eval-iters": Alias("eval_steps"),
+        # Precision and memory
+        "--bf16": Alias("precision", "bf16"),
+        "--fp16": Refused("there is no loss scaling; use --bf16"),
+        "--loss-scale": Refused("there is no loss scaling; bf16 needs none"),
+        "--initial-loss-scale": Refused("there is no loss scaling; bf16 needs none"),
+        "--accumulate-allreduce-grads-in-fp32": Always("gradients are summed in fp32"),
+        "--no-gradient-accumulation-fusion": Refused("gradient accumulation is not fused"),
+        "--recompute-activations": Alias("recompute", "selective"),
+        "--recompute-granularity": Alias("recompute"),
+        "--recompute-method": Always("full recomputation works layer by layer", ("uniform",)),
+        "--recompute-num-layers": Always("full recomputation works layer by layer", ("1",)),
+        "--recompute-modules": Refused("selective recomputation is that of the attention core"),
+        # Data
+        "--data-path": Alias("data"),
+        "--train-data-path": Refused("give one corpus with --data and its shares with --split"),
+        "--valid-data-path": Refused("give one corpus with --data and its shares with --split"),
+        "--tokenizer-type": Refused(_TOKENIZER),
+        "--tokenizer-model": Refused(_TOKENIZER),
+        "--vocab-file": Refused(_TOKENIZER),
+        "--merge-file": Refused(_TOKENIZER),
+        "--num-workers": Refused("the loader maps the corpus into memory and needs no workers"),
+        "--dataloader-type": Refused("the order of samples is a formula of seed and step"),
+        "--reset-position-ids": Refused("positions run through the sample"),
+        "--reset-attention-mask": Refused("attention runs through the sample"),
+        # Checkpoints, logs
+        "--save": Refused(_CHECKPOINTS),
+        "--load": Refused("training starts from initial weights; leave it out"),
+        "--save-interval": Refused(_CHECKPOINTS),
+        "--ckpt-format": Refused(_CHECKPOINTS),
+        "--async-save": Refused(_CHECKPOINTS),
+        "--use-checkpoint-args": Refused("training starts from initial weights; leave it out"),
+        "--finetune": Refused("training starts from initial weights; leave it out"),
+        "--no-load-optim": Refused("training starts from initial weights; leave it out"),
+        "--no-load-rng": Refused("training starts from initial weights; leave it out"),
+        "--exit-interval": Refused("--train-iters ends a run"),
+        "--exit-duration-in-mins": Refused("--train-iters ends a run"),
+        "--exit-signal-handler": Refused("SIGTERM stops all ranks at once"),
+        "--log-throughput": Always("every line shows tokens/s, and MFU on a GPU"),
+        "--tensorboard-dir": Refused(_LOGS),
+        "--wandb-project": Refused(_LOGS),
+        "--wandb-exp-name": Refused(_LOGS),
+        "--timing-log-level": Refused(_LOGS),
+        "--profile": Refused("there is no built-in profiler"),
+        "--deterministic-mode": Refused("on the CPU every run is deterministic; on GPUs none is"),
+    }
+)

@@ -1,0 +1,198 @@
+"""LLaMA, the part of it that one pipeline stage owns, written once for any tensor group.
+
+The whole model is the stage that owns everything. Per layer, with norms before each block:
+
+    x = x + dropout(attention(norm(x)))
+    x = x + dropout(mlp(norm(x)))
+
+Legend: S sequence, B micro-batch, H hidden, V vocabulary (padded). Hidden states are [S/tp, B, H]
+with sequence parallelism and [S, B, H] without.
+
+Source: Touvron et al., "LLaMA", arXiv:2302.13971; Llama 3, arXiv:2407.21783.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megalite.config import Config
+from megalite.layers.attention import Attention
+from megalite.layers.cross_entropy import vocab_parallel_cross_entropy
+from megalite.layers.batch import DropoutPlace
+from megalite.layers.dropout import hidden_dropout
+from megalite.layers.embedding import VocabParallelEmbedding
+from megalite.layers.linear import ColumnParallelLinear, Output
+from megalite.layers.mlp import MLP
+from megalite.layers.norm import RMSNorm
+from megalite.layers.rope import rope_tables
+from megalite.models.stage import StageSpec
+from megalite.parallel.tensor import TensorGroup
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+class DecoderLayer(nn.Module):
+    """One transformer layer.
+
+    Args:
+        config: the run.
+        layer: index in the whole model.
+        tp, dtype, device: as in `Attention`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layer: int,
+        *,
+        tp: TensorGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        super().__init__()
+        model = config.model
+        self.tp, self.layer, self.dropout = tp, layer, model.hidden_dropout
+        where = {"tp": tp, "dtype": dtype, "device": device}
+        prefix = f"model.layers.{layer}"
+        self.attention_norm = RMSNorm(
+            model.hidden_size,
+            model.norm_epsilon,
+            name=f"{prefix}.input_layernorm.weight",
+            **where,
+        )
+        selective = config.train.recompute == "selective"
+        self.attention = Attention(model, layer, recompute_core=selective, **where)
+        self.mlp_norm = RMSNorm(
+            model.hidden_size,
+            model.norm_epsilon,
+            name=f"{prefix}.post_attention_layernorm.weight",
+            **where,
+        )
+        self.mlp = MLP(model, layer, **where)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, place: DropoutPlace | None = None
+    ) -> Tensor:
+        """Hidden states through the layer; `cos`, `sin` are [S, D/2]."""
+        x = x + self._drop(self.attention(self.attention_norm(x), cos, sin, place), place, "o")
+        return x + self._drop(self.mlp(self.mlp_norm(x)), place, "down")
+
+    def _drop(self, x: Tensor, place: DropoutPlace | None, block: str) -> Tensor:
+        first = self.tp.rank * x.shape[0] if self.tp.sequence_parallel else 0
+        return hidden_dropout(x, self.dropout, place, f"layer {self.layer} {block}", first)
+
+
+class LlamaStage(nn.Module):
+    """The embedding, layers, norm and head that one pipeline stage owns.
+
+    Args:
+        config: the run.
+        spec: what the stage owns.
+        tp, dtype, device: as in `Attention`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        spec: StageSpec,
+        *,
+        tp: TensorGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        super().__init__()
+        model = config.model
+        self.config, self.spec, self.tp = config, spec, tp
+        self.dtype, self.device = dtype, device
+        self.recompute = config.train.recompute == "full"
+        where = {"tp": tp, "dtype": dtype, "device": device}
+        padded = model.padded_vocab_size(tp.size)
+        if spec.has_embedding:
+            self.embedding = VocabParallelEmbedding(
+                model.vocab_size,
+                padded,
+                model.hidden_size,
+                name=EMBEDDING,
+                init_std=model.init_method_std,
+                **where,
+            )
+        owned = range(spec.first_layer, spec.first_layer + spec.num_layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer, **where) for layer in owned)
+        if spec.has_head:
+            self.norm = RMSNorm(
+                model.hidden_size, model.norm_epsilon, name="model.norm.weight", **where
+            )
+            self.head = ColumnParallelLinear(
+                model.hidden_size,
+                [
+                    Output(
+                        EMBEDDING if model.tie_embeddings else HEAD,
+                        units=padded,
+                        real_units=model.vocab_size,
+                    )
+                ],
+                init_std=model.init_method_std,
+                **where,
+            )
+        if model.tie_embeddings:
+            self._tie()
+        cos, sin = rope_tables(model, model.seq_length, dtype, device)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _tie(self) -> None:
+        """One matrix for embedding and head: one parameter, or a copy on each end's stage."""
+        if self.spec.has_embedding and self.spec.has_head:
+            self.head.weight = self.embedding.weight
+        elif self.spec.has_embedding:
+            self.embedding.shard = replace(self.embedding.shard, tied_copy=0)
+        elif self.spec.has_head:
+            self.head.shard = replace(self.head.shard, tied_copy=1)
+
+    def hidden_shape(self, length: int, batch: int) -> tuple[int, int, int]:
+        """Shape of the hidden states between stages for sequences of `length` tokens."""
+        local = length // self.tp.size if self.tp.sequence_parallel else length
+        return local, batch, self.config.model.hidden_size
+
+    def forward(self, x: Tensor, place: DropoutPlace | None = None) -> Tensor:
+        """The stage's part of the model.
+
+        Args:
+            x: token ids, int64 [B, S], on the stage with the embedding; else hidden states.
+            place: of the forward pass in the run, for dropout; None in evaluation.
+
+        Returns:
+            Logits [S, B, V/tp] on the stage with the head; else hidden states.
+        """
+        if self.spec.has_embedding:
+            x = self.embedding(x)
+        length = x.shape[0] * (self.tp.size if self.tp.sequence_parallel else 1)
+        cos, sin = self.cos[:length], self.sin[:length]
+        for layer in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(
+                    layer, x, cos, sin, place, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = layer(x, cos, sin, place)
+        if self.spec.has_head:
+            x = self.head(self.norm(x))
+        return x
+
+    def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Negative log likelihood of each label.
+
+        Args:
+            logits: [S, B, V/tp].
+            labels: int64 [B, S].
+
+        Returns:
+            [S, B], at least fp32, equal on all tensor ranks.
+        """
+        vocab_size = self.config.model.vocab_size
+        return vocab_parallel_cross_entropy(logits, labels.t(), vocab_size, self.tp)

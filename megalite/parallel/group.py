@@ -1,0 +1,110 @@
+"""What the managers of all axes share: a rank, a size, and collectives without gradients.
+
+A group of size 1 has no process group and its verbs are identities, so that one rank runs the same
+code as many. The managers of the axes are `TensorGroup`, `PipelineGroup` and `DataGroup`; a layer
+or optimizer is handed the one whose axis it uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed these two; the old names warn there, the new ones are missing before.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass
+class Pending:
+    """The result of a collective under way.
+
+    `wait` returns the tensor once it may be used: at once on a group of size 1, when the
+    collective has finished on the CPU, and with the current stream made to wait on a GPU.
+    `inputs` are kept until then.
+    """
+
+    tensor: Tensor
+    work: dist.Work | None = None
+    inputs: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """The finished tensor."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = self.inputs = None
+        return self.tensor
+
+
+class AxisGroup:
+    """One rank's view of its group on one axis.
+
+    Args:
+        rank: place in the group, 0 first.
+        size: ranks of the group.
+        process_group: torch's handle; None exactly if the size is 1.
+
+    Attributes:
+        rank, size, process_group: as given.
+        world_ranks: world rank of each member.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        assert (process_group is None) == (size == 1), f"size {size} with {process_group}"
+        self.rank, self.size, self.process_group = rank, size, process_group
+        self.world_ranks = (
+            tuple(dist.get_process_group_ranks(process_group)) if process_group else (0,)
+        )
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the group's first rank."""
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the group's last rank."""
+        return self.rank == self.size - 1
+
+    def all_reduce(self, x: Tensor, *, maximum: bool = False) -> Tensor:
+        """Sum (or maximum) over the ranks, in place; every rank holds the same result."""
+        return self.start_all_reduce(x, maximum=maximum).wait()
+
+    def start_all_reduce(self, x: Tensor, *, maximum: bool = False) -> Pending:
+        """`all_reduce` under way; `x` must be contiguous and is changed in place."""
+        if self.size == 1:
+            return Pending(x)
+        op = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
+        return Pending(x, dist.all_reduce(x, op, self.process_group, async_op=True))
+
+    def start_all_gather(self, x: Tensor) -> Pending:
+        """Concatenate the ranks' tensors along dim 0: [n, ...] -> [size n, ...]."""
+        if self.size == 1:
+            return Pending(x)
+        out = torch.empty((self.size * x.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
+        x = x.contiguous()
+        work = _all_gather_single(out, x, group=self.process_group, async_op=True)
+        return Pending(out, work, x)
+
+    def start_reduce_scatter(self, x: Tensor) -> Pending:
+        """Sum over the ranks, of which each keeps its part of dim 0: [size n, ...] -> [n, ...]."""
+        if self.size == 1:
+            return Pending(x)
+        out = torch.empty((x.shape[0] // self.size, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        x = x.contiguous()
+        work = _reduce_scatter_single(out, x, group=self.process_group, async_op=True)
+        return Pending(out, work, x)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        """Copy `x` of the rank `source` of this group to all its ranks, in place."""
+        if self.size > 1:
+            dist.broadcast(x, self.world_ranks[source], self.process_group)
+        return x

@@ -1,0 +1,93 @@
+"""The managers of all axes of one rank, created together in one fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from megalite.config import Config
+from megalite.parallel.data import DataGroup
+from megalite.parallel.group import AxisGroup
+from megalite.parallel.pipeline import PipelineGroup
+from megalite.parallel.tensor import TensorGroup
+from megalite.parallel.topology import AXES, Topology
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """One rank's managers.
+
+    Attributes:
+        topology: the grid.
+        world_rank: this rank.
+        tp, pp, dp: the manager of each axis.
+    """
+
+    topology: Topology
+    world_rank: int
+    tp: TensorGroup
+    pp: PipelineGroup
+    dp: DataGroup
+
+    @classmethod
+    def solo(cls) -> ParallelGroups:
+        """The groups of a run of one rank; needs no process group."""
+        return cls(Topology(), 0, TensorGroup(), PipelineGroup(), DataGroup())
+
+    @classmethod
+    def create(cls, config: Config, device: torch.device) -> ParallelGroups:
+        """Create every group of the layout. All ranks call it, after `init_process_group`.
+
+        The order is fixed: the mesh with its axes, then embedding pairs, then key/value copies.
+        """
+        parallel = config.parallel
+        topology = Topology(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp)
+        if topology.world_size == 1:
+            return cls.solo()
+        world_rank = dist.get_rank()
+        sizes = tuple(getattr(topology, axis) for axis in AXES)
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+        place = topology.coordinates(world_rank)
+        axis_group = {
+            axis: mesh.get_group(axis) if getattr(topology, axis) > 1 else None for axis in AXES
+        }
+        pairs = topology.embedding_pairs() if config.model.tie_embeddings else ()
+        embedding_group = _own_group(pairs, world_rank)
+        kv_group = _own_group(topology.kv_replica_groups(config.model.num_kv_heads), world_rank)
+        groups = cls(
+            topology,
+            world_rank,
+            tp=TensorGroup(
+                place.tp,
+                topology.tp,
+                axis_group["tp"],
+                sequence_parallel=bool(parallel.sequence_parallel),
+                kv_group=kv_group,
+            ),
+            pp=PipelineGroup(
+                place.pp, topology.pp, axis_group["pp"], embedding_group=embedding_group
+            ),
+            dp=DataGroup(place.dp, topology.dp, axis_group["dp"]),
+        )
+        groups._connect(device)
+        return groups
+
+    def _connect(self, device: torch.device) -> None:
+        """One tiny collective on each axis: NCCL connects at the first use, which all ranks must
+        enter together, while the first message of a pipeline concerns two of them only."""
+        for group in (self.tp, self.dp, self.pp, self.pp.embedding_group):
+            group.all_reduce(torch.ones(1, device=device))
+
+
+def _own_group(members: Iterable[tuple[int, ...]], world_rank: int) -> AxisGroup | None:
+    """Create all groups, as every rank must, and return the one that holds this rank."""
+    own = None
+    for ranks in members:
+        process_group = dist.new_group(list(ranks))
+        if world_rank in ranks:
+            own = AxisGroup(ranks.index(world_rank), len(ranks), process_group)
+    return own

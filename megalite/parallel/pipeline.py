@@ -1,0 +1,64 @@
+"""The process-group manager of the pipeline axis: messages between stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.parallel.group import AxisGroup
+
+
+@dataclass(frozen=True)
+class Message:
+    """One tensor to or from another pipeline rank.
+
+    Attributes:
+        tensor: sent, or received into; contiguous.
+        peer: the other's rank on the pipeline axis.
+        is_send: the direction.
+    """
+
+    tensor: Tensor
+    peer: int
+    is_send: bool
+
+
+class PipelineGroup(AxisGroup):
+    """The ranks that pass activations and gradients along the stages.
+
+    Args:
+        rank, size, process_group: see `AxisGroup`.
+        embedding_group: first and last stage's ranks, if they share a tied embedding and this is
+            one of them.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        embedding_group: AxisGroup | None = None,
+    ):
+        super().__init__(rank, size, process_group)
+        self.embedding_group = embedding_group or AxisGroup()
+
+    def exchange(self, messages: Sequence[Message]) -> list[dist.Work]:
+        """Start all messages as one batch; shapes and order are known on both sides.
+
+        Returns:
+            Handles to wait for: one for the whole batch (NCCL) or one per message (gloo).
+        """
+        operations = [
+            dist.P2POp(
+                dist.isend if message.is_send else dist.irecv,
+                message.tensor,
+                self.world_ranks[message.peer],
+                self.process_group,
+            )
+            for message in messages
+        ]
+        return dist.batch_isend_irecv(operations)

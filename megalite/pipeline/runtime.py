@@ -1,0 +1,207 @@
+"""The executor: runs a program's actions of one pipeline rank, whatever schedule they come from.
+
+It knows stages, messages and autograd, and no schedule. Nothing here waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from megalite.layers.batch import DropoutPlace, MicroBatch
+from megalite.models.stage import StageSpec
+from megalite.parallel.pipeline import Message, PipelineGroup
+from megalite.pipeline.actions import Action, Exchange, Op, Program
+from megalite.pipeline.check import peer_rank
+
+Head = Callable[[Tensor, MicroBatch], Tensor]
+"""What becomes of the last stage's output: a scalar to differentiate, or a result."""
+
+
+class Stage(Protocol):
+    """What the executor asks of a stage; `megalite.models.llama.LlamaStage` is one."""
+
+    spec: StageSpec
+    dtype: torch.dtype
+    device: torch.device
+
+    def hidden_shape(self, length: int, batch: int) -> tuple[int, ...]:
+        """Shape of the hidden states between stages."""
+        ...
+
+    def __call__(self, x: Tensor, place: DropoutPlace | None) -> Tensor:
+        """The stage's forward."""
+        ...
+
+
+Place = tuple[int, int]
+"""(stage, micro-batch)"""
+
+
+@dataclass
+class _Flight:
+    """What is alive during one run of a program.
+
+    Attributes:
+        activations: inputs received or made here for a forward to come.
+        gradients: gradients of a stage's output, received or made here.
+        outgoing: what a send will take: outputs and input gradients.
+        graphs: for each backward to come, the stage's input and the edge of its output; the output
+            itself is not kept.
+        sends: messages on their way, with the tensors they read.
+        results: what the head returned, by micro-batch.
+    """
+
+    activations: dict[Place, Tensor] = field(default_factory=dict)
+    gradients: dict[Place, Tensor] = field(default_factory=dict)
+    outgoing: dict[Action, Tensor] = field(default_factory=dict)
+    graphs: dict[Place, tuple[Tensor, GradientEdge, Tensor | None]] = field(default_factory=dict)
+    sends: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
+    results: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Executor:
+    """Runs programs on this rank's stages.
+
+    Args:
+        stages: this rank's stages by number.
+        pp: the pipeline group.
+        before_last_backward: called with a stage's number before its last backward of a run, so
+            that its gradients are reduced as they become final.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[int, Stage],
+        pp: PipelineGroup,
+        before_last_backward: Callable[[int], None],
+    ):
+        self.stages, self.pp = stages, pp
+        self._before_last_backward = before_last_backward
+
+    def run(self, program: Program, batch: Sequence[MicroBatch], head: Head) -> dict[int, Tensor]:
+        """Run one step.
+
+        Args:
+            program: checked; its number of micro-batches is that of `batch`.
+            batch: all of one shape.
+            head: applied to the last stage's output. If the program has backwards, it returns the
+                scalar whose gradient they compute.
+
+        Returns:
+            The head's results (detached) by micro-batch; empty on ranks without the last stage.
+        """
+        flight = _Flight()
+        steps = program.ranks[self.pp.rank]
+        last_backward = {
+            step.stage: index
+            for index, step in enumerate(steps)
+            if isinstance(step, Action) and step.op is Op.BACKWARD
+        }
+        for index, step in enumerate(steps):
+            if isinstance(step, Exchange):
+                self._exchange(program, step, batch, flight)
+            elif step.op is Op.FORWARD:
+                self._forward(program, step, batch[step.micro_batch], head, flight)
+            else:
+                if last_backward[step.stage] == index:
+                    self._before_last_backward(step.stage)
+                self._backward(program, step, flight)
+        for work, _ in flight.sends:
+            work.wait()
+        return flight.results
+
+    def _forward(
+        self,
+        program: Program,
+        action: Action,
+        micro_batch: MicroBatch,
+        head: Head,
+        flight: _Flight,
+    ) -> None:
+        stage, place = self.stages[action.stage], (action.stage, action.micro_batch)
+        differentiate = program.plan.has_backward
+        if stage.spec.has_embedding:
+            x = micro_batch.tokens
+        else:
+            x = flight.activations.pop(place).requires_grad_(differentiate)
+        out = stage(x, micro_batch.place)
+        if stage.spec.has_head:
+            out = head(out, micro_batch)
+            flight.results[action.micro_batch] = out.detach()
+        if differentiate:
+            seed = torch.ones_like(out) if stage.spec.has_head else None
+            flight.graphs[place] = (x, get_gradient_edge(out), seed)
+        if not stage.spec.has_head:
+            self._hand_on(program, action, Op.SEND_FORWARD, 1, out.detach(), flight)
+
+    def _backward(self, program: Program, action: Action, flight: _Flight) -> None:
+        place = (action.stage, action.micro_batch)
+        x, edge, gradient = flight.graphs.pop(place)
+        if gradient is None:
+            gradient = flight.gradients.pop(place)
+        torch.autograd.backward(edge, gradient)
+        if not self.stages[action.stage].spec.has_embedding:
+            assert x.grad is not None, f"{action} gave its input no gradient"
+            self._hand_on(program, action, Op.SEND_BACKWARD, -1, x.grad, flight)
+
+    def _hand_on(
+        self,
+        program: Program,
+        action: Action,
+        op: Op,
+        direction: int,
+        tensor: Tensor,
+        flight: _Flight,
+    ) -> None:
+        """Give a result to the neighbouring stage: on this rank, or to the message that sends it."""
+        neighbour = action.stage + direction
+        if program.plan.stage_rank[neighbour] == self.pp.rank:
+            box = flight.activations if op is Op.SEND_FORWARD else flight.gradients
+            box[neighbour, action.micro_batch] = tensor
+        else:
+            flight.outgoing[Action(action.stage, op, action.micro_batch)] = tensor
+
+    def _exchange(
+        self, program: Program, step: Exchange, batch: Sequence[MicroBatch], flight: _Flight
+    ) -> None:
+        messages = [self._message(program, action, batch, flight) for action in step.messages]
+        works = self.pp.exchange(messages)
+        for action, message in zip(step.messages, messages, strict=True):
+            place = (action.stage, action.micro_batch)
+            if action.op is Op.RECV_FORWARD:
+                flight.activations[place] = message.tensor
+            elif action.op is Op.RECV_BACKWARD:
+                flight.gradients[place] = message.tensor
+        if len(works) == len(messages):
+            # One handle each: only what arrives is waited for, sends finish on their own.
+            for work, message in zip(works, messages, strict=True):
+                if message.is_send:
+                    flight.sends.append((work, message.tensor))
+                else:
+                    work.wait()
+        else:
+            for work in works:
+                work.wait()
+        while flight.sends and flight.sends[0][0].is_completed():
+            flight.sends.popleft()
+
+    def _message(
+        self, program: Program, action: Action, batch: Sequence[MicroBatch], flight: _Flight
+    ) -> Message:
+        peer = peer_rank(program.plan, action)
+        if action.op in (Op.SEND_FORWARD, Op.SEND_BACKWARD):
+            return Message(flight.outgoing.pop(action).contiguous(), peer, is_send=True)
+        stage = self.stages[action.stage]
+        samples, length = batch[action.micro_batch].tokens.shape
+        buffer = torch.empty(
+            stage.hidden_shape(length, samples), dtype=stage.dtype, device=stage.device
+        )
+        return Message(buffer, peer, is_send=False)

@@ -1,0 +1,225 @@
+"""Pretrain a LLaMA-family model from initial weights.
+
+    python -m megalite.pretrain                     one rank, the built-in corpus
+    python -m megalite.pretrain --tp 4 --pp 2       eight ranks on this machine
+    torchrun --nproc-per-node 8 -m megalite.pretrain --tp 4 --pp 2
+    srun --ntasks 16 python -m megalite.pretrain --tp 8 --dp 2 --data corpus
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import megalite
+from megalite import cli, report
+from megalite.check import check
+from megalite.config import Config, resolve, resolve_device
+from megalite.errors import ConfigError
+from megalite.parallel.environment import World, detect_world
+
+if TYPE_CHECKING:
+    from megalite.data.corpus import Corpus
+    from megalite.parallel.launch import Rank
+    from megalite.trainer import Result, Trainer
+
+PROMPT_TOKENS = 40
+"""Length of the piece of validation text that the closing sample continues."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: flags; default: of this process.
+
+    Returns:
+        Exit code: 0 done, 2 bad input, 128 + signal when stopped, else 1.
+    """
+    world = None
+    try:
+        command = cli.parse(
+            sys.argv[1:] if argv is None else argv,
+            prog="python -m megalite.pretrain",
+            description="Pretrain a LLaMA-family model, on one rank or on many.",
+        )
+        world = detect_world(os.environ)
+        config = resolve(command.config, world.size if world else None)
+        check(config, world)
+        if command.print_config:
+            print(cli.to_toml(config), end="")
+        elif command.dry_run:
+            _describe(config)
+        else:
+            return _start(config, world)
+    except ConfigError as error:
+        if world is None or world.rank == 0:
+            print(error.message(), file=sys.stderr)
+        return 2
+    return 0
+
+
+def cli_main() -> None:
+    """Entry point of the console script."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("\nmegalite: stopped by SIGINT", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _describe(config: Config) -> None:
+    """The dry run: everything that follows from the configuration."""
+    print(
+        report.opening(
+            config,
+            version=megalite.__version__,
+            device="chosen at start",
+            back_ends=None,
+            data=config.data.data or ("random" if config.data.mock_data else "standard library"),
+            folder=str(Path(config.run.runs) / (config.run.name or "<date>-<model>-<layout>")),
+        )
+    )
+    print("\n" + report.timeline(config))
+
+
+def _start(config: Config, world: World | None) -> int:
+    """Prepare the data, choose the device, start or join the ranks."""
+    from megalite.data.corpus import prepare_corpus
+    from megalite.data.samples import open_samples
+
+    corpus = prepare_corpus(config.data)
+    open_samples(config, corpus)
+    from megalite.parallel import launch
+
+    device, why = launch.choose_device(config, world.local_size if world else config.world_size)
+    config = resolve_device(config, device)
+    if world is None or world.rank == 0:
+        config = _claim_folder(config)
+    job = partial(_train, corpus=corpus, device_line=why)
+    facts = {"corpus": corpus.fingerprint}
+    if world is not None:
+        return launch.join(config, world, job, facts)
+    return launch.launch(config, job, facts)
+
+
+def _claim_folder(config: Config) -> Config:
+    """Create the run's folder and give the configuration its name.
+
+    Raises:
+        ConfigError: the folder exists, or cannot be made.
+    """
+    parallel = config.parallel
+    layout = f"tp{parallel.tp}-pp{parallel.pp}-dp{parallel.dp}"
+    base = config.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.model}-{layout}"
+    name, attempt = base, 1
+    while True:
+        folder = Path(config.run.runs) / name
+        try:
+            folder.mkdir(parents=True)
+            return config.replace(name=name)
+        except FileExistsError:
+            if config.run.name:
+                raise ConfigError(
+                    f"--name {name}: {folder} exists; choose another name or remove it"
+                ) from None
+            attempt += 1
+            name = f"{base}-{attempt}"
+        except OSError as error:
+            raise ConfigError(f"--runs {config.run.runs}: {folder}: {error.strerror}") from None
+
+
+def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> None:
+    """One rank's whole run: train, sample, save, say how it went."""
+    from contextlib import nullcontext
+
+    from megalite.metrics import RunLog
+    from megalite.trainer import Trainer
+
+    config = rank.config
+    folder = Path(config.run.runs) / config.run.name
+    first = rank.groups.world_rank == 0
+    if first:
+        _open_run(config, corpus, device_line, folder)
+    trainer = Trainer(config, corpus, rank.groups, rank.device)
+    with RunLog(config, folder, rank.device) if first else nullcontext() as log:
+        result = trainer.fit(log)
+        sample = _sample(trainer)
+        if config.run.save_weights:
+            trainer.save(folder / "weights")
+        if first:
+            assert log is not None
+            log.say(_closing(config, corpus, result, sample, folder, trainer))
+
+
+def _open_run(config: Config, corpus: Corpus, device_line: str, folder: Path) -> None:
+    import json
+
+    from megalite_kernels import BACK_ENDS
+
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
+    print(
+        report.opening(
+            config,
+            version=megalite.__version__,
+            device=device_line,
+            back_ends={"attention": "torch SDPA", **BACK_ENDS},
+            data=corpus.describe(),
+            folder=str(folder),
+        )
+        + "\n",
+        flush=True,
+    )
+
+
+def _sample(trainer: Trainer) -> tuple[str, str] | None:
+    """(prompt, continuation) as text; None if there is no text to show."""
+    from megalite.sampling import generate
+    from megalite.tokenizer.byte import ByteTokenizer
+
+    count = trainer.config.run.sample_length
+    if not count or not trainer.corpus.text_bytes:
+        return None
+    tokenizer = ByteTokenizer()
+    prompt = trainer.prompt(PROMPT_TOKENS)
+    return tokenizer.decode(prompt), tokenizer.decode(generate(trainer, prompt, count))
+
+
+def _closing(
+    config: Config,
+    corpus: Corpus,
+    result: Result,
+    sample: tuple[str, str] | None,
+    folder: Path,
+    trainer: Trainer,
+) -> str:
+    lines = [""]
+    if sample is not None:
+        lines += [f"sample, continuing {sample[0]!r}:", sample[1], ""]
+    lines.append(f"final train loss {result.train_loss:.4f} nats per token")
+    if result.valid_loss is not None:
+        bits = trainer.bits_per_byte(result.valid_loss)
+        lines.append(
+            f"final valid loss {result.valid_loss:.4f} nats per token"
+            + (f" = {bits:.4f} bits per byte" if bits is not None else "")
+        )
+    if corpus.unigram_nats:
+        lines.append(
+            f"for comparison   {corpus.unigram_nats:.4f} knowing token counts only, "
+            f"{corpus.bigram_nats:.4f} knowing pairs of neighbours"
+        )
+    lines += ["", f"written to {folder}: metrics.jsonl, config.json, weights/", "next:"]
+    lines.append(f"  python -m megalite.pretrain --config {folder}/config.json --name again")
+    lines.append("  python -m megalite.pretrain --tp 2 --pp 2 --data my.txt --steps 500")
+    lines.append("  python -m megalite.pretrain --model llama3-8b --tp 4 --pp 2 --dry-run")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli_main()

@@ -1,0 +1,157 @@
+"""The lines a run opens with: layout, sizes, memory, back ends, data. No torch import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megalite.config import Config
+from megalite.estimate import (
+    flops_per_token,
+    rank_estimate,
+    rank_parameters,
+    whole_parameters,
+)
+from megalite.models.stage import stage_specs
+from megalite.parallel.topology import Topology
+from megalite.pipeline.actions import Op
+from megalite.pipeline.check import check_program
+from megalite.pipeline.draw import LEGEND, draw_timeline
+from megalite.pipeline.lower import lower
+from megalite.pipeline.schedules import SCHEDULES
+from megalite.pipeline.simulate import simulate
+
+MOST_RANKS_LISTED = 16
+
+
+def opening(
+    config: Config,
+    *,
+    version: str,
+    device: str,
+    back_ends: Mapping[str, str] | None,
+    data: str,
+    folder: str,
+) -> str:
+    """The opening of a run, or of a dry run.
+
+    Args:
+        config: resolved; a precision of `auto` is estimated as bf16 and said to be open.
+        version: of megalite.
+        device: what the ranks run on, and why.
+        back_ends: implementation of each operation; None if they are chosen at start.
+        data: what the model reads.
+        folder: where the run is written.
+    """
+    model, parallel, train = config.model, config.parallel, config.train
+    shape = (
+        f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads"
+        f" ({model.num_kv_heads} kv), ffn {model.ffn_hidden_size}, vocabulary {model.vocab_size}"
+        f" (padded to {model.padded_vocab_size(parallel.tp)})"
+    )
+    kernels = (
+        ", ".join(f"{op}: {name}" for op, name in back_ends.items())
+        if back_ends
+        else "chosen at start"
+    )
+    rows = [
+        ("model", f"{model.model}: {_si(whole_parameters(config))} parameters; {shape}"),
+        ("layout", _layout(config)),
+        ("device", device),
+        ("kernels", kernels),
+        ("batch", _batch(config)),
+        (
+            "training",
+            f"{train.steps} steps, {_si(train.steps * config.tokens_per_step)} tokens, "
+            f"AdamW, lr {train.lr:g} ({train.lr_decay_style}, {train.lr_warmup_steps} warm-up), "
+            f"{_precision(config)}, recompute {train.recompute}",
+        ),
+        ("arithmetic", f"{_si(flops_per_token(config) * config.tokens_per_step)}FLOP a step"),
+        ("data", data),
+        ("run", folder),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"megalite {version}"] + [f"  {name:<{width}s}  {text}" for name, text in rows]
+    return "\n".join(lines + ["", _rank_table(config)])
+
+
+def timeline(config: Config) -> str:
+    """The pipeline's picture, if forwards take one unit and backwards two."""
+    schedule, pp = config.parallel.schedule, config.parallel.pp
+    program = lower(SCHEDULES[schedule](pp, config.num_micro_batches))
+    check_program(program)
+    step = simulate(program, {Op.FORWARD: 1.0, Op.BACKWARD: 2.0})
+    return (
+        f"pipeline: {schedule}, {config.num_micro_batches} micro-batches, "
+        f"{100 * step.bubble():.1f}% idle ({LEGEND})\n{draw_timeline(step)}"
+    )
+
+
+def _layout(config: Config) -> str:
+    parallel = config.parallel
+    text = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp} = {config.world_size} rank"
+    text += "s" if config.world_size > 1 else ""
+    if parallel.sequence_parallel and parallel.tp > 1:
+        text += ", sequence parallel"
+    if parallel.pp > 1:
+        text += f", {parallel.schedule}"
+    return text
+
+
+def _batch(config: Config) -> str:
+    train = config.train
+    return (
+        f"{train.global_batch_size} samples of {config.model.seq_length} tokens a step "
+        f"= {config.num_micro_batches} micro-batches of {train.micro_batch_size} "
+        f"on {config.parallel.dp} data rank{'s' if config.parallel.dp > 1 else ''}; "
+        f"{_si(config.tokens_per_step)} tokens"
+    )
+
+
+def _precision(config: Config) -> str:
+    if config.train.precision == "auto":
+        return "bf16 on GPUs, fp32 on a CPU"
+    return config.train.precision
+
+
+def _rank_table(config: Config) -> str:
+    """Coordinates, layers, parameters and memory; one line per stage if there are many ranks."""
+    known = config if config.train.precision != "auto" else config.replace(precision="bf16")
+    topology = Topology(tp=config.parallel.tp, pp=config.parallel.pp, dp=config.parallel.dp)
+    lines = [f"  {'ranks':>9s}  {'pp dp tp':>12s}  {'owns':<28s} parameters  memory per rank"]
+    specs = stage_specs(config)
+    for spec in specs:
+        memory = rank_estimate(known, spec)
+        owned = f"layers {spec.first_layer}-{spec.first_layer + spec.num_layers - 1}"
+        owned = ("embedding, " if spec.has_embedding else "") + owned
+        owned += ", head" if spec.has_head else ""
+        detail = (
+            f"{_si(rank_parameters(config, spec)):>10s}  {_gib(memory.total)} "
+            f"(weights {_gib(memory.weights)}, gradients {_gib(memory.gradients)}, "
+            f"optimizer {_gib(memory.optimizer)}, activations "
+            f"{_gib(memory.activations + memory.logits)})"
+        )
+        here = [r for r in range(topology.world_size) if topology.coordinates(r).pp == spec.stage]
+        if topology.world_size > MOST_RANKS_LISTED:
+            span = f"{here[0]}-{here[-1]}"
+            place = f"{spec.stage} all all"
+            lines.append(f"  {span:>9s}  {place:>12s}  {owned:<28s} {detail}")
+            continue
+        for rank in here:
+            at = topology.coordinates(rank)
+            place = f"{at.pp:>2d} {at.dp:>2d} {at.tp:>2d}"
+            text = detail if rank == here[0] else "         \""
+            lines.append(f"  {rank:>9d}  {place:>12s}  {owned:<28s} {text}")
+    if config.train.precision == "auto":
+        lines.append("  memory as on GPUs, in bf16; it leaves out what the libraries themselves need")
+    return "\n".join(lines)
+
+
+def _si(number: float) -> str:
+    for limit, suffix in ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.0f} "
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.3g} GiB" if count >= 2**28 else f"{count / 2**20:.3g} MiB"

@@ -1,0 +1,211 @@
+"""Build a run from its parts, take a step, run to the end: the only place that knows them all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.weights import save_weights
+from megalite.config import Config
+from megalite.data.corpus import Corpus
+from megalite.data.loader import Batch, Loader
+from megalite.data.samples import open_samples
+from megalite.layers.batch import MicroBatch
+from megalite.layers.shard import initialize
+from megalite.metrics import DelayedScalars, Reading, RunLog
+from megalite.models.llama import LlamaStage
+from megalite.models.stage import stage_specs
+from megalite.optim.flat import FlatParameters
+from megalite.optim.lr import learning_rate
+from megalite.optim.optimizer import Optimizer
+from megalite.parallel.groups import ParallelGroups
+from megalite.pipeline.actions import Program
+from megalite.pipeline.check import check_program
+from megalite.pipeline.lower import lower
+from megalite.pipeline.runtime import Executor
+from megalite.pipeline.schedules import SCHEDULES, forward_only
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended; equal on all ranks.
+
+    Attributes:
+        train_loss: of the last step [nats per token].
+        valid_loss: of the last validation, None if there was none.
+    """
+
+    train_loss: float
+    valid_loss: float | None
+
+
+class Trainer:
+    """One rank's part of a run.
+
+    Args:
+        config: fully resolved.
+        corpus: prepared.
+        groups: of this rank.
+        device: of this rank.
+    """
+
+    def __init__(
+        self, config: Config, corpus: Corpus, groups: ParallelGroups, device: torch.device
+    ):
+        self.config, self.corpus, self.groups, self.device = config, corpus, groups, device
+        dtype = DTYPES[config.train.precision]
+        plan = SCHEDULES[config.parallel.schedule](config.parallel.pp, config.num_micro_batches)
+        self.program = _checked(lower(plan))
+        self.stages: dict[int, LlamaStage] = {}
+        for spec in stage_specs(config):
+            if plan.stage_rank[spec.stage] == groups.pp.rank:
+                stage = LlamaStage(config, spec, tp=groups.tp, dtype=dtype, device=device)
+                initialize(stage, config.train.seed)
+                self.stages[spec.stage] = stage
+        self.flats = {number: FlatParameters(s, groups) for number, s in self.stages.items()}
+        self.executor = Executor(
+            self.stages, groups.pp, lambda number: self.flats[number].begin_last_backward()
+        )
+        self.optimizer = Optimizer(list(self.flats.values()), groups, config.train)
+        train, self._valid = open_samples(config, corpus)
+        self.loader = Loader(config, train, self._valid, groups.dp, device)
+        self._last_stage = self.stages.get(plan.num_stages - 1)
+
+    def train_step(self, step: int) -> Tensor:
+        """Optimizer step `step`, 0 first.
+
+        Returns:
+            fp64 [2] on the device: gradient norm before clipping, loss [nats per token]. Equal on
+            all ranks.
+        """
+        batch = self.loader.train_batch(step)
+        scale = 1.0 / self._global_tokens(batch)
+        for flat in self.flats.values():
+            flat.zero_gradients()
+
+        def head(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+            losses = self._token_losses(logits, micro_batch)
+            return losses.sum() * scale.to(losses.dtype)
+
+        losses = self.executor.run(self.program, batch.micro_batches, head)
+        for flat in self.flats.values():
+            flat.finish_reduction()
+        loss = self.groups.dp.all_reduce(self._sum(losses))
+        return self.optimizer.clip_and_step(learning_rate(self.config.train, step), loss)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss over the validation samples [nats per token], equal on all ranks."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+        def head(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+            return self._token_losses(logits, micro_batch).sum()
+
+        for batch in self.loader.validation_batches():
+            program = self._forward_program(len(batch.micro_batches))
+            losses = self.executor.run(program, batch.micro_batches, head)
+            totals[0] += self._sum(losses)[0]
+            if self._last_stage is not None:
+                totals[1] += batch.counted_tokens
+        self.groups.pp.all_reduce(self.groups.dp.all_reduce(totals))
+        total, tokens = totals.tolist()
+        return total / tokens
+
+    @torch.no_grad()
+    def next_token_logits(self, tokens: list[int]) -> Tensor | None:
+        """Logits of the token after `tokens`, through all pipeline and tensor ranks.
+
+        Args:
+            tokens: any number from 1 to the sequence length, the same on all ranks.
+
+        Returns:
+            [V] on the ranks of the last stage, None on the others. Under sequence parallelism the
+            tokens are padded on the right to a multiple of tp, which a causal model does not see.
+        """
+        last = len(tokens) - 1
+        padding = -len(tokens) % (self.groups.tp.size if self.groups.tp.sequence_parallel else 1)
+        row = torch.tensor([tokens + [0] * padding], device=self.device)
+        micro_batch = MicroBatch(row, row, torch.ones_like(row, dtype=torch.bool))
+
+        def head(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+            return self.groups.tp.start_all_gather(logits[last, 0]).wait()
+
+        results = self.executor.run(self._forward_program(1), [micro_batch], head)
+        return results[0][: self.config.model.vocab_size] if results else None
+
+    def fit(self, log: RunLog | None) -> Result:
+        """Train to the end, with validations on the way.
+
+        Args:
+            log: on the rank that keeps the record, None on the others.
+        """
+        train = self.config.train
+        scalars = DelayedScalars(self.device)
+        valid_loss = None
+        loss = float("nan")
+
+        def record(step: int, reading: Reading | None) -> None:
+            nonlocal loss
+            if reading is not None:
+                loss = reading.values[1]
+                if log is not None:
+                    log.step(step, reading, learning_rate(train, step - 1))
+
+        for step in range(1, train.steps + 1):
+            scalars.begin()
+            record(step - 1, scalars.push(self.train_step(step - 1)))
+            if step == train.steps or (train.eval_interval and step % train.eval_interval == 0):
+                record(step, scalars.flush())
+                if train.eval_steps:
+                    valid_loss = self.validate()
+                    if log is not None:
+                        log.validation(step, valid_loss, self.bits_per_byte(valid_loss))
+        return Result(loss, valid_loss)
+
+    def prompt(self, length: int) -> list[int]:
+        """The first tokens of the validation split, the same on all ranks."""
+        return self._valid.read(0)[:length].tolist()
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """A loss per token as bits per byte of text; None if the text's size is unknown."""
+        corpus = self.corpus
+        if not corpus.text_bytes:
+            return None
+        return loss / torch.log(torch.tensor(2.0)).item() * corpus.tokens / corpus.text_bytes
+
+    def save(self, folder: Path) -> None:
+        """Write the final weights."""
+        save_weights(folder, self.stages.values(), self.groups)
+
+    def _token_losses(self, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """Losses of the tokens that count; zero for the others. [S, B]."""
+        assert self._last_stage is not None, "only the last stage has logits"
+        losses = self._last_stage.token_losses(logits, micro_batch.labels)
+        return losses.masked_fill(~micro_batch.mask.t(), 0.0)
+
+    def _global_tokens(self, batch: Batch) -> Tensor:
+        """Tokens that count in the global batch, fp64 [] on the device; at least 1."""
+        count = torch.tensor(float(batch.counted_tokens), dtype=torch.float64)
+        if self.device.type == "cuda":
+            count = count.pin_memory()
+        count = count.to(self.device, non_blocking=True)
+        return self.groups.dp.all_reduce(count).clamp(min=1.0)
+
+    def _sum(self, results: dict[int, Tensor]) -> Tensor:
+        """fp64 [1]: sum over this rank's micro-batches; zero off the last stage."""
+        if not results:
+            return torch.zeros(1, dtype=torch.float64, device=self.device)
+        return torch.stack(list(results.values())).double().sum()[None]
+
+    def _forward_program(self, num_micro_batches: int) -> Program:
+        return lower(forward_only(self.groups.pp.size, num_micro_batches))
+
+
+def _checked(program: Program) -> Program:
+    check_program(program)
+    return program
