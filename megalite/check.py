@@ -156,9 +156,7 @@ def _stages(config: Config) -> Violations:
         )
     split = parallel.pp_layers
     if split and len(split) != parallel.pp:
-        yield (
-            f"--pp-layers {_join(split)} names {len(split)} stages, but --pp is {parallel.pp}"
-        )
+        yield (f"--pp-layers {_join(split)} names {len(split)} stages, but --pp is {parallel.pp}")
     if split and sum(split) != layers:
         yield f"--pp-layers {_join(split)} adds up to {sum(split)}, but --num-layers is {layers}"
     if any(count < 1 for count in split):

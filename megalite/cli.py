@@ -135,7 +135,9 @@ def _help(spec: FieldSpec) -> str:
     if spec.name == "model":
         doc += " One of: " + ", ".join(PRESETS) + "."
     if not _is_bool(spec) and spec.default not in ("", (), 0):
-        doc += f" (default: {spec.default:g})" if _is_number(spec) else f" (default: {spec.default})"
+        doc += (
+            f" (default: {spec.default:g})" if _is_number(spec) else f" (default: {spec.default})"
+        )
     elif isinstance(spec.default, bool):
         doc += f" (default: {'on' if spec.default else 'off'})"
     elif spec.default == 0 and "0:" not in spec.doc:
@@ -177,9 +179,7 @@ def _apply_megatron_flags(
                 texts[name] = text
 
 
-def _read_file(
-    path: Path, specs: Mapping[str, FieldSpec], problems: list[str]
-) -> dict[str, Any]:
+def _read_file(path: Path, specs: Mapping[str, FieldSpec], problems: list[str]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)

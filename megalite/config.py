@@ -44,7 +44,7 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = option(
         128, "The vocabulary is padded to a multiple of this times tp.", metavar="TOKENS"
     )
-    seq_length: int = option(256, "Length of a training sample.", metavar="TOKENS")
+    seq_length: int = option(128, "Length of a training sample.", metavar="TOKENS")
     tie_embeddings: bool = option(False, "Share one matrix between the embedding and the head.")
     norm_epsilon: float = option(1e-5, "Added to the mean square in RMSNorm.", metavar="X")
     rope_theta: float = option(10000.0, "Base of the rotary frequencies.", metavar="X")
@@ -88,9 +88,7 @@ class ParallelConfig:
 
     tp: int = option(1, "Tensor-parallel ranks: each holds 1/tp of every matrix.", metavar="RANKS")
     pp: int = option(1, "Pipeline-parallel ranks: each holds some layers.", metavar="RANKS")
-    dp: int = option(
-        0, "Data-parallel ranks. 0: world size / (tp x pp), or 1.", metavar="RANKS"
-    )
+    dp: int = option(0, "Data-parallel ranks. 0: world size / (tp x pp), or 1.", metavar="RANKS")
     sequence_parallel: bool | None = option(
         None, "Split norms and dropout along the sequence over tp. Default: on if tp > 1."
     )
@@ -133,9 +131,7 @@ class TrainConfig:
     lr_wsd_decay_steps: int = option(
         0, "WSD: length of the final decay. 0: a tenth of the steps.", metavar="STEPS"
     )
-    weight_decay: float = option(
-        0.1, "Decoupled weight decay; norm weights get none.", metavar="X"
-    )
+    weight_decay: float = option(0.1, "Decoupled weight decay; norm weights get none.", metavar="X")
     adam_beta1: float = option(0.9, "AdamW: decay of the first moment.", metavar="X")
     adam_beta2: float = option(0.95, "AdamW: decay of the second moment.", metavar="X")
     adam_eps: float = option(1e-8, "AdamW: added to the root of the second moment.", metavar="X")
@@ -170,9 +166,7 @@ class DataConfig:
     split: str = option(
         "95,5", "Shares of training and validation; a third one is left out.", metavar="A,B[,C]"
     )
-    eod_mask_loss: bool = option(
-        False, "Leave the token after an end of document out of the loss."
-    )
+    eod_mask_loss: bool = option(False, "Leave the token after an end of document out of the loss.")
     data_cache_path: str = option(
         "", "Tokenized corpora. Default: the user's cache folder.", metavar="DIR"
     )
@@ -308,9 +302,7 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     if not train.lr_decay_steps:
         resolved = resolved.replace(lr_decay_steps=max(1, resolved.train.steps))
     if train.lr_decay_style == "WSD" and not train.lr_wsd_decay_steps:
-        resolved = resolved.replace(
-            lr_wsd_decay_steps=max(1, resolved.train.lr_decay_steps // 10)
-        )
+        resolved = resolved.replace(lr_wsd_decay_steps=max(1, resolved.train.lr_decay_steps // 10))
     return resolved
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megalite.config import Config
-from megalite.models.stage import StageSpec, stage_specs
+from megalite.models.stage import StageSpec
 from megalite.pipeline.schedules import SCHEDULES
 
 WEIGHT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp32": 4, "fp64": 8})
@@ -46,9 +46,7 @@ def whole_parameters(config: Config) -> int:
     layer = _layer_matrices(config, tp=1) + 2 * model.hidden_size
     tables = 1 if model.tie_embeddings else 2
     return (
-        model.num_layers * layer
-        + tables * model.vocab_size * model.hidden_size
-        + model.hidden_size
+        model.num_layers * layer + tables * model.vocab_size * model.hidden_size + model.hidden_size
     )
 
 

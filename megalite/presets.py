@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-
 _LARGE_RUN: Mapping[str, Any] = MappingProxyType(
     dict(
         micro_batch_size=1,
@@ -23,6 +22,7 @@ _LARGE_RUN: Mapping[str, Any] = MappingProxyType(
         eval_interval=250,
     )
 )
+
 
 def _llama2(layers: int, hidden: int, heads: int, ffn: int, kv_heads: int = 0) -> dict[str, Any]:
     return dict(
@@ -64,8 +64,16 @@ _LLAMA32_ROPE: Mapping[str, Any] = MappingProxyType(
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        # The defaults of the fields themselves: 0.9 M parameters, minutes on a laptop's CPU.
-        "tiny": {},
+        # Its shape is the fields' own defaults: 0.9 M parameters, two minutes on a laptop's CPU.
+        "tiny": dict(
+            init_method_std=0.06,
+            micro_batch_size=8,
+            global_batch_size=32,
+            steps=120,
+            lr=4e-3,
+            lr_warmup_steps=12,
+            eval_steps=8,
+        ),
         "125m": dict(
             num_layers=12,
             hidden_size=768,

@@ -1,9 +1,9 @@
 """Pretrain a LLaMA-family model from initial weights.
 
-    python -m megalite.pretrain                     one rank, the built-in corpus
-    python -m megalite.pretrain --tp 4 --pp 2       eight ranks on this machine
-    torchrun --nproc-per-node 8 -m megalite.pretrain --tp 4 --pp 2
-    srun --ntasks 16 python -m megalite.pretrain --tp 8 --dp 2 --data corpus
+python -m megalite.pretrain                     one rank, the built-in corpus
+python -m megalite.pretrain --tp 4 --pp 2       eight ranks on this machine
+torchrun --nproc-per-node 8 -m megalite.pretrain --tp 4 --pp 2
+srun --ntasks 16 python -m megalite.pretrain --tp 8 --dp 2 --data corpus
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> None:
             trainer.save(folder / "weights")
         if first:
             assert log is not None
-            log.say(_closing(config, corpus, result, sample, folder, trainer))
+            log.say(_closing(corpus, result, sample, folder, trainer))
 
 
 def _open_run(config: Config, corpus: Corpus, device_line: str, folder: Path) -> None:
@@ -192,7 +192,6 @@ def _sample(trainer: Trainer) -> tuple[str, str] | None:
 
 
 def _closing(
-    config: Config,
     corpus: Corpus,
     result: Result,
     sample: tuple[str, str] | None,

@@ -71,7 +71,7 @@ def opening(
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"megalite {version}"] + [f"  {name:<{width}s}  {text}" for name, text in rows]
-    return "\n".join(lines + ["", _rank_table(config)])
+    return "\n".join([*lines, "", _rank_table(config)])
 
 
 def timeline(config: Config) -> str:
@@ -139,10 +139,12 @@ def _rank_table(config: Config) -> str:
         for rank in here:
             at = topology.coordinates(rank)
             place = f"{at.pp:>2d} {at.dp:>2d} {at.tp:>2d}"
-            text = detail if rank == here[0] else "         \""
+            text = detail if rank == here[0] else '         "'
             lines.append(f"  {rank:>9d}  {place:>12s}  {owned:<28s} {text}")
     if config.train.precision == "auto":
-        lines.append("  memory as on GPUs, in bf16; it leaves out what the libraries themselves need")
+        lines.append(
+            "  memory as on GPUs, in bf16; it leaves out what the libraries themselves need"
+        )
     return "\n".join(lines)
 
 

@@ -132,7 +132,7 @@ class Trainer:
         row = torch.tensor([tokens + [0] * padding], device=self.device)
         micro_batch = MicroBatch(row, row, torch.ones_like(row, dtype=torch.bool))
 
-        def head(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+        def head(logits: Tensor, _: MicroBatch) -> Tensor:
             return self.groups.tp.start_all_gather(logits[last, 0]).wait()
 
         results = self.executor.run(self._forward_program(1), [micro_batch], head)

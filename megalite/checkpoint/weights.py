@@ -39,8 +39,8 @@ def save_weights(folder: Path, stages: Iterable[nn.Module], groups: ParallelGrou
             for piece in shard.pieces:
                 if piece.replica or not piece.length:
                     continue
-                tensors[piece.name] = piece.of(parameter.detach()).cpu().clone(
-                    memory_format=torch.contiguous_format
+                tensors[piece.name] = (
+                    piece.of(parameter.detach()).cpu().clone(memory_format=torch.contiguous_format)
                 )
                 places[piece.name] = {
                     "shape": piece.shape,

@@ -20,9 +20,10 @@ from __future__ import annotations
 import os
 import struct
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,7 +31,7 @@ from megalite.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER_BYTES = 34
-DTYPES = MappingProxyType(
+DTYPES: Mapping[int, np.dtype[Any]] = MappingProxyType(
     {
         1: np.dtype("<u1"),
         2: np.dtype("<i1"),
@@ -46,7 +47,7 @@ TOKEN_CODES = (1, 2, 3, 4, 5, 8)
 """dtype codes that can hold token ids; 6 and 7 are floats."""
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The dtype Megatron-LM writes for a tokenizer of this size (before padding)."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
@@ -61,7 +62,7 @@ class IndexedWriter:
         dtype: of the tokens; see `token_dtype`.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype):
+    def __init__(self, prefix: Path, dtype: np.dtype[Any]):
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
         self._temporary = Path(f"{prefix}.tmp-{os.getpid()}")

@@ -68,7 +68,7 @@ class Loader:
         return batch
 
     def validation_batches(self) -> list[Batch]:
-        """The first samples of the validation split, always the same ones.
+        """Samples from all over the validation split, always the same ones for a seed.
 
         If the split is shorter than `eval_steps` batches it is used once; rows without a sample
         have an empty mask.
@@ -79,8 +79,10 @@ class Loader:
         batches = []
         for first in range(0, available, train.global_batch_size):
             numbers = self._own_numbers()
-            samples = first + numbers
-            samples[samples >= available] = -1
+            places = first + numbers
+            exists = places < available
+            order = sample_order(np.where(exists, places, 0), self._valid.num_samples, train.seed)
+            samples = np.where(exists, order, -1)
             batches.append(self._load(self._valid, samples, numbers, None))
         return batches
 

@@ -2,8 +2,8 @@
 
 `permute(index, size, seed, epoch)` is a bijection of [0, size). It is a Feistel network on the
 smallest power of four that covers `size`; values that land outside are sent through again until
-they land inside ("cycle walking"; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
-The rounds' function is the finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
+they land inside ("cycle walking"; Black and Rogaway, "Ciphers with arbitrary finite domains",
+2002). The rounds' function is the finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
 """
 
 from __future__ import annotations

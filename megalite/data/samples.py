@@ -8,6 +8,7 @@ the layout nor on the length of the run.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -136,9 +137,9 @@ def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int]]:
     "969,30,1" over S sequences -> [(0, round(.969 S)), (round(.969 S), round(.999 S)), ...].
     """
     shares = [float(part) for part in split.split(",")]
-    cuts = np.cumsum([0.0] + shares) / sum(shares)
-    marks = [int(round(cut * num_sequences)) for cut in cuts.tolist()]
-    return list(zip(marks[:-1], marks[1:], strict=True))
+    cuts = np.cumsum([0.0, *shares]) / sum(shares)
+    marks = [round(cut * num_sequences) for cut in cuts.tolist()]
+    return list(pairwise(marks))
 
 
 def sample_order(places: np.ndarray, num_samples: int, seed: int) -> np.ndarray:

@@ -131,9 +131,7 @@ class RowParallelLinear(nn.Module):
         return f"{name}; weight {tuple(self.weight.shape)}, tp {self.tp.rank}/{self.tp.size}"
 
 
-def _pack_pieces(
-    in_features: int, outputs: Sequence[Output], tp: TensorGroup
-) -> tuple[Piece, ...]:
+def _pack_pieces(in_features: int, outputs: Sequence[Output], tp: TensorGroup) -> tuple[Piece, ...]:
     pieces, local_start = [], 0
     for output in outputs:
         rows = output.local_rows(tp.size)

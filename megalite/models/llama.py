@@ -14,6 +14,7 @@ Source: Touvron et al., "LLaMA", arXiv:2302.13971; Llama 3, arXiv:2407.21783.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.config import Config
 from megalite.layers.attention import Attention
-from megalite.layers.cross_entropy import vocab_parallel_cross_entropy
 from megalite.layers.batch import DropoutPlace
+from megalite.layers.cross_entropy import vocab_parallel_cross_entropy
 from megalite.layers.dropout import hidden_dropout
 from megalite.layers.embedding import VocabParallelEmbedding
 from megalite.layers.linear import ColumnParallelLinear, Output
@@ -57,7 +58,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         model = config.model
         self.tp, self.layer, self.dropout = tp, layer, model.hidden_dropout
-        where = {"tp": tp, "dtype": dtype, "device": device}
+        where: dict[str, Any] = {"tp": tp, "dtype": dtype, "device": device}
         prefix = f"model.layers.{layer}"
         self.attention_norm = RMSNorm(
             model.hidden_size,
@@ -96,6 +97,9 @@ class LlamaStage(nn.Module):
         tp, dtype, device: as in `Attention`.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(
         self,
         config: Config,
@@ -110,7 +114,7 @@ class LlamaStage(nn.Module):
         self.config, self.spec, self.tp = config, spec, tp
         self.dtype, self.device = dtype, device
         self.recompute = config.train.recompute == "full"
-        where = {"tp": tp, "dtype": dtype, "device": device}
+        where: dict[str, Any] = {"tp": tp, "dtype": dtype, "device": device}
         padded = model.padded_vocab_size(tp.size)
         if spec.has_embedding:
             self.embedding = VocabParallelEmbedding(

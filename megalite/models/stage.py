@@ -14,7 +14,8 @@ class StageSpec:
     Attributes:
         stage: index of the stage, 0 first.
         first_layer, num_layers: the decoder layers `[first_layer, first_layer + num_layers)`.
-        has_embedding, has_head: whether the token embedding, or final norm, head and loss, are here.
+        has_embedding: the token embedding is here.
+        has_head: final norm, head and loss are here.
     """
 
     stage: int

@@ -1,9 +1,9 @@
 """A stage's parameters and gradients in flat buffers, and the reduction of the gradients.
 
 All parameters of a stage are views of one contiguous buffer in the run's precision, all gradients
-views of another in fp32 (fp64 in fp64 runs), in the same order: the matrices in order of definition,
-then the norm weights. So the optimizer updates a handful of long tensors, a bucket of gradients is
-a slice, and the norm weights, whose gradients are summed over the tensor ranks, are one slice too.
+views of another in fp32 (fp64 in fp64 runs), in the same order: the matrices in order of
+definition, then the norm weights. So the optimizer updates a handful of long tensors, a bucket of
+gradients is a slice, and so are the norm weights, whose gradients are summed over the tensor ranks.
 """
 
 from __future__ import annotations
@@ -171,9 +171,7 @@ class FlatParameters:
             bucket = self._buckets[self._launched]
             if bucket.missing:
                 return
-            bucket.pending = self._dp.start_gradient_sum(
-                self.gradients[bucket.start : bucket.stop]
-            )
+            bucket.pending = self._dp.start_gradient_sum(self.gradients[bucket.start : bucket.stop])
             self._launched += 1
 
 

@@ -96,7 +96,7 @@ def launch(config: Config, job: Job, facts: Mapping[str, Any]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads(config.world_size)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _silence_torchelastic()
     start_method = _start_method()
     # The read end goes to every rank; it ends when this process does, however that happens.
     watched, alive = multiprocessing.get_context(start_method).Pipe(duplex=False)
@@ -174,7 +174,9 @@ def run_rank(config: Config, world: World, job: Job, facts: Mapping[str, Any]) -
     return 0
 
 
-def _launched_rank(config: Config, job: Job, facts: Mapping[str, Any], launcher: Connection) -> None:
+def _launched_rank(
+    config: Config, job: Job, facts: Mapping[str, Any], launcher: Connection
+) -> None:
     """Body of a rank that `launch` started; leaves the process on any failure."""
     # The default actions end the process at once, also in the middle of a collective.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -230,16 +232,19 @@ def _is_lost_peer(error: Exception) -> bool:
 
 
 def _report_failure(error: ChildFailedError) -> int:
-    """Name the rank that ended the job; its own message is already printed."""
+    """Say which rank a signal killed; a rank that failed otherwise has said so itself."""
     rank, failure = min(error.failures.items())
-    if failure.exitcode == 2:
-        return 2
     if failure.exitcode < 0:
-        how = f"was killed by {signal.Signals(-failure.exitcode).name}"
-    else:
-        how = f"ended with exit code {failure.exitcode}"
-    print(f"megalite: rank {rank} {how}; all ranks are stopped", file=sys.stderr)
-    return 1
+        name = signal.Signals(-failure.exitcode).name
+        print(f"megalite: rank {rank} was killed by {name}; all are stopped", file=sys.stderr)
+    return 2 if failure.exitcode == 2 else 1
+
+
+def _silence_torchelastic() -> None:
+    """Its log repeats every failure as a wall of text; ours says it once."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _comparable(config: Config) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class Executor:
         tensor: Tensor,
         flight: _Flight,
     ) -> None:
-        """Give a result to the neighbouring stage: on this rank, or to the message that sends it."""
+        """Give a result to the neighbouring stage, or to the message that sends it there."""
         neighbour = action.stage + direction
         if program.plan.stage_rank[neighbour] == self.pp.rank:
             box = flight.activations if op is Op.SEND_FORWARD else flight.gradients

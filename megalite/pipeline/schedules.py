@@ -39,8 +39,8 @@ def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Plan:
         for i in range(num_micro_batches - warm_up):
             order.append(Action(rank, Op.FORWARD, warm_up + i))
             order.append(Action(rank, Op.BACKWARD, i))
-        for i in range(num_micro_batches - warm_up, num_micro_batches):
-            order.append(Action(rank, Op.BACKWARD, i))
+        left_over = range(num_micro_batches - warm_up, num_micro_batches)
+        order += [Action(rank, Op.BACKWARD, i) for i in left_over]
         ranks.append(tuple(order))
     return Plan("1f1b", num_micro_batches, tuple(range(num_ranks)), tuple(ranks))
 
@@ -51,9 +51,7 @@ def forward_only(num_ranks: int, num_micro_batches: int) -> Plan:
         tuple(Action(rank, Op.FORWARD, i) for i in range(num_micro_batches))
         for rank in range(num_ranks)
     )
-    return Plan(
-        "forward", num_micro_batches, tuple(range(num_ranks)), ranks, has_backward=False
-    )
+    return Plan("forward", num_micro_batches, tuple(range(num_ranks)), ranks, has_backward=False)
 
 
 SCHEDULES: Mapping[str, Callable[[int, int], Plan]] = MappingProxyType(

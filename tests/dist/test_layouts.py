@@ -1,0 +1,181 @@
+"""Whatever the layout, the losses, gradient norms and final weights are those of one rank.
+
+The public entry point is called with flags on pooled ranks. The full tier runs every combination;
+the quick tier a pairwise sample of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from pool import RankPool
+from runs import Run, run_in_pool
+
+LAYOUTS = [
+    (2, 1, 1),
+    (4, 1, 1),
+    (1, 2, 1),
+    (1, 4, 1),
+    (1, 1, 2),
+    (1, 1, 4),
+    (2, 2, 1),
+    (2, 1, 2),
+    (1, 2, 2),
+    (2, 2, 2),
+    (4, 2, 1),
+]
+"""(tp, pp, dp)"""
+
+BOUNDS = {"fp32": (1e-5, 1e-4, 1e-5), "fp64": (1e-11, 1e-10, 1e-11)}
+"""(relative loss, relative gradient norm, absolute weight) by precision."""
+
+MODEL = (
+    "--num-layers 5 --hidden-size 48 --num-attention-heads 4 --ffn-hidden-size 88 --seq-length 32 "
+    "--make-vocab-size-divisible-by 1 --steps 20 --lr 1e-3 --lr-warmup-steps 5 --init-method-std "
+    "0.06 --sample-length 0 --eval-steps 1 --eval-interval 10"
+).split()
+"""257 tokens of vocabulary: no tp divides it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run beside its one-rank run."""
+
+    layout: tuple[int, int, int]
+    sequence_parallel: bool
+    tied: bool
+    kv_heads: int
+    uneven: bool
+    many_micro_batches: bool
+    schedule: str
+    precision: str
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.layout)
+
+    def flags(self) -> list[str]:
+        tp, pp, dp = self.layout
+        flags = [*self.model_flags(), "--tp", str(tp), "--pp", str(pp), "--dp", str(dp)]
+        flags += ["--micro-batch-size", "1" if self.many_micro_batches else str(8 // dp)]
+        flags += ["--schedule", self.schedule]
+        if not self.sequence_parallel:
+            flags.append("--no-sequence-parallel")
+        if self.uneven and pp > 1:
+            flags += ["--pp-layers", {2: "4,1", 4: "1,2,1,1"}[pp]]
+        return flags
+
+    def model_flags(self) -> list[str]:
+        flags = [*MODEL, "--num-kv-heads", str(self.kv_heads), "--precision", self.precision]
+        flags += ["--global-batch-size", "8"]
+        return flags + (["--tie-embeddings"] if self.tied else [])
+
+    def __str__(self) -> str:
+        tp, pp, dp = self.layout
+        words = [f"tp{tp}-pp{pp}-dp{dp}", f"kv{self.kv_heads}", self.precision, self.schedule]
+        words += ["sp"] * self.sequence_parallel + ["tied"] * self.tied
+        words += ["uneven"] * self.uneven + ["many"] * self.many_micro_batches
+        return "-".join(words)
+
+
+def all_cases() -> list[Case]:
+    """Every combination in which each option has an effect."""
+    cases = []
+    for layout, sp, tied, kv, uneven, many, schedule, precision in itertools.product(
+        LAYOUTS,
+        (True, False),
+        (True, False),
+        (4, 2, 1),
+        (False, True),
+        (True, False),
+        ("1f1b", "gpipe"),
+        ("fp32", "fp64"),
+    ):
+        tp, pp, _ = layout
+        if (sp and tp == 1) or (uneven and pp == 1) or (schedule == "gpipe" and pp == 1):
+            continue
+        cases.append(Case(layout, sp, tied, kv, uneven, many, schedule, precision))
+    return cases
+
+
+def full_cases() -> list[Case]:
+    """Every layout x sequence parallelism x tied x micro-batches x precision; the number of
+    key/value heads, uneven stages and the schedule take turns."""
+    always = dict.fromkeys(
+        (case.layout, case.sequence_parallel, case.tied, case.many_micro_batches, case.precision)
+        for case in all_cases()
+    )
+    cases = []
+    for turn, (layout, sp, tied, many, precision) in enumerate(always):
+        pipelined = layout[1] > 1
+        uneven = pipelined and turn % 2 == 1
+        schedule = "gpipe" if pipelined and turn % 5 == 4 else "1f1b"
+        kv_heads = (4, 2, 1)[turn % 3]
+        cases.append(Case(layout, sp, tied, kv_heads, uneven, many, schedule, precision))
+    return cases
+
+
+def pairwise(cases: list[Case]) -> list[Case]:
+    """A small subset that holds every pair of option values that occurs at all (greedy)."""
+
+    def pairs(case: Case) -> set:
+        values = list(enumerate(vars(case).values()))
+        return set(itertools.combinations(values, 2))
+
+    missing = set().union(*map(pairs, cases))
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs(case) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layout-runs")
+
+
+@pytest.fixture(scope="session")
+def one_rank(pool: RankPool, runs_folder: Path):
+    """The one-rank run of a model, run once."""
+
+    @functools.cache
+    def run(model_flags: tuple[str, ...]) -> Run:
+        return run_in_pool(pool, [*model_flags, "--micro-batch-size", "2"], 1, runs_folder)
+
+    return run
+
+
+def check(case: Case, pool: RankPool, one_rank, runs_folder: Path) -> None:
+    want = one_rank(tuple(case.model_flags()))
+    got = run_in_pool(pool, case.flags(), case.world_size, runs_folder)
+    loss_bound, norm_bound, weight_bound = BOUNDS[case.precision]
+    assert len(got.losses) == 20 and len(got.valid_losses) == 2
+    for name, bound in (("losses", loss_bound), ("grad_norms", norm_bound)):
+        ours, theirs = (torch.tensor(getattr(run, name)).double() for run in (got, want))
+        error = ((ours - theirs).abs() / theirs).max().item()
+        assert error <= bound, f"{name} differ by {error}: {ours} {theirs}"
+    valid = max(abs(a / b - 1) for a, b in zip(got.valid_losses, want.valid_losses, strict=True))
+    assert valid <= loss_bound
+    assert got.weights.keys() == want.weights.keys()
+    for name, weight in want.weights.items():
+        error = (got.weights[name] - weight).abs().max().item()
+        assert error <= weight_bound, f"{name} differs by {error}"
+
+
+@pytest.mark.parametrize("case", pairwise(all_cases()), ids=str)
+def test_layout_sample(case: Case, pool: RankPool, one_rank, runs_folder: Path) -> None:
+    check(case, pool, one_rank, runs_folder)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", full_cases(), ids=str)
+def test_layout(case: Case, pool: RankPool, one_rank, runs_folder: Path) -> None:
+    check(case, pool, one_rank, runs_folder)

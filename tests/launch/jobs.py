@@ -1,0 +1,49 @@
+"""Jobs that go wrong, run by `python jobs.py NAME` on four launched ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from megalite.config import Config, resolve, resolve_device
+from megalite.parallel.launch import Rank, launch
+
+
+def _wait_for_all(rank: Rank) -> None:
+    while True:
+        rank.groups.tp.all_reduce(torch.ones(1))
+        rank.groups.pp.all_reduce(torch.ones(1))
+
+
+def fails(rank: Rank) -> None:
+    """Rank 2 raises while the others are in a collective."""
+    if rank.groups.world_rank == 2:
+        time.sleep(0.5)
+        raise ZeroDivisionError("planted on rank 2")
+    _wait_for_all(rank)
+
+
+def killed(rank: Rank) -> None:
+    """Rank 1 is killed while the others are in a collective."""
+    if rank.groups.world_rank == 1:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    _wait_for_all(rank)
+
+
+def waits(rank: Rank) -> None:
+    """All ranks say who they are and wait in collectives until somebody stops them."""
+    print(f"pid {os.getpid()}", flush=True)
+    _wait_for_all(rank)
+
+
+if __name__ == "__main__":
+    # Under its own name, so that the ranks can import the job.
+    import jobs
+
+    config = resolve_device(resolve(Config().replace(tp=2, pp=2, steps=1)), "cpu")
+    sys.exit(launch(config, getattr(jobs, sys.argv[1]), {}))

@@ -1,0 +1,112 @@
+"""Stopping and failing: no orphan, no noise, the culprit named, and at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import launch
+
+JOBS = Path(__file__).parent / "jobs.py"
+
+
+def start(job: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(JOBS), job],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def read_pids(process: subprocess.Popen[str]) -> list[int]:
+    assert process.stdout is not None
+    pids: list[int] = []
+    while len(pids) < 4:
+        line = process.stdout.readline()
+        assert line, "the ranks never started"
+        pids += [int(pid) for pid in re.findall(r"pid (\d+)", line)]
+    return pids
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(alive, pids)):
+        assert time.monotonic() < deadline, f"left running: {[p for p in pids if alive(p)]}"
+        time.sleep(0.05)
+
+
+def processes_of_session(session: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return [pid for pid in found if alive(pid)]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_ranks_quietly(stop: signal.Signals) -> None:
+    process = start("waits")
+    pids = read_pids(process)
+    process.send_signal(stop)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 128 + stop
+    assert stderr == f"megalite: stopped by {stop.name}\n"
+    wait_until_gone(pids, 1)
+    assert not processes_of_session(process.pid)
+
+
+def test_ctrl_c_in_a_terminal_reaches_every_process_of_the_group() -> None:
+    process = start("waits")
+    pids = read_pids(process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode in (130, 1)
+    assert "Traceback" not in stderr
+    wait_until_gone(pids, 1)
+    assert not processes_of_session(process.pid)
+
+
+def test_no_orphan_when_the_launcher_is_killed() -> None:
+    with start("waits") as process:
+        pids = read_pids(process)
+        process.kill()
+        process.wait()
+        wait_until_gone(pids, 5)
+    deadline = time.monotonic() + 5
+    while processes_of_session(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_rank_that_raises_is_named_once_and_ends_the_job_at_once() -> None:
+    started = time.monotonic()
+    result = launch([sys.executable, str(JOBS), "fails"])
+    assert result.returncode == 1
+    assert result.stderr.count("Traceback") == 1
+    assert "megalite: rank 2 of tp 2 x pp 2 x dp 1 failed:" in result.stderr
+    assert result.stderr.rstrip().endswith("ZeroDivisionError: planted on rank 2")
+    assert time.monotonic() - started < 30
+
+
+def test_a_rank_that_is_killed_is_named() -> None:
+    result = launch([sys.executable, str(JOBS), "killed"])
+    assert result.returncode == 1
+    assert result.stderr == "megalite: rank 1 was killed by SIGKILL; all are stopped\n"
