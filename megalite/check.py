@@ -20,12 +20,15 @@ from megalite.tokenizer.byte import ByteTokenizer
 Violations = Iterator[str]
 
 
-def check(config: Config, world: World | None = None) -> None:
+def check(
+    config: Config, world: World | None = None, explicit: frozenset[str] = frozenset()
+) -> None:
     """Check a resolved configuration.
 
     Args:
         config: after `resolve`.
         world: ranks that a launcher has started, if any.
+        explicit: names of the fields that flags set, to find those that contradict.
 
     Raises:
         ConfigError: with all violations.
@@ -35,6 +38,7 @@ def check(config: Config, world: World | None = None) -> None:
     if not found:
         found = [violation for rule in _RULES for violation in rule(config)]
         found += _world(config, world)
+        found += _contradictions(config, explicit)
     if found:
         raise ConfigError(found)
 
@@ -92,6 +96,7 @@ def _probabilities(config: Config) -> Violations:
         "attention-dropout": config.model.attention_dropout,
         "adam-beta1": config.train.adam_beta1,
         "adam-beta2": config.train.adam_beta2,
+        "lr-warmup-fraction": config.train.lr_warmup_fraction,
     }.items():
         if not 0 <= value < 1:
             yield f"--{name} {value} must be at least 0 and below 1"
@@ -176,9 +181,7 @@ def _batch(config: Config) -> Violations:
 
 def _length(config: Config) -> Violations:
     train = config.train
-    if train.steps and train.tokens:
-        yield f"--steps {train.steps} and --tokens {train.tokens} contradict: give one"
-    if not train.steps and not train.tokens:
+    if not train.steps:
         yield "--steps 0 trains nothing: give --steps or --tokens"
     if train.steps and train.lr_warmup_steps >= train.lr_decay_steps:
         yield (
@@ -196,8 +199,6 @@ def _length(config: Config) -> Violations:
 
 def _data(config: Config) -> Violations:
     data = config.data
-    if data.data and data.mock_data:
-        yield f"--data {data.data} and --mock-data contradict: give one"
     parts = data.split.split(",")
     if not (
         2 <= len(parts) <= 3
@@ -228,6 +229,20 @@ def _run(config: Config) -> Violations:
         )
     if config.run.tensorboard and find_spec("tensorboard") is None:
         yield "--tensorboard: TensorBoard is not installed; pip install tensorboard"
+
+
+def _contradictions(config: Config, explicit: frozenset[str]) -> Violations:
+    """Flags of which one takes the effect of the other."""
+    values = {name: value for part in config.to_dict().values() for name, value in part.items()}
+    in_effect = {name for name in explicit if values[name]}
+    for first, second in (
+        ("steps", "tokens"),
+        ("lr_warmup_steps", "lr_warmup_fraction"),
+        ("data", "mock_data"),
+    ):
+        if {first, second} <= in_effect:
+            flags = (f"--{name.replace('_', '-')}" for name in (first, second))
+            yield f"{' and '.join(flags)} contradict: give one"
 
 
 _RULES: tuple[Callable[[Config], Violations], ...] = (

@@ -36,7 +36,7 @@ class Command:
 
     Attributes:
         config: preset, file and flags merged; derived values are still open.
-        explicit: names of the fields that the file or a flag set.
+        explicit: names of the fields that flags set.
         dry_run: describe the run and start nothing.
         print_config: print the resolved configuration and start nothing.
     """
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str], *, prog: str, description: str) -> Command:
         raise ConfigError(problems)
     return Command(
         config=Config().replace(**{**PRESETS[preset], **values}),
-        explicit=frozenset(values),
+        explicit=frozenset(texts),
         dry_run="dry_run" in given,
         print_config="print_config" in given,
     )

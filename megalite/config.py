@@ -124,7 +124,12 @@ class TrainConfig:
         "Shape of the decay after warm-up.",
         choices=("cosine", "linear", "constant", "WSD"),
     )
-    lr_warmup_steps: int = option(0, "Steps of linear warm-up.", metavar="STEPS")
+    lr_warmup_fraction: float = option(
+        0.1, "Share of the decay's steps that is linear warm-up.", metavar="X"
+    )
+    lr_warmup_steps: int = option(
+        -1, "Steps of linear warm-up. -1: from --lr-warmup-fraction.", metavar="STEPS"
+    )
     lr_decay_steps: int = option(
         0, "Steps until the minimum is reached. 0: all steps.", metavar="STEPS"
     )
@@ -299,11 +304,18 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
         values["steps"] = -(-train.tokens // max(1, batch * model.seq_length))
         values["tokens"] = 0
     resolved = config.replace(**values)
-    if not train.lr_decay_steps:
-        resolved = resolved.replace(lr_decay_steps=max(1, resolved.train.steps))
+    return resolved.replace(**_learning_rate_steps(resolved.train))
+
+
+def _learning_rate_steps(train: TrainConfig) -> dict[str, int]:
+    """Lengths of the parts of the learning-rate schedule that are not given [steps]."""
+    decay = train.lr_decay_steps or max(1, train.steps)
+    lengths = {"lr_decay_steps": decay}
+    if train.lr_warmup_steps == -1:
+        lengths["lr_warmup_steps"] = int(train.lr_warmup_fraction * decay)
     if train.lr_decay_style == "WSD" and not train.lr_wsd_decay_steps:
-        resolved = resolved.replace(lr_wsd_decay_steps=max(1, resolved.train.lr_decay_steps // 10))
-    return resolved
+        lengths["lr_wsd_decay_steps"] = max(1, decay // 10)
+    return lengths
 
 
 def resolve_device(config: Config, device: str) -> Config:

@@ -108,7 +108,6 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--lr-wsd-decay-iters": Alias("lr_wsd_decay_steps"),
         "--lr-warmup-samples": Refused(_SAMPLES),
         "--lr-decay-samples": Refused(_SAMPLES),
-        "--lr-warmup-fraction": Refused("give the warm-up's length in steps: --lr-warmup-iters"),
         "--eval-iters": Alias("eval_steps"),
         # Precision and memory
         "--bf16": Alias("precision", "bf16"),

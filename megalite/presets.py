@@ -18,7 +18,6 @@ _LARGE_RUN: Mapping[str, Any] = MappingProxyType(
         steps=1000,
         lr=3e-4,
         min_lr=3e-5,
-        lr_warmup_steps=100,
         eval_interval=250,
     )
 )
@@ -71,7 +70,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             global_batch_size=32,
             steps=120,
             lr=4e-3,
-            lr_warmup_steps=12,
             eval_steps=8,
         ),
         "125m": dict(
@@ -87,7 +85,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             steps=1000,
             lr=6e-4,
             min_lr=6e-5,
-            lr_warmup_steps=100,
             eval_interval=250,
         ),
         "1b": dict(
@@ -103,7 +100,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             steps=1000,
             lr=3e-4,
             min_lr=3e-5,
-            lr_warmup_steps=100,
             eval_interval=250,
         ),
         "llama2-7b": _llama2(32, 4096, 32, 11008),

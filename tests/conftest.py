@@ -24,9 +24,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Plain `pytest` leaves the full tier out; `-m full` runs it alone."""
     if config.option.markexpr:
         return
-    selected = [item for item in items if FULL not in item.keywords]
-    config.hook.pytest_deselected(items=[item for item in items if FULL in item.keywords])
-    items[:] = selected
+    full = [item for item in items if item.get_closest_marker(FULL)]
+    config.hook.pytest_deselected(items=full)
+    items[:] = [item for item in items if item not in full]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
