@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, NoReturn, get_args
 
 from megalite.config import Config, FieldSpec, fields
@@ -21,13 +21,15 @@ from megalite.errors import ConfigError
 from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Refused
 from megalite.presets import PRESETS
 
-_TITLES = {
-    "model": "model",
-    "parallel": "layout",
-    "train": "training",
-    "data": "data",
-    "run": "run",
-}
+_TITLES: Mapping[str, str] = MappingProxyType(
+    {
+        "model": "model",
+        "parallel": "layout",
+        "train": "training",
+        "data": "data",
+        "run": "run",
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -28,7 +30,9 @@ from megalite.pipeline.lower import lower
 from megalite.pipeline.runtime import Executor
 from megalite.pipeline.schedules import SCHEDULES, forward_only
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from megalite.pipeline.actions import COMPUTE, Action, Exchange, Op, Plan, PlanError, Program
 
-_COUNTERPART = {
-    Op.SEND_FORWARD: (Op.RECV_FORWARD, 1),
-    Op.RECV_FORWARD: (Op.SEND_FORWARD, -1),
-    Op.SEND_BACKWARD: (Op.RECV_BACKWARD, -1),
-    Op.RECV_BACKWARD: (Op.SEND_BACKWARD, 1),
-}
+# The operation at the other end of a message, and how many stages away that end is.
+_COUNTERPART: Mapping[Op, tuple[Op, int]] = MappingProxyType(
+    {
+        Op.SEND_FORWARD: (Op.RECV_FORWARD, 1),
+        Op.RECV_FORWARD: (Op.SEND_FORWARD, -1),
+        Op.SEND_BACKWARD: (Op.RECV_BACKWARD, -1),
+        Op.RECV_BACKWARD: (Op.SEND_BACKWARD, 1),
+    }
+)
 
 
 def check_plan(plan: Plan) -> None:

@@ -1,0 +1,133 @@
+"""The house as CONTRIBUTING.md describes it: import directions, no globals, light start-up."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {"megalite": ROOT / "megalite", "megalite_kernels": ROOT / "kernels/megalite_kernels"}
+
+# Each room may import the rooms of its own line and of the lines below it.
+LAYERS = [
+    {"pretrain"},
+    {"sampling"},
+    {"trainer"},
+    {"metrics", "report", "estimate", "optim", "checkpoint", "data", "pipeline", "check"},
+    {"models", "cli"},
+    {"layers"},
+    {"parallel", "megalite_kernels"},
+    {"presets", "megatron_flags", "config", "tokenizer", "errors"},
+]
+
+NO_TORCH = [
+    "megalite.check",
+    "megalite.cli",
+    "megalite.config",
+    "megalite.data.indexed",
+    "megalite.data.corpus",
+    "megalite.data.source",
+    "megalite.estimate",
+    "megalite.models.stage",
+    "megalite.optim.lr",
+    "megalite.parallel.environment",
+    "megalite.parallel.topology",
+    "megalite.pipeline.actions",
+    "megalite.pipeline.check",
+    "megalite.pipeline.draw",
+    "megalite.pipeline.lower",
+    "megalite.pipeline.schedules",
+    "megalite.pipeline.simulate",
+    "megalite.pretrain",
+    "megalite.report",
+]
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            found[".".join(p for p in parts if p != "__init__")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> set[str]:
+    """Our own modules that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name in MODULES and name not in PACKAGES}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[0] if parts[0] == "megalite_kernels" else parts[1]
+
+
+def level(module: str) -> int:
+    return next(i for i, line in enumerate(LAYERS) if room(module) in line)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_run_one_way(module: str) -> None:
+    if module == "megalite":
+        assert not imports(MODULES[module])
+        return
+    for imported in imports(MODULES[module]):
+        assert level(imported) >= level(module), f"{module} imports {imported}"
+        if room(module) == "megalite_kernels":
+            assert room(imported) == "megalite_kernels"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_mutable_state_at_module_level(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text())
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Global)]
+    for node in tree.body:
+        value = getattr(node, "value", None)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(
+            value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp
+        ):
+            names = ast.unparse(node).split("=")[0]
+            assert names.strip() == "__all__", f"{module}: {names} can be changed by anyone"
+
+
+@pytest.mark.parametrize("module", NO_TORCH)
+def test_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_kernels_is_a_plain_folder() -> None:
+    assert not (ROOT / "kernels/__init__.py").exists(), "it would shadow Hugging Face's package"
+
+
+def test_setup_lists_every_package() -> None:
+    text = (ROOT / "setup.py").read_text()
+    for package, folder in PACKAGES.items():
+        for init in folder.rglob("__init__.py"):
+            parts = (package, *init.parent.relative_to(folder).parts)
+            assert f'"{".".join(parts)}"' in text
+
+
+def test_no_pickle_and_no_code_from_files() -> None:
+    banned = ("import pickle", "allow_pickle=True", "weights_only=False", "eval(", "exec(")
+    for module, path in MODULES.items():
+        text = path.read_text()
+        assert not [word for word in banned if word in text.replace(".eval()", "")], module
+
+
+def test_files_stay_small() -> None:
+    long = {m: n for m, p in MODULES.items() if (n := len(p.read_text().splitlines())) > 400}
+    assert not long, f"more than one idea in a file? {long}"
