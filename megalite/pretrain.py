@@ -25,7 +25,7 @@ from megalite.parallel.environment import World, detect_world
 
 if TYPE_CHECKING:
     from megalite.data.corpus import Corpus
-    from megalite.parallel.launch import Rank
+    from megalite.parallel.launch import Job, Rank
     from megalite.trainer import Result, Trainer
 
 PROMPT_TOKENS = 40
@@ -91,6 +91,22 @@ def _describe(config: Config) -> None:
 
 def _start(config: Config, world: World | None) -> int:
     """Prepare the data, choose the device, start or join the ranks."""
+    from megalite.parallel import launch
+
+    try:
+        config, job, facts = _prepare(config, world)
+    except ConfigError as error:
+        if world is None:
+            raise
+        # The other ranks may be fine and would wait for this one.
+        return launch.join(config, world, _unreachable, {}, error.violations)
+    if world is not None:
+        return launch.join(config, world, job, facts)
+    return launch.launch(config, job, facts)
+
+
+def _prepare(config: Config, world: World | None) -> tuple[Config, Job, dict[str, str]]:
+    """The configuration as it runs here, what each rank runs, and what ranks must agree on."""
     from megalite.data.corpus import prepare_corpus
     from megalite.data.samples import open_samples
 
@@ -102,11 +118,11 @@ def _start(config: Config, world: World | None) -> int:
     config = resolve_device(config, device)
     if world is None or world.rank == 0:
         config = _claim_folder(config)
-    job = partial(_train, corpus=corpus, device_line=why)
-    facts = {"corpus": corpus.fingerprint}
-    if world is not None:
-        return launch.join(config, world, job, facts)
-    return launch.launch(config, job, facts)
+    return config, partial(_train, corpus=corpus, device_line=why), {"corpus": corpus.fingerprint}
+
+
+def _unreachable(rank: Rank) -> None:
+    raise AssertionError(f"rank {rank.groups.world_rank} started in spite of its problems")
 
 
 def _claim_folder(config: Config) -> Config:
@@ -139,6 +155,7 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> None:
     """One rank's whole run: train, sample, save, say how it went."""
     from contextlib import nullcontext
 
+    from megalite.layers.sdpa import fastest_attention
     from megalite.metrics import RunLog
     from megalite.trainer import Trainer
 
@@ -148,7 +165,8 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> None:
     if first:
         _open_run(config, corpus, device_line, folder)
     trainer = Trainer(config, corpus, rank.groups, rank.device)
-    with RunLog(config, folder, rank.device) if first else nullcontext() as log:
+    record = RunLog(config, folder, rank.device) if first else nullcontext()
+    with fastest_attention(rank.device), record as log:
         result = trainer.fit(log)
         sample = _sample(trainer)
         if config.run.save_weights:

@@ -17,7 +17,6 @@ FULL = "full"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: every figure, not a sample; run with -m full")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

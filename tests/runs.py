@@ -76,3 +76,17 @@ def launch(
 def pretrain_command(*flags: str) -> list[str]:
     """`python -m megalite.pretrain` with flags."""
     return [sys.executable, "-m", "megalite.pretrain", *flags]
+
+
+SMALL = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48 --seq-length 32 "
+    "--global-batch-size 8 --micro-batch-size 2 --steps 5 --lr 1e-3 --sample-length 0 "
+    "--eval-steps 0"
+).split()
+"""Flags of a run that takes a second."""
+
+
+def worst(ours: list[float], theirs: list[float]) -> float:
+    """Largest relative difference."""
+    assert len(ours) == len(theirs) > 0
+    return max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))

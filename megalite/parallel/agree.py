@@ -7,7 +7,7 @@ rank publishes what it is about to run, rank 0 compares, and all learn the verdi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -15,30 +15,53 @@ import torch.distributed as dist
 from megalite.errors import ConfigError
 
 
-def agree(store: dist.Store, rank: int, size: int, facts: Mapping[str, Any]) -> None:
-    """Compare `facts` over all ranks.
+def agree(
+    store: dist.Store,
+    rank: int,
+    size: int,
+    facts: Mapping[str, Any],
+    problems: Sequence[str] = (),
+) -> None:
+    """Compare `facts` over all ranks, and let all ranks know of the problems of any.
 
     Args:
         store: the rendezvous store.
         rank, size: of the world.
         facts: plain values, nested by group.
+        problems: why this rank cannot start.
 
     Raises:
-        ConfigError: on every rank, naming the ranks and fields that differ from rank 0's.
+        ConfigError: on every rank: the problems, or else the ranks and fields that differ from
+            rank 0's.
     """
-    mine = json.dumps(facts, sort_keys=True)
-    store.set(f"facts/{rank}", mine)
+    store.set(f"facts/{rank}", json.dumps({"facts": facts, "problems": list(problems)}))
     if rank == 0:
-        verdict = "; ".join(
-            difference
-            for other in range(1, size)
-            if (theirs := store.get(f"facts/{other}").decode()) != mine
-            for difference in _differences(other, json.loads(mine), json.loads(theirs))
-        )
-        store.set("verdict", verdict)
-    problems = store.get("verdict").decode()
-    if problems:
-        raise ConfigError(problems.split("; "))
+        told = [json.loads(store.get(f"facts/{other}")) for other in range(size)]
+        store.set("verdict", json.dumps(_problems(told) or _all_differences(told)))
+    found = json.loads(store.get("verdict"))
+    if found:
+        raise ConfigError(found)
+
+
+def _problems(told: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each problem once, with the ranks that have it unless all do."""
+    ranks: dict[str, list[int]] = {}
+    for rank, message in enumerate(told):
+        for problem in message["problems"]:
+            ranks.setdefault(problem, []).append(rank)
+    return [
+        problem if len(having) == len(told) else f"{problem} (rank {', '.join(map(str, having))})"
+        for problem, having in ranks.items()
+    ]
+
+
+def _all_differences(told: Sequence[Mapping[str, Any]]) -> list[str]:
+    first = told[0]["facts"]
+    return [
+        difference
+        for rank, message in enumerate(told)
+        for difference in _differences(rank, first, message["facts"])
+    ]
 
 
 def _differences(rank: int, first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

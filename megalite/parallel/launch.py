@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -126,8 +126,17 @@ def launch(config: Config, job: Job, facts: Mapping[str, Any]) -> int:
     return 0
 
 
-def join(config: Config, world: World, job: Job, facts: Mapping[str, Any]) -> int:
-    """Run this process's rank of a world that a launcher started; see `launch`."""
+def join(
+    config: Config,
+    world: World,
+    job: Job,
+    facts: Mapping[str, Any],
+    problems: Sequence[str] = (),
+) -> int:
+    """Run this process's rank of a world that a launcher started; see `launch`.
+
+    If this rank has `problems`, all ranks are told and none starts the job.
+    """
     os.environ.update(
         RANK=str(world.rank),
         WORLD_SIZE=str(world.size),
@@ -135,10 +144,16 @@ def join(config: Config, world: World, job: Job, facts: Mapping[str, Any]) -> in
         MASTER_ADDR=world.master_addr,
         MASTER_PORT=str(world.master_port),
     )
-    return run_rank(config, world, job, facts)
+    return run_rank(config, world, job, facts, problems)
 
 
-def run_rank(config: Config, world: World, job: Job, facts: Mapping[str, Any]) -> int:
+def run_rank(
+    config: Config,
+    world: World,
+    job: Job,
+    facts: Mapping[str, Any],
+    problems: Sequence[str] = (),
+) -> int:
     """Rendezvous, agree, create the groups, run the job.
 
     Returns:
@@ -153,7 +168,10 @@ def run_rank(config: Config, world: World, job: Job, facts: Mapping[str, Any]) -
     store.set_timeout(timeout)
     try:
         everything = {**_comparable(config), **facts, "torch": torch.__version__}
-        agree(dist.PrefixStore("agree", store), rank, size, everything)
+        agree(dist.PrefixStore("agree", store), rank, size, everything, problems)
+        if rank == 0:
+            store.set("run name", config.run.name)
+        config = config.replace(name=store.get("run name").decode())
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("default", store),

@@ -61,18 +61,14 @@ class Case:
 def _attention(kv_heads: int) -> Case:
     model = config_of(kv_heads).model
     cos, sin = rope_tables(model, S, torch.float32)
-    return Case(
-        lambda tp: Attention(model, 0, tp=tp), lambda layer, x: layer(x, cos, sin)
-    )
+    return Case(lambda tp: Attention(model, 0, tp=tp), lambda layer, x: layer(x, cos, sin))
 
 
 def _decoder_layer() -> Case:
     config = config_of(2)
     cos, sin = rope_tables(config.model, S, torch.float32)
     return Case(
-        lambda tp: DecoderLayer(
-            config, 0, tp=tp, dtype=torch.float32, device=torch.device("cpu")
-        ),
+        lambda tp: DecoderLayer(config, 0, tp=tp, dtype=torch.float32, device=torch.device("cpu")),
         lambda layer, x: layer(x, cos, sin),
     )
 
@@ -89,9 +85,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention-kv2": lambda: _attention(2),
     "attention-kv1": lambda: _attention(1),
     "decoder-layer": _decoder_layer,
-    "norm": lambda: Case(
-        lambda tp: RMSNorm(32, 1e-5, name="w", tp=tp), elementwise=True
-    ),
+    "norm": lambda: Case(lambda tp: RMSNorm(32, 1e-5, name="w", tp=tp), elementwise=True),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pool import RankPool
-from runs import run_in_pool
+from runs import SMALL, run_in_pool, worst
 from worlds import make_groups, make_trainer
 
 from megalite import pretrain
@@ -23,17 +23,6 @@ from megalite.models.stage import stage_specs
 from megalite.optim.flat import FlatParameters
 from megalite.parallel.groups import ParallelGroups
 from megalite.sampling import generate
-
-FIVE_STEPS = (
-    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 48 --seq-length 32 "
-    "--global-batch-size 8 --micro-batch-size 2 --steps 5 --lr 1e-3 --sample-length 0 "
-    "--eval-steps 0"
-).split()
-
-
-def worst(ours: list[float], theirs: list[float]) -> float:
-    assert len(ours) == len(theirs) > 0
-    return max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
 
 
 def save_initial_job(folder: Path, values: dict[str, Any]) -> None:
@@ -86,9 +75,9 @@ def test_dropout_does_not_depend_on_layout_or_recompute(
     words = flags.split()
     sizes = dict(zip(words[::2], words[1::2], strict=False))
     world = math.prod(int(sizes.get(axis, 1)) for axis in ("--tp", "--pp", "--dp"))
-    one = run_in_pool(pool, FIVE_STEPS + DROPOUT, 1, tmp_path)
-    without = run_in_pool(pool, FIVE_STEPS, 1, tmp_path)
-    got = run_in_pool(pool, [*FIVE_STEPS, *DROPOUT, *words], world, tmp_path)
+    one = run_in_pool(pool, SMALL + DROPOUT, 1, tmp_path)
+    without = run_in_pool(pool, SMALL, 1, tmp_path)
+    got = run_in_pool(pool, [*SMALL, *DROPOUT, *words], world, tmp_path)
     assert worst(got.losses, one.losses) <= 1e-5
     assert worst(got.grad_norms, one.grad_norms) <= 1e-4
     assert worst(one.losses, without.losses) > 1e-4, "dropout has an effect"
@@ -98,25 +87,23 @@ def test_dropout_does_not_depend_on_layout_or_recompute(
 def test_recompute_changes_nothing(pool: RankPool, tmp_path: Path, recompute: str) -> None:
     for layout in (["--tp", "2", "--pp", "2"], []):
         world = 4 if layout else 1
-        plain = run_in_pool(pool, FIVE_STEPS + layout, world, tmp_path)
-        again = run_in_pool(
-            pool, [*FIVE_STEPS, *layout, "--recompute", recompute], world, tmp_path
-        )
+        plain = run_in_pool(pool, SMALL + layout, world, tmp_path)
+        again = run_in_pool(pool, [*SMALL, *layout, "--recompute", recompute], world, tmp_path)
         assert again.losses == plain.losses
         assert again.grad_norms == plain.grad_norms
 
 
 def test_micro_batches_in_reverse_give_the_same_loss(pool: RankPool, tmp_path: Path) -> None:
-    forward = run_in_pool(pool, FIVE_STEPS, 1, tmp_path)
-    backward = run_in_pool(pool, [*FIVE_STEPS, "--reverse-micro-batches"], 1, tmp_path)
+    forward = run_in_pool(pool, SMALL, 1, tmp_path)
+    backward = run_in_pool(pool, [*SMALL, "--reverse-micro-batches"], 1, tmp_path)
     assert worst(backward.losses, forward.losses) <= 1e-6
     assert backward.grad_norms != forward.grad_norms, "the order of summation did change"
 
 
 def test_bf16_follows_fp32(pool: RankPool, tmp_path: Path) -> None:
-    fp32 = run_in_pool(pool, FIVE_STEPS, 1, tmp_path)
+    fp32 = run_in_pool(pool, SMALL, 1, tmp_path)
     for layout, world in ([], 1), (["--tp", "2", "--pp", "2"], 4):
-        bf16 = run_in_pool(pool, [*FIVE_STEPS, "--precision", "bf16", *layout], world, tmp_path)
+        bf16 = run_in_pool(pool, [*SMALL, "--precision", "bf16", *layout], world, tmp_path)
         assert worst(bf16.losses, fp32.losses) <= 2e-3
         assert next(iter(bf16.weights.values())).dtype == torch.bfloat16
 
@@ -134,7 +121,7 @@ def test_loss_is_averaged_over_tokens_when_ranks_hold_different_counts(
     pool: RankPool, tmp_path: Path, layout: str
 ) -> None:
     write_ragged_jsonl(tmp_path / "ragged.jsonl")
-    flags = [*FIVE_STEPS, "--data", str(tmp_path / "ragged.jsonl"), "--eod-mask-loss"]
+    flags = [*SMALL, "--data", str(tmp_path / "ragged.jsonl"), "--eod-mask-loss"]
     flags += ["--micro-batch-size", "1", "--seq-length", "16"]
     one = run_in_pool(pool, flags, 1, tmp_path)
     many = run_in_pool(pool, [*flags, *layout.split()], 4, tmp_path)
@@ -158,7 +145,7 @@ def test_ranks_of_that_corpus_do_hold_different_counts(pool: RankPool, tmp_path:
 def test_a_short_validation_split_counts_each_sample_once(pool: RankPool, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("".join(f"line {i} of a short text\n" for i in range(800)))
-    flags = [*FIVE_STEPS, "--data", str(text), "--split", "75,25", "--eval-steps", "100"]
+    flags = [*SMALL, "--data", str(text), "--split", "75,25", "--eval-steps", "100"]
     one = run_in_pool(pool, [*flags, "--micro-batch-size", "1"], 1, tmp_path)
     for layout, world in ("--dp 4", 4), ("--dp 2 --pp 2", 4):
         many = run_in_pool(pool, [*flags, *layout.split()], world, tmp_path)
@@ -175,9 +162,7 @@ def logits_job(lengths: list[int], values: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("layout", [dict(tp=4), dict(tp=2, pp=2), dict(pp=2, dp=2)], ids=str)
-def test_generation_at_odd_lengths_equals_one_rank(
-    pool: RankPool, layout: dict[str, Any]
-) -> None:
+def test_generation_at_odd_lengths_equals_one_rank(pool: RankPool, layout: dict[str, Any]) -> None:
     lengths = [1, 2, 3, 5, 7, 15, 16]
     want, want_tokens = pool.run(1, logits_job, lengths, {})[0].value
     for outcome in pool.run(4, logits_job, lengths, layout):
@@ -200,7 +185,7 @@ def disagree_job(flags: list[str]) -> int:
 def test_ranks_with_different_configurations_say_which_field_differs(
     pool: RankPool, tmp_path: Path
 ) -> None:
-    flags = [*FIVE_STEPS, "--pp", "2", "--dp", "2", "--runs", str(tmp_path), "--device", "cpu"]
+    flags = [*SMALL, "--pp", "2", "--dp", "2", "--runs", str(tmp_path), "--device", "cpu"]
     outcomes = pool.run(4, disagree_job, flags)
     assert [outcome.value for outcome in outcomes] == [2] * 4
     messages = [outcome.stderr for outcome in outcomes if outcome.stderr]
@@ -243,9 +228,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(pool: RankPoo
 def make_stage(groups: ParallelGroups) -> LlamaStage:
     config = resolve(Config().replace(hidden_size=32, ffn_hidden_size=48, seq_length=16))
     (spec,) = stage_specs(config)
-    stage = LlamaStage(
-        config, spec, tp=groups.tp, dtype=torch.float64, device=torch.device("cpu")
-    )
+    stage = LlamaStage(config, spec, tp=groups.tp, dtype=torch.float64, device=torch.device("cpu"))
     initialize(stage, 5)
     return stage
 

@@ -1,0 +1,52 @@
+"""Two GPUs over NCCL: every two-rank layout trains as one GPU does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from runs import SMALL, Run, launch, pretrain_command, read_run, worst
+
+FLAGS = [*SMALL, "--steps", "20", "--lr-warmup-steps", "5", "--device", "cuda"]
+BOUNDS = {"fp32": (1e-5, 1e-4, 1e-5), "fp64": (1e-11, 1e-10, 1e-11)}
+LAYOUTS = ["--tp 2", "--tp 2 --no-sequence-parallel", "--pp 2", "--pp 2 --schedule gpipe", "--dp 2"]
+
+
+def run(folder: Path, *flags: str) -> Run:
+    name = "run" + "".join(flags).replace(" ", "")
+    command = pretrain_command(*FLAGS, *flags, "--runs", str(folder), "--name", name)
+    result = launch(command)
+    assert result.returncode == 0, result.stderr
+    assert "NCCL" in result.stdout or "one rank" in result.stdout
+    return read_run(folder / name)
+
+
+@pytest.fixture(scope="module")
+def one_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Run]:
+    folder = tmp_path_factory.mktemp("one")
+    return {
+        (precision, *tied): run(folder, "--precision", precision, *tied)
+        for precision in BOUNDS
+        for tied in ((), ("--tie-embeddings",))
+    }
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("tied", [(), ("--tie-embeddings",)], ids=["untied", "tied"])
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout(
+    one_gpu: dict[tuple[str, ...], Run],
+    tmp_path: Path,
+    layout: str,
+    precision: str,
+    tied: tuple[str, ...],
+) -> None:
+    want = one_gpu[precision, *tied]
+    got = run(tmp_path, "--precision", precision, *tied, *layout.split())
+    loss_bound, norm_bound, weight_bound = BOUNDS[precision]
+    assert worst(got.losses, want.losses) <= loss_bound
+    assert worst(got.grad_norms, want.grad_norms) <= norm_bound
+    for name, weight in want.weights.items():
+        assert (got.weights[name] - weight).abs().max() <= weight_bound, name

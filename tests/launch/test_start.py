@@ -1,0 +1,178 @@
+"""Real launches: our own ranks, torchrun's, srun's; and what a newcomer sees."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pool import free_port
+from runs import SMALL, Run, launch, pretrain_command, read_run, worst
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    runs = tmp_path_factory.mktemp("one")
+    command = pretrain_command(*SMALL, "--runs", str(runs), "--name", "one", "--device", "cpu")
+    result = launch(command)
+    assert result.returncode == 0, result.stderr
+    return read_run(runs / "one", result.stdout)
+
+
+def equals(run: Run, other: Run) -> None:
+    assert worst(run.losses, other.losses) <= 1e-5
+    assert worst(run.grad_norms, other.grad_norms) <= 1e-4
+    for name, weight in other.weights.items():
+        assert (run.weights[name] - weight).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("layout", ["--tp 2 --pp 2", "--dp 2 --tp 2"])
+def test_self_launch_equals_one_rank(one_rank: Run, tmp_path: Path, layout: str) -> None:
+    flags = [*SMALL, *layout.split(), "--runs", str(tmp_path), "--name", "many"]
+    result = launch(pretrain_command(*flags, "--device", "cpu"))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    equals(read_run(tmp_path / "many"), one_rank)
+
+
+def test_two_torchrun_agents_equal_one_rank(one_rank: Run, tmp_path: Path) -> None:
+    """Two 'machines' of two ranks each: tp 2 on each, pp 2 across."""
+    port = free_port()
+    flags = [*SMALL, "--tp", "2", "--pp", "2", "--runs", str(tmp_path), "--device", "cpu"]
+    agents = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
+                *("--node-rank", str(node), "--nproc-per-node", "2", "--master-addr", "127.0.0.1"),
+                *("--master-port", str(port), "-m", "megalite.pretrain", *flags),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for node in range(2)
+    ]
+    outputs = [agent.communicate(timeout=180) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert outputs[0][0].count("megalite 0.") == 1, "rank 0 alone speaks"
+    assert outputs[1][0] == ""
+    (folder,) = tmp_path.iterdir()
+    equals(read_run(folder), one_rank)
+
+
+def test_srun_equals_one_rank(one_rank: Run, tmp_path: Path) -> None:
+    """Two tasks with the variables that srun sets, and none of torchrun's."""
+    flags = [*SMALL, "--dp", "2", "--runs", str(tmp_path), "--device", "cpu"]
+    slurm = {
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+    }
+    tasks = [
+        subprocess.Popen(
+            pretrain_command(*flags),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)},
+        )
+        for i in range(2)
+    ]
+    outputs = [task.communicate(timeout=120) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    (folder,) = tmp_path.iterdir()
+    equals(read_run(folder), one_rank)
+
+
+def test_the_opening_says_what_runs(one_rank: Run) -> None:
+    for words in (
+        "tp 1 x pp 1 x dp 1 = 1 rank",
+        "device      CPU (gloo)",
+        "attention: torch SDPA",
+        "parameters  memory per rank",
+        "source text of Python's standard library",
+        "entropy",
+        "step 5/5  loss",
+        "final train loss",
+        "weights/",
+        "next:",
+    ):
+        assert words in one_rank.stdout, words
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--tp", "3", "--pp", "9"], ["--tp 3", "--pp 9 is more than --num-layers 4", "problems"]),
+        (["--data", "/no/such/file.txt"], ["/no/such/file.txt"]),
+        (["--bogus"], ["unknown flag --bogus"]),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(flags: list[str], words: list[str]) -> None:
+    result = launch(pretrain_command(*flags))
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    for word in words:
+        assert word in result.stderr
+
+
+def test_explicit_cuda_without_gpus_is_refused(tmp_path: Path) -> None:
+    flags = [*SMALL, "--device", "cuda", "--runs", str(tmp_path / "runs")]
+    result = launch(pretrain_command(*flags), env={"CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 2
+    assert "--device cuda: 0 GPUs for 1 rank on this machine" in result.stderr
+    assert not (tmp_path / "runs").exists(), "nothing is left behind"
+
+
+def test_a_run_that_exists_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.jsonl").write_text("precious")
+    result = launch(
+        pretrain_command(*SMALL, "--runs", str(tmp_path), "--name", "mine", "--device", "cpu")
+    )
+    assert result.returncode == 2
+    assert "--name mine" in result.stderr
+    assert (tmp_path / "mine" / "metrics.jsonl").read_text() == "precious"
+
+
+def test_a_saved_configuration_runs_again(one_rank: Run, tmp_path: Path) -> None:
+    first = pretrain_command(*SMALL, "--runs", str(tmp_path), "--name", "a", "--device", "cpu")
+    assert launch(first).returncode == 0
+    again = pretrain_command("--config", str(tmp_path / "a" / "config.json"), "--name", "b")
+    assert launch(again).returncode == 0
+    assert read_run(tmp_path / "b").losses == one_rank.losses
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit_s"),
+    [
+        (["--help"], 0.5),
+        (["--dry-run", "--model", "llama3-70b", "--tp", "8", "--pp", "4", "--dp", "16"], 1.0),
+        (["--dry-run", "--tp", "4", "--pp", "2"], 1.0),
+        (["--print-config"], 1.0),
+    ],
+)
+def test_planning_is_quick_and_needs_no_torch(flags: list[str], limit_s: float) -> None:
+    started = time.monotonic()
+    result = launch(pretrain_command(*flags))
+    seconds = time.monotonic() - started
+    assert result.returncode == 0
+    assert result.stdout
+    # Generous for a loaded machine: the figure itself is in docs/performance.md.
+    assert seconds < 10 * limit_s
+    code = (
+        "import sys; from megalite import pretrain\n"
+        f"try: pretrain.main({flags!r})\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert launch([sys.executable, "-c", code]).returncode == 0
