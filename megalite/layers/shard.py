@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -68,21 +67,14 @@ class Shard:
         return self.init_std is not None
 
 
-@runtime_checkable
-class Sharded(Protocol):
-    """A module whose one parameter `weight` is described by `shard`."""
-
-    weight: nn.Parameter
-    shard: Shard
-
-
 def named_shards(module: nn.Module) -> Iterator[tuple[nn.Parameter, Shard]]:
     """Every parameter of the module with its shard, once, in order of definition."""
     seen: set[int] = set()
     for layer in module.modules():
-        if isinstance(layer, Sharded) and id(layer.weight) not in seen:
-            seen.add(id(layer.weight))
-            yield layer.weight, layer.shard
+        shard, weight = getattr(layer, "shard", None), getattr(layer, "weight", None)
+        if isinstance(shard, Shard) and isinstance(weight, nn.Parameter) and id(weight) not in seen:
+            seen.add(id(weight))
+            yield weight, shard
     missing = [name for name, p in module.named_parameters() if id(p) not in seen]
     assert not missing, f"parameters without a shard: {missing}"
 
