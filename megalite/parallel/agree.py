@@ -7,6 +7,7 @@ rank publishes what it is about to run, rank 0 compares, and all learn the verdi
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,11 @@ def agree(
         store.set("verdict", json.dumps(_problems(told) or _all_differences(told)))
     found = json.loads(store.get("verdict"))
     if found:
+        # Rank 0 may host the store: it stays until all have read the verdict.
+        heard = store.add("heard", 1)
+        while rank == 0 and heard < size:
+            time.sleep(0.01)
+            heard = store.add("heard", 0)
         raise ConfigError(found)
 
 

@@ -77,10 +77,11 @@ class ParallelGroups:
         return groups
 
     def _connect(self, device: torch.device) -> None:
-        """One tiny collective on each axis: NCCL connects at the first use, which all ranks must
-        enter together, while the first message of a pipeline concerns two of them only."""
+        """One collective on each axis, and messages between all neighbours: NCCL connects at the
+        first use, which is no moment to wait for each other in the middle of a schedule."""
         for group in (self.tp, self.dp, self.pp, self.pp.embedding_group):
             group.all_reduce(torch.ones(1, device=device))
+        self.pp.connect(device)
 
 
 def _own_group(members: Iterable[tuple[int, ...]], world_rank: int) -> AxisGroup | None:

@@ -166,9 +166,14 @@ def run_rank(
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     store.set_timeout(timeout)
+    everything = {**_comparable(config), **facts, "torch": torch.__version__}
     try:
-        everything = {**_comparable(config), **facts, "torch": torch.__version__}
         agree(dist.PrefixStore("agree", store), rank, size, everything, problems)
+    except ConfigError as error:
+        if rank == 0:
+            print(error.message(), file=sys.stderr, flush=True)
+        return 2
+    try:
         if rank == 0:
             store.set("run name", config.run.name)
         config = config.replace(name=store.get("run name").decode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -45,6 +46,22 @@ class PipelineGroup(AxisGroup):
     ):
         super().__init__(rank, size, process_group)
         self.embedding_group = embedding_group or AxisGroup()
+
+    def connect(self, device: torch.device) -> None:
+        """Pass one number around the ring in both directions.
+
+        NCCL connects two ranks at their first message of a direction, and the host waits for the
+        other's host meanwhile. In the middle of a schedule that can close a circle: that host may
+        itself wait, in loading a kernel, for a message which this host has not started yet.
+        """
+        if self.size == 1:
+            return
+        following, preceding = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        for target, source in ((following, preceding), (preceding, following)):
+            sent, received = torch.ones(1, device=device), torch.empty(1, device=device)
+            messages = [Message(sent, target, True), Message(received, source, False)]
+            for work in self.exchange(messages):
+                work.wait()
 
     def exchange(self, messages: Sequence[Message]) -> list[dist.Work]:
         """Start all messages as one batch; shapes and order are known on both sides.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megalite.config import Config, resolve
@@ -85,6 +86,7 @@ def test_recompute_and_dropout_change_nothing() -> None:
         assert worst(train(make_trainer(CUDA, recompute=recompute, **drop), 5), plain) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_gpu_in_a_step() -> None:
     trainer = make_trainer(CUDA, precision="bf16")
     scalars = DelayedScalars(CUDA)
