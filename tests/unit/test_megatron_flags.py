@@ -1,0 +1,226 @@
+"""Every flag of the Megatron-LM table sets the field it stands for, or asks for what is done
+anyway, or is refused in one sentence that names it; none is ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megalite import cli
+from megalite.config import Config, fields
+from megalite.errors import ConfigError
+from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Refused
+
+SPECS = {spec.name: spec for spec in fields()}
+ALIASES = {flag: m for flag, m in MEGATRON_FLAGS.items() if isinstance(m, Alias)}
+ALWAYS = {flag: m for flag, m in MEGATRON_FLAGS.items() if isinstance(m, Always)}
+REFUSED = {flag: m for flag, m in MEGATRON_FLAGS.items() if isinstance(m, Refused)}
+
+
+def parse(*argv: str) -> Config:
+    return cli.parse(argv, prog="megalite", description="A test.").config
+
+
+def violations(*argv: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse(*argv)
+    return caught.value.violations
+
+
+def value(config: Config, name: str) -> Any:
+    return getattr(getattr(config, SPECS[name].group), name)
+
+
+def test_the_table_is_whole() -> None:
+    assert len(ALIASES) + len(ALWAYS) + len(REFUSED) == len(MEGATRON_FLAGS)
+    assert min(len(ALIASES), len(ALWAYS), len(REFUSED)) > 15
+    ours = {spec.flag for spec in SPECS.values()} | {"--config", "--dry-run", "--print-config"}
+    ours |= {f"--no-{flag[2:]}" for flag in ours}
+    assert not ours & set(MEGATRON_FLAGS)
+    for flag, meaning in MEGATRON_FLAGS.items():
+        assert flag.startswith("--") and flag == flag.lower() and "_" not in flag
+        why = getattr(meaning, "why", "is a sentence")
+        assert len(why) > 10 and why.removesuffix("...")[-1] != ".", f"{flag}: {why}"
+
+
+# Aliases
+
+
+def text_for(name: str) -> str:
+    """A value, other than the default, as it is typed."""
+    spec = SPECS[name]
+    if spec.choices:
+        return next(choice for choice in reversed(spec.choices) if choice != spec.default)
+    return {int: "24", float: "0.375"}.get(spec.type, "some/where")
+
+
+@pytest.mark.parametrize("flag", [f for f, m in ALIASES.items() if m.value is None])
+def test_an_alias_with_a_value_equals_our_flag(flag: str) -> None:
+    spec = SPECS[ALIASES[flag].field]
+    text = text_for(spec.name)
+    config = parse(flag, text)
+    assert config == parse(spec.flag, text) == parse(f"{flag}={text}")
+    assert value(config, spec.name) == spec.type(text) != spec.default
+    assert config.replace(**{spec.name: value(parse(), spec.name)}) == parse(), "and nothing else"
+
+
+@pytest.mark.parametrize("flag", [f for f, m in ALIASES.items() if m.value is not None])
+def test_an_alias_without_a_value_equals_our_flag(flag: str) -> None:
+    spec, text = SPECS[ALIASES[flag].field], ALIASES[flag].value
+    ours = [f"--no-{spec.flag[2:]}"] if text == "false" else [spec.flag, str(text)]
+    assert parse(flag) == parse(*ours)
+    assert violations(flag, "stray") == [
+        "'stray' stands alone: values follow a flag, as in --data stray"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "want"),
+    [
+        ("--tensor-model-parallel-size 2", "tp", 2),
+        ("--pipeline-model-parallel-size 4", "pp", 4),
+        ("--num-query-groups 2", "num_kv_heads", 2),
+        ("--num-key-value-heads 2", "num_kv_heads", 2),
+        ("--kv-channels 64", "head_dim", 64),
+        ("--rotary-base 500000", "rope_theta", 500000.0),
+        ("--rotary-position-embeddings-theta 5e5", "rope_theta", 500000.0),
+        ("--use-rope-scaling", "rope_scaling", "llama3"),
+        ("--layernorm-epsilon 1e-6", "norm_epsilon", 1e-6),
+        ("--model llama3.2-1b --untie-embeddings-and-output-weights", "tie_embeddings", False),
+        ("--train-iters 500", "steps", 500),
+        ("--lr-warmup-iters 20", "lr_warmup_steps", 20),
+        ("--lr-decay-iters 300", "lr_decay_steps", 300),
+        ("--lr-wsd-decay-iters 30", "lr_wsd_decay_steps", 30),
+        ("--eval-iters 3", "eval_steps", 3),
+        ("--bf16", "precision", "bf16"),
+        ("--recompute-activations", "recompute", "selective"),
+        ("--recompute-granularity full", "recompute", "full"),
+        ("--data-path a.txt", "data", "a.txt"),
+    ],
+)
+def test_meaning(argv: str, name: str, want: Any) -> None:
+    assert value(parse(*argv.split()), name) == want
+
+
+def test_the_meanings_above_are_those_of_all_aliases() -> None:
+    (mark,) = test_meaning.pytestmark
+    tested = {word for row in mark.args[1] for word in row[0].split()}
+    assert set(ALIASES) - tested == set()
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (
+            "--tp 2 --tensor-model-parallel-size 4",
+            "--tensor-model-parallel-size sets --tp to 4, but it is also given as 2",
+        ),
+        (
+            "--tensor-model-parallel-size 4 --tp 2",
+            "--tensor-model-parallel-size sets --tp to 4, but it is also given as 2",
+        ),
+        (
+            "--recompute full --recompute-activations",
+            "--recompute-activations sets --recompute to selective, but it is also given as full",
+        ),
+        (
+            "--precision fp32 --bf16",
+            "--bf16 sets --precision to bf16, but it is also given as fp32",
+        ),
+        (
+            "--tie-embeddings --untie-embeddings-and-output-weights",
+            "--untie-embeddings-and-output-weights sets --tie-embeddings to false, "
+            "but it is also given as True",
+        ),
+        (
+            "--num-query-groups 2 --num-key-value-heads 4",
+            "--num-key-value-heads sets --num-kv-heads to 4, but it is also given as 2",
+        ),
+    ],
+)
+def test_two_flags_for_one_field_must_agree(argv: str, sentence: str) -> None:
+    assert violations(*argv.split()) == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "want"),
+    [
+        ("--tp 2 --tensor-model-parallel-size 2", "tp", 2),
+        ("--precision bf16 --bf16", "precision", "bf16"),
+        ("--no-tie-embeddings --untie-embeddings-and-output-weights", "tie_embeddings", False),
+        ("--num-query-groups 2 --num-key-value-heads 2", "num_kv_heads", 2),
+        ("--recompute-activations --recompute-granularity selective", "recompute", "selective"),
+        ("--steps 1000 --train-iters 1_000", "steps", 1000),  # one number in two spellings
+        ("--lr 3e-4 --rope-theta 1e4 --rotary-base 10000", "rope_theta", 1e4),
+    ],
+)
+def test_two_flags_for_one_field_may_agree(argv: str, name: str, want: Any) -> None:
+    assert value(parse(*argv.split()), name) == want
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        ("--recompute-granularity some", "--recompute-granularity"),
+        ("--tensor-model-parallel-size two", "--tensor-model-parallel-size"),
+        ("--layernorm-epsilon tiny", "--layernorm-epsilon"),
+    ],
+)
+def test_a_wrong_value_is_reported_under_the_flag_that_was_given(argv: str, flag: str) -> None:
+    (found,) = violations(*argv.split())
+    assert found.startswith(f"{flag} {argv.split()[1]}: expected ")
+
+
+# What is done anyway
+
+
+@pytest.mark.parametrize("flag", [f for f, m in ALWAYS.items() if not m.values])
+def test_always_without_a_value_changes_nothing(flag: str) -> None:
+    assert parse(flag, "--seed", "5") == parse("--seed", "5")
+    assert violations(flag, "stray") == [
+        "'stray' stands alone: values follow a flag, as in --data stray"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "text"), [(f, text) for f, m in ALWAYS.items() for text in m.values]
+)
+def test_always_with_its_value_changes_nothing(flag: str, text: str) -> None:
+    assert parse(flag, text) == parse(f"{flag}={text}") == parse()
+
+
+@pytest.mark.parametrize("flag", [f for f, m in ALWAYS.items() if m.values])
+@pytest.mark.parametrize("text", ["2", "other", ""])
+def test_always_refuses_other_values(flag: str, text: str) -> None:
+    assert violations(flag, text) == [f"{flag} {text} is not in megalite: {ALWAYS[flag].why}"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("values", [[], ["7"], ["-1"], ["a", "b", "c"]], ids=len)
+@pytest.mark.parametrize("flag", REFUSED)
+def test_a_refused_flag_gives_one_sentence(flag: str, values: list[str]) -> None:
+    sentence = f"{flag} is not in megalite: {REFUSED[flag].why}"
+    assert violations(flag, *values) == [sentence]
+    assert violations("--tp", "2", flag, *values, "--pp", "2") == [sentence]
+    if len(values) == 1:
+        assert violations(f"{flag}={values[0]}") == [sentence]
+
+
+def test_all_refused_flags_at_once_give_a_sentence_each() -> None:
+    found = violations(*(word for flag in REFUSED for word in (flag, "1")))
+    assert len(found) == len(REFUSED)
+    for flag, sentence in zip(REFUSED, found, strict=True):
+        assert sentence.startswith(f"{flag} is not in megalite: ")
+
+
+def test_flags_that_sentences_advise_exist() -> None:
+    known = {spec.flag for spec in SPECS.values()} | set(MEGATRON_FLAGS)
+    for flag, meaning in MEGATRON_FLAGS.items():
+        for word in getattr(meaning, "why", "").replace(";", " ").replace(",", " ").split():
+            word = word.strip("():")
+            if word.startswith("--"):
+                assert word in known, f"{flag} advises {word}"
+                assert not isinstance(MEGATRON_FLAGS.get(word), Refused), f"{flag}: {word}"
