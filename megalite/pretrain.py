@@ -24,6 +24,8 @@ from megalite.errors import ConfigError
 from megalite.parallel.environment import World, detect_world
 
 if TYPE_CHECKING:
+    import torch
+
     from megalite.data.corpus import Corpus
     from megalite.parallel.launch import Job, Rank
     from megalite.trainer import Result, Trainer
@@ -71,6 +73,10 @@ def cli_main() -> None:
     except KeyboardInterrupt:
         print("\nmegalite: stopped by SIGINT", file=sys.stderr)
         code = 130
+    if code and detect_world(os.environ):
+        from megalite.parallel.launch import leave
+
+        leave(code)
     sys.exit(code)
 
 
@@ -163,7 +169,7 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> None:
     folder = Path(config.run.runs) / config.run.name
     first = rank.groups.world_rank == 0
     if first:
-        _open_run(config, corpus, device_line, folder)
+        _open_run(config, corpus, rank.device, device_line, folder)
     trainer = Trainer(config, corpus, rank.groups, rank.device)
     record = RunLog(config, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
@@ -176,9 +182,12 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> None:
             log.say(_closing(corpus, result, sample, folder, trainer))
 
 
-def _open_run(config: Config, corpus: Corpus, device_line: str, folder: Path) -> None:
+def _open_run(
+    config: Config, corpus: Corpus, device: torch.device, device_line: str, folder: Path
+) -> None:
     import json
 
+    from megalite.layers.sdpa import attention_back_end
     from megalite_kernels import BACK_ENDS
 
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
@@ -187,7 +196,7 @@ def _open_run(config: Config, corpus: Corpus, device_line: str, folder: Path) ->
             config,
             version=megalite.__version__,
             device=device_line,
-            back_ends={"attention": "torch SDPA", **BACK_ENDS},
+            back_ends={"attention": attention_back_end(config, device), **BACK_ENDS},
             data=corpus.describe(),
             folder=str(folder),
         )

@@ -157,10 +157,7 @@ def run_rank(
     """Rendezvous, agree, create the groups, run the job.
 
     Returns:
-        0, or 2 if this rank found bad input (printed once for all ranks).
-
-    Raises:
-        Exception: of the job; reported once by `_report_once`.
+        0; 2 if a rank found bad input; 1 if the job failed. Both are printed once for all ranks.
     """
     device = _rank_device(config, world.local_rank)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
@@ -193,7 +190,7 @@ def run_rank(
         return 2
     except Exception as error:
         _report_once(config, rank, store, error)
-        raise
+        return 1
     return 0
 
 
@@ -207,10 +204,12 @@ def _launched_rank(
     threading.Thread(target=_die_with, args=(launcher,), daemon=True).start()
     world = detect_world(os.environ)
     assert world is not None, "torchelastic sets RANK and WORLD_SIZE"
-    try:
-        code = run_rank(config, world, job, facts)
-    except Exception:
-        code = 1
+    leave(run_rank(config, world, job, facts))
+
+
+def leave(code: int) -> None:
+    """End a rank that failed at once: other ranks wait for it in collectives, which an orderly
+    shutdown of the process group might wait for in turn."""
     if code:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Jobs that go wrong, run by `python jobs.py NAME` on four launched ranks."""
+"""Jobs that go wrong, run by `python jobs.py NAME` on four ranks, our own or torchrun's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import time
 import torch
 
 from megalite.config import Config, resolve, resolve_device
-from megalite.parallel.launch import Rank, launch
+from megalite.parallel.environment import detect_world
+from megalite.parallel.launch import Rank, join, launch, leave
 
 
 def _wait_for_all(rank: Rank) -> None:
@@ -46,4 +47,5 @@ if __name__ == "__main__":
     import jobs
 
     config = resolve_device(resolve(Config().replace(tp=2, pp=2, steps=1)), "cpu")
-    sys.exit(launch(config, getattr(jobs, sys.argv[1]), {}))
+    world, job = detect_world(os.environ), getattr(jobs, sys.argv[1])
+    leave(join(config, world, job, {}) if world else launch(config, job, {}))

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import launch
+from runs import SMALL, launch, pretrain_command
 
 JOBS = Path(__file__).parent / "jobs.py"
 
@@ -110,3 +110,42 @@ def test_a_rank_that_is_killed_is_named() -> None:
     result = launch([sys.executable, str(JOBS), "killed"])
     assert result.returncode == 1
     assert result.stderr == "megalite: rank 1 was killed by SIGKILL; all are stopped\n"
+
+
+def test_one_rank_stops_quietly_too(tmp_path: Path) -> None:
+    command = pretrain_command(*SMALL, "--steps", "100000", "--runs", str(tmp_path))
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    while "step 3" not in process.stdout.readline().replace("  ", ""):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert stderr.strip() == "megalite: stopped by SIGINT"
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    return launch(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", *command]
+    )
+
+
+def test_under_torchrun_a_rank_that_raises_is_named_once() -> None:
+    result = torchrun(str(JOBS), "fails")
+    assert result.returncode == 1
+    assert result.stderr.count("megalite: rank 2 of tp 2 x pp 2 x dp 1 failed:") == 1
+    assert result.stderr.count("ZeroDivisionError: planted on rank 2") == 1
+    assert "Connection closed by peer" not in result.stderr
+
+
+def test_under_torchrun_a_problem_of_one_rank_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("rank 0 cannot make its folder in a file")
+    flags = [*SMALL, "--dp", "4", "--device", "cpu", "--runs", str(tmp_path / "file")]
+    result = torchrun("-m", "megalite.pretrain", *flags)
+    assert result.returncode == 1, "torchrun's own code"
+    ours = [line for line in result.stderr.splitlines() if line.startswith("megalite:")]
+    assert len(ours) == 1
+    assert f"--runs {tmp_path / 'file'}" in ours[0]
+    assert ours[0].endswith("(rank 0)")
