@@ -20,86 +20,70 @@ from megalite.tokenizer.byte import ByteTokenizer
 Violations = Iterator[str]
 
 
-def check(
-    config: Config, world: World | None = None, explicit: frozenset[str] = frozenset()
-) -> None:
+def check(config: Config, world: World | None = None) -> None:
     """Check a resolved configuration.
 
     Args:
         config: after `resolve`.
         world: ranks that a launcher has started, if any.
-        explicit: names of the fields that flags set, to find those that contradict.
 
     Raises:
         ConfigError: with all violations.
     """
-    found = list(_positive(config))
-    # Later rules divide by these sizes: with a wrong sign they would only repeat the complaint.
+    found = [*_sizes(config), *_numbers(config)]
+    # The rules divide by these sizes: with a wrong sign they would only repeat the complaint.
     if not found:
         found = [violation for rule in _RULES for violation in rule(config)]
         found += _world(config, world)
-        found += _contradictions(config, explicit)
     if found:
         raise ConfigError(found)
 
 
-def _positive(config: Config) -> Violations:
-    model, parallel, train = config.model, config.parallel, config.train
-    for name, value in {
-        "num-layers": model.num_layers,
-        "hidden-size": model.hidden_size,
-        "num-attention-heads": model.num_attention_heads,
-        "num-kv-heads": model.num_kv_heads,
-        "head-dim": model.head_dim,
-        "ffn-hidden-size": model.ffn_hidden_size,
-        "vocab-size": model.vocab_size,
-        "make-vocab-size-divisible-by": model.make_vocab_size_divisible_by,
-        "seq-length": model.seq_length,
-        "rope-theta": model.rope_theta,
-        "rope-scaling-factor": model.rope_scaling_factor,
-        "rope-original-seq-length": model.rope_original_seq_length,
-        "norm-epsilon": model.norm_epsilon,
-        "tp": parallel.tp,
-        "pp": parallel.pp,
-        "dp": parallel.dp,
-        "distributed-timeout-minutes": parallel.distributed_timeout_minutes,
-        "micro-batch-size": train.micro_batch_size,
-        "global-batch-size": train.global_batch_size,
-        "lr": train.lr,
-        "adam-eps": train.adam_eps,
-        "log-interval": config.run.log_interval,
-    }.items():
-        if not value > 0:
-            yield f"--{name} {value} must be above 0"
-    for name, value in {
-        "min-lr": train.min_lr,
-        "init-method-std": model.init_method_std,
-        "weight-decay": train.weight_decay,
-        "clip-grad": train.clip_grad,
-        "lr-warmup-steps": train.lr_warmup_steps,
-        "lr-decay-steps": train.lr_decay_steps,
-        "lr-wsd-decay-steps": train.lr_wsd_decay_steps,
-        "eval-interval": train.eval_interval,
-        "eval-steps": train.eval_steps,
-        "sample-length": config.run.sample_length,
-        "steps": train.steps,
-        "tokens": train.tokens,
-        "seed": train.seed,
-    }.items():
-        if not value >= 0:
-            yield f"--{name} {value} must not be negative"
+_ABOVE_ZERO = frozenset(
+    {"num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size"}
+    | {"make_vocab_size_divisible_by", "seq_length", "rope_theta", "rope_scaling_factor"}
+    | {"rope_original_seq_length", "norm_epsilon", "tp", "pp", "micro_batch_size", "lr"}
+    | {"distributed_timeout_minutes", "adam_eps", "log_interval"}
+)
+_DERIVED = frozenset({"num_kv_heads", "head_dim", "dp", "global_batch_size"})
+"""0 asks for the value that follows from others; whatever is wrong with it is said of those."""
+
+_LARGEST = 2**63
 
 
-def _probabilities(config: Config) -> Violations:
-    for name, value in {
-        "hidden-dropout": config.model.hidden_dropout,
-        "attention-dropout": config.model.attention_dropout,
-        "adam-beta1": config.train.adam_beta1,
-        "adam-beta2": config.train.adam_beta2,
-        "lr-warmup-fraction": config.train.lr_warmup_fraction,
-    }.items():
-        if not 0 <= value < 1:
-            yield f"--{name} {value} must be at least 0 and below 1"
+def _sizes(config: Config) -> Violations:
+    """Signs of the numbers."""
+    for name, value in _values(config):
+        flag = f"--{name.replace('_', '-')} {value}"
+        if (name in _ABOVE_ZERO and not value > 0) or (name in _DERIVED and value < 0):
+            yield f"{flag} must be above 0"
+        elif name not in _ABOVE_ZERO and not value >= 0 and name not in _SHARES:
+            yield f"{flag} must not be negative"
+
+
+def _numbers(config: Config) -> Violations:
+    """Numbers that no computer word holds."""
+    for name, value in _values(config):
+        if abs(value) >= _LARGEST and name not in _SHARES:
+            yield f"--{name.replace('_', '-')} {value} is too large"
+
+
+def _values(config: Config) -> Iterator[tuple[str, float]]:
+    for group in config.to_dict().values():
+        for name, value in group.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                yield name, value
+
+
+_SHARES = frozenset(
+    {"hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction"}
+)
+
+
+def _shares(config: Config) -> Violations:
+    for name, value in _values(config):
+        if name in _SHARES and not 0 <= value < 1:
+            yield f"--{name.replace('_', '-')} {value} must be at least 0 and below 1"
 
 
 def _heads(config: Config) -> Violations:
@@ -121,13 +105,13 @@ def _heads(config: Config) -> Violations:
             f"--tp {tp} and --num-kv-heads {kv_heads}: one must divide the other (a key/value "
             f"head is whole on a rank, or copied on equally many){_try(choices, tp)}"
         )
-    if model.head_dim % 2:
-        yield f"--head-dim {model.head_dim} must be even: RoPE turns pairs of features"
-    if model.hidden_size % heads and model.head_dim == model.hidden_size // heads:
+    if not model.head_dim:
         yield (
             f"--num-attention-heads {heads} does not divide --hidden-size {model.hidden_size}"
             f"{_try(_divisors(model.hidden_size), heads)}, or give --head-dim"
         )
+    elif model.head_dim % 2:
+        yield f"--head-dim {model.head_dim} must be even: RoPE turns pairs of features"
 
 
 def _widths(config: Config) -> Violations:
@@ -190,10 +174,11 @@ def _length(config: Config) -> Violations:
         )
     if train.min_lr > train.lr:
         yield f"--min-lr {train.min_lr} is above --lr {train.lr}"
-    if train.lr_wsd_decay_steps > train.lr_decay_steps - train.lr_warmup_steps:
+    after_warm_up = train.lr_decay_steps - train.lr_warmup_steps
+    if train.lr_decay_style == "WSD" and 0 < after_warm_up < train.lr_wsd_decay_steps:
         yield (
             f"--lr-wsd-decay-steps {train.lr_wsd_decay_steps} is longer than the "
-            f"{train.lr_decay_steps - train.lr_warmup_steps} steps after warm-up"
+            f"{after_warm_up} steps after warm-up"
         )
 
 
@@ -212,7 +197,12 @@ def _data(config: Config) -> Violations:
     problems, is_text = source_problems(data)
     yield from problems
     if data.eod_mask_loss and not is_text:
-        yield "--eod-mask-loss needs text: which token ends a document of a .bin is not known"
+        why = (
+            "the random tokens of --mock-data have no documents"
+            if data.mock_data
+            else "which token ends a document of a .bin is not known"
+        )
+        yield f"--eod-mask-loss needs text: {why}"
     if is_text and config.model.vocab_size < ByteTokenizer.vocab_size:
         yield (
             f"--vocab-size {config.model.vocab_size} is below the {ByteTokenizer.vocab_size} "
@@ -231,22 +221,8 @@ def _run(config: Config) -> Violations:
         yield "--tensorboard: TensorBoard is not installed; pip install tensorboard"
 
 
-def _contradictions(config: Config, explicit: frozenset[str]) -> Violations:
-    """Flags of which one takes the effect of the other."""
-    values = {name: value for part in config.to_dict().values() for name, value in part.items()}
-    in_effect = {name for name in explicit if values[name]}
-    for first, second in (
-        ("steps", "tokens"),
-        ("lr_warmup_steps", "lr_warmup_fraction"),
-        ("data", "mock_data"),
-    ):
-        if {first, second} <= in_effect:
-            flags = (f"--{name.replace('_', '-')}" for name in (first, second))
-            yield f"{' and '.join(flags)} contradict: give one"
-
-
 _RULES: tuple[Callable[[Config], Violations], ...] = (
-    _probabilities,
+    _shares,
     _heads,
     _widths,
     _stages,

@@ -239,6 +239,14 @@ class Config:
         return self.parallel.tp * self.parallel.pp * self.parallel.dp
 
 
+ALTERNATIVES = (
+    ("steps", "tokens"),
+    ("lr_warmup_steps", "lr_warmup_fraction"),
+    ("data", "mock_data"),
+)
+"""Pairs of fields that say the same thing in two ways: only one of a pair is given."""
+
+
 @dataclass(frozen=True)
 class FieldSpec:
     """One field of one group, as the command line sees it."""
@@ -292,15 +300,16 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     values: dict[str, Any] = {"dp": dp}
     if not model.num_kv_heads:
         values["num_kv_heads"] = model.num_attention_heads
-    if not model.head_dim and model.num_attention_heads > 0:
-        values["head_dim"] = model.hidden_size // model.num_attention_heads
+    heads = model.num_attention_heads
+    if not model.head_dim and heads > 0 and model.hidden_size % heads == 0:
+        values["head_dim"] = model.hidden_size // heads
     if not model.vocab_size:
         values["vocab_size"] = ByteTokenizer.vocab_size
     if parallel.sequence_parallel is None:
         values["sequence_parallel"] = parallel.tp > 1
     batch = train.global_batch_size or train.micro_batch_size * dp
     values["global_batch_size"] = batch
-    if not train.steps and train.tokens:
+    if not train.steps and train.tokens > 0:
         values["steps"] = -(-train.tokens // max(1, batch * model.seq_length))
         values["tokens"] = 0
     resolved = config.replace(**values)
@@ -312,7 +321,8 @@ def _learning_rate_steps(train: TrainConfig) -> dict[str, int]:
     decay = train.lr_decay_steps or max(1, train.steps)
     lengths = {"lr_decay_steps": decay}
     if train.lr_warmup_steps == -1:
-        lengths["lr_warmup_steps"] = int(train.lr_warmup_fraction * decay)
+        share = train.lr_warmup_fraction
+        lengths["lr_warmup_steps"] = int(share * decay) if 0 <= share < 1 else 0
     if train.lr_decay_style == "WSD" and not train.lr_wsd_decay_steps:
         lengths["lr_wsd_decay_steps"] = max(1, decay // 10)
     return lengths

@@ -145,7 +145,7 @@ class RunLog:
     def step(self, step: int, reading: Reading, lr: float) -> None:
         """Record optimizer step `step` (1 first); its reading holds gradient norm and loss."""
         grad_norm, loss = reading.values
-        seconds = reading.seconds
+        seconds = max(reading.seconds, 1e-9)
         self._training_s += seconds
         self._steps_done += 1
         tokens = self._config.tokens_per_step
@@ -241,7 +241,8 @@ def _open_tensorboard(config: Config, folder: Path) -> Any:
 
 def _count(number: float) -> str:
     for limit, suffix in ((1e6, "M"), (1e3, "k")):
-        if number >= limit:
+        # What rounds up to 1000 of a unit is 1 of the next.
+        if number >= 0.99995 * limit:
             return f"{number / limit:.1f}{suffix}"
     return f"{number:.0f}"
 

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         world = detect_world(os.environ)
         config = resolve(command.config, world.size if world else None)
-        check(config, world, command.explicit)
+        check(config, world)
         if command.print_config:
             print(cli.to_toml(config), end="")
         elif command.dry_run:

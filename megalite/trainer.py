@@ -76,8 +76,8 @@ class Trainer:
             self.stages, groups.pp, lambda number: self.flats[number].begin_last_backward()
         )
         self.optimizer = Optimizer(list(self.flats.values()), groups, config.train)
-        train, self._valid = open_samples(config, corpus)
-        self.loader = Loader(config, train, self._valid, groups.dp, device)
+        self._train, self._valid = open_samples(config, corpus)
+        self.loader = Loader(config, self._train, self._valid, groups.dp, device)
         self._last_stage = self.stages.get(plan.num_stages - 1)
 
     def train_step(self, step: int) -> Tensor:
@@ -172,8 +172,9 @@ class Trainer:
         return Result(loss, valid_loss)
 
     def prompt(self, length: int) -> list[int]:
-        """The first tokens of the validation split, the same on all ranks."""
-        return self._valid.read(0)[:length].tolist()
+        """The first tokens of the validation samples, or of the training ones if there are none."""
+        samples = self._valid if self._valid.num_samples else self._train
+        return samples.read(0)[:length].tolist()
 
     def bits_per_byte(self, loss: float) -> float | None:
         """A loss per token as bits per byte of text; None if the text's size is unknown."""

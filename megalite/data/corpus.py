@@ -24,7 +24,7 @@ from megalite.data.source import Source, find_source
 from megalite.errors import DataError
 from megalite.tokenizer.byte import ByteTokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache's key: raised when the same text would give other files."""
 
 STDLIB_CAP_BYTES = 16 << 20
@@ -93,10 +93,24 @@ def prepare_corpus(data: DataConfig) -> Corpus:
         return _describe_indexed(source.path)
     folder = _cache_folder(data)
     prefix = folder / f"{source.kind}-{_cache_key(source)}"
-    with _locked(prefix):
-        if not all(Path(f"{prefix}{suffix}").exists() for suffix in (".bin", ".idx", ".json")):
-            _tokenize(source, prefix)
-        return Corpus(**json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8")))
+    cached = _read_cache(prefix)
+    if cached is None:
+        with _locked(prefix):
+            cached = _read_cache(prefix)
+            if cached is None:
+                cached = _tokenize(source, prefix)
+    return cached
+
+
+def _read_cache(prefix: Path) -> Corpus | None:
+    """The tokenized corpus, or None if it is missing, incomplete or damaged."""
+    try:
+        facts = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
+        corpus = Corpus(prefix=str(prefix), **facts)
+        reader = IndexedReader(prefix)
+    except (OSError, ValueError, TypeError):  # DataError is a ValueError
+        return None
+    return corpus if len(reader.tokens) == corpus.tokens else None
 
 
 def stdlib_files(root: Path) -> list[Path]:
@@ -108,43 +122,55 @@ def stdlib_files(root: Path) -> list[Path]:
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
+        paths = (Path(folder, name) for name in names if name.endswith(".py"))
+        found += [path for path in paths if path.is_file()]  # not a link to nowhere
     key = {path: hashlib.sha256(path.relative_to(root).as_posix().encode()) for path in found}
     return sorted(found, key=lambda path: key[path].digest())
 
 
-def _tokenize(source: Source, prefix: Path) -> None:
+def _tokenize(source: Source, prefix: Path) -> Corpus:
     """Write .bin, .idx and, last, the sidecar that marks them as complete."""
-    tokenizer = ByteTokenizer()
-    writer = IndexedWriter(prefix, token_dtype(tokenizer.vocab_size))
-    counter = _TokenCounter(tokenizer.vocab_size)
-    digest = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint}".encode())
-    text_bytes = documents = 0
     try:
-        for text, ends_document in _sequences(source):
-            tokens = np.frombuffer(text, np.uint8).astype(np.uint16)
-            if ends_document and len(tokens):
-                tokens = np.append(tokens, np.uint16(tokenizer.eod))
-            if len(tokens):
-                writer.add_sequence(tokens)
-                counter.add(tokens)
-                digest.update(tokens.tobytes())
-            if ends_document:
-                writer.end_document()
-                documents += 1
-            text_bytes += len(text)
-        if not text_bytes:
-            raise DataError(f"--data {source.path} holds no text")
-        writer.close()
+        writer = IndexedWriter(prefix, token_dtype(ByteTokenizer.vocab_size))
+        try:
+            corpus = _write_tokens(source, prefix, writer)
+        finally:
+            writer.discard()
+        facts = asdict(corpus)
+        del facts["prefix"]  # the cache may be moved
+        temporary = Path(f"{prefix}.tmp-{os.getpid()}.json")
+        temporary.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        os.replace(temporary, f"{prefix}.json")
     except OSError as error:
         raise DataError(
             f"cannot write the tokenized corpus to {prefix.parent}: {error.strerror}; "
             "give another folder with --data-cache-path"
         ) from None
-    finally:
-        writer.discard()
+    return corpus
+
+
+def _write_tokens(source: Source, prefix: Path, writer: IndexedWriter) -> Corpus:
+    tokenizer = ByteTokenizer()
+    counter = _TokenCounter(tokenizer.vocab_size)
+    digest = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint}".encode())
+    text_bytes = documents = 0
+    for text, ends_document in _sequences(source):
+        tokens = np.frombuffer(text, np.uint8).astype(np.uint16)
+        if ends_document and len(tokens):
+            tokens = np.append(tokens, np.uint16(tokenizer.eod))
+        if len(tokens):
+            writer.add_sequence(tokens)
+            counter.add(tokens)
+            digest.update(tokens.tobytes())
+        if ends_document:
+            writer.end_document()
+            documents += 1
+        text_bytes += len(text)
+    if not text_bytes:
+        raise DataError(f"--data {source.path} holds no text")
+    writer.close()
     unigram, bigram = counter.entropies()
-    corpus = Corpus(
+    return Corpus(
         prefix=str(prefix),
         description=_describe(source),
         fingerprint=digest.hexdigest()[:16],
@@ -155,9 +181,6 @@ def _tokenize(source: Source, prefix: Path) -> None:
         unigram_nats=unigram,
         bigram_nats=bigram,
     )
-    temporary = Path(f"{prefix}.tmp-{os.getpid()}.json")
-    temporary.write_text(json.dumps(asdict(corpus), indent=2), encoding="utf-8")
-    os.replace(temporary, f"{prefix}.json")
 
 
 def _describe(source: Source) -> str:
@@ -184,12 +207,26 @@ def _describe_indexed(prefix: Path) -> Corpus:
 
 
 def _sequences(source: Source) -> Iterator[tuple[bytes, bool]]:
-    """Text of each sequence, and whether it is the last of its document."""
-    if source.kind == "stdlib":
-        return _stdlib_sequences(source.path)
-    if source.kind == "jsonl":
-        return _jsonl_sequences(source.path)
-    return _text_sequences(source.path)
+    """Text of each sequence, and whether it is the last of its document.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
+    read = {"stdlib": _stdlib_sequences, "jsonl": _jsonl_sequences, "text": _text_sequences}
+    sequences = read[source.kind](source.path)
+    while True:
+        # Only reading is in here: what fails in writing is not the source's fault.
+        try:
+            item = next(sequences, None)
+        except OSError as error:
+            raise _unreadable(error) from None
+        if item is None:
+            return
+        yield item
+
+
+def _unreadable(error: OSError) -> DataError:
+    return DataError(f"{error.filename} cannot be read: {error.strerror}")
 
 
 def _stdlib_sequences(root: Path) -> Iterator[tuple[bytes, bool]]:
@@ -210,9 +247,11 @@ def _stdlib_sequences(root: Path) -> Iterator[tuple[bytes, bool]]:
 
 def _text_sequences(path: Path) -> Iterator[tuple[bytes, bool]]:
     with open(path, "rb") as file:
-        while lines := file.readlines(SEQUENCE_BYTES):
-            yield b"".join(lines), False
-    yield b"", True
+        current = file.readlines(SEQUENCE_BYTES)
+        while current:
+            following = file.readlines(SEQUENCE_BYTES)
+            yield b"".join(current), not following
+            current = following
 
 
 def _jsonl_sequences(path: Path) -> Iterator[tuple[bytes, bool]]:
@@ -296,7 +335,10 @@ def _cache_key(source: Source) -> str:
     files = stdlib_files(source.path) if source.kind == "stdlib" else [source.path]
     digest = hashlib.sha256(f"{FORMAT} {ByteTokenizer.fingerprint}".encode())
     for path in files:
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise _unreadable(error) from None
         digest.update(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -71,7 +71,17 @@ class IndexedWriter:
         self._documents = array("q", [0])
 
     def add_sequence(self, tokens: np.ndarray) -> None:
-        """Append one sequence of token ids, shape [length], any integer dtype."""
+        """Append one sequence of token ids, shape [length], any integer dtype.
+
+        Raises:
+            DataError: an id that the writer's dtype cannot hold.
+        """
+        limits = np.iinfo(self.dtype)
+        if len(tokens) and not (limits.min <= tokens.min() and tokens.max() <= limits.max):
+            raise DataError(
+                f"{self.prefix}.bin: token ids from {tokens.min()} to {tokens.max()} do not fit "
+                f"into {self.dtype.name}, which holds {limits.min} to {limits.max}"
+            )
         self._bin.write(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
         self._lengths.append(len(tokens))
 
@@ -81,6 +91,7 @@ class IndexedWriter:
 
     def close(self) -> None:
         """Write the index and give both files their names."""
+        assert self._documents[-1] == len(self._lengths), "sequences after the last end_document"
         self._bin.close()
         lengths = np.asarray(self._lengths, dtype="<i4")
         ends = np.cumsum(lengths.astype("<i8") * self.dtype.itemsize)
@@ -166,7 +177,8 @@ class IndexedReader:
     def _check_arrays(self, pointers: np.ndarray) -> None:
         path = self.index_path
         if len(self.lengths) and int(self.lengths.min()) < 0:
-            raise DataError(f"{path}: sequence {int(self.lengths.argmin())} has a negative length")
+            i = int(self.lengths.argmin())
+            raise DataError(f"{path}: sequence {i} has a negative length, {int(self.lengths[i])}")
         ends = np.cumsum(self.lengths.astype(np.int64) * self.dtype.itemsize)
         starts = np.concatenate([np.zeros(1, np.int64), ends])[: len(self.lengths)]
         wrong = np.flatnonzero(pointers != starts)
@@ -182,5 +194,10 @@ class IndexedReader:
                 f"{path}: the document array must run from 0 to {len(self.lengths)}, found "
                 f"{documents[:1].tolist()} to {documents[-1:].tolist()}"
             )
-        if (np.diff(documents) < 0).any():
-            raise DataError(f"{path}: the document array must not fall")
+        falls = np.flatnonzero(np.diff(documents) < 0)
+        if len(falls):
+            i = int(falls[0])
+            raise DataError(
+                f"{path}: the document array must not fall, but goes from {int(documents[i])} "
+                f"to {int(documents[i + 1])} at {i + 1}"
+            )

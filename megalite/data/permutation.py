@@ -27,11 +27,11 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     keys = [_mix_int(seed * 0x9E3779B97F4A7C15 + epoch * _ROUNDS + i) for i in range(_ROUNDS)]
-    values = np.asarray(index).astype(np.uint64)
+    values = np.asarray(index).astype(np.uint64).reshape(-1)
     values = _feistel(values, half_bits, keys)
     while (outside := values >= np.uint64(size)).any():
         values[outside] = _feistel(values[outside], half_bits, keys)
-    return values.astype(np.int64)
+    return values.astype(np.int64).reshape(np.shape(index))
 
 
 def _feistel(values: np.ndarray, half_bits: int, keys: list[int]) -> np.ndarray:

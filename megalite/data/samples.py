@@ -8,7 +8,7 @@ the layout nor on the length of the run.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -60,6 +60,7 @@ class StreamSamples:
         Raises:
             DataError: a token id that the vocabulary does not have.
         """
+        assert 0 <= index < self.num_samples, f"sample {index} of {self.num_samples}"
         begin = self._start + index * self._seq
         sample = self._tokens[begin : begin + self._seq + 1].astype(np.int64)
         if sample.min() < 0 or sample.max() >= self._vocab_size:
@@ -137,8 +138,10 @@ def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int]]:
     "969,30,1" over S sequences -> [(0, round(.969 S)), (round(.969 S), round(.999 S)), ...].
     """
     shares = [float(part) for part in split.split(",")]
-    cuts = np.cumsum([0.0, *shares]) / sum(shares)
-    marks = [round(cut * num_sequences) for cut in cuts.tolist()]
+    total = sum(shares)
+    # Each share is normalised before they are summed up, as there: ties then round alike.
+    cuts = accumulate((share / total for share in shares), initial=0.0)
+    marks = [round(cut * num_sequences) for cut in cuts]
     return list(pairwise(marks))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,10 @@ def find_source(data: DataConfig) -> Source:
     path = Path(data.data)
     if path.suffix in (".bin", ".idx"):
         return Source("indexed", path.with_suffix(""))
+    if _exists(_index_of(path)) or (_exists(_tokens_of(path)) and not _exists(path)):
+        return Source("indexed", path)
     if path.suffix in (".jsonl", ".json"):
         return Source("jsonl", path)
-    if not path.exists() and _index_of(path).exists():
-        return Source("indexed", path)
     return Source("text", path)
 
 
@@ -45,25 +46,41 @@ def source_problems(data: DataConfig) -> tuple[list[str], bool]:
     is_text = source.kind in ("stdlib", "text", "jsonl")
     files: list[Path] = []
     if source.kind == "indexed":
-        files = [Path(f"{source.path}.bin"), _index_of(source.path)]
+        files = [_tokens_of(source.path), _index_of(source.path)]
     elif source.kind in ("text", "jsonl"):
         files = [source.path]
     problems = [problem for file in files if (problem := _file_problem(file, data.data))]
     return problems, is_text
 
 
+def _tokens_of(prefix: Path) -> Path:
+    return Path(f"{prefix}.bin")
+
+
 def _index_of(prefix: Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def _exists(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _file_problem(file: Path, given: str) -> str | None:
-    if file.is_dir():
-        return f"--data {given} is a folder: give a .txt or .jsonl file, or a .bin/.idx prefix"
-    if not file.exists():
+    try:
+        status = file.stat()
+    except FileNotFoundError:
         return f"--data {given}: there is no file {file}{_near(file)}"
+    except (OSError, ValueError) as error:
+        return f"--data {given}: {file}: {getattr(error, 'strerror', error)}"
+    if stat.S_ISDIR(status.st_mode):
+        return f"--data {given} is a folder: give a .txt or .jsonl file, or a .bin/.idx prefix"
     if not os.access(file, os.R_OK):
         return f"--data {given}: {file} cannot be read (permission denied)"
-    if not file.stat().st_size:
+    if not status.st_size and stat.S_ISREG(status.st_mode):
         return f"--data {given}: {file} is empty"
     return None
 

@@ -38,33 +38,47 @@ def detect_world(env: Mapping[str, str]) -> World | None:
     Raises:
         ConfigError: a variable is missing or not a number.
     """
-    if "RANK" in env and "WORLD_SIZE" in env:
+    if "RANK" in env or "WORLD_SIZE" in env:
         rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
-        return World(
-            rank=rank,
-            size=size,
-            local_rank=_number(env, "LOCAL_RANK", rank),
-            local_size=_number(env, "LOCAL_WORLD_SIZE", size),
-            master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
-            master_port=_number(env, "MASTER_PORT", 29500),
-            launcher="torchrun",
+        local_size = _number(env, "LOCAL_WORLD_SIZE", size)
+        return _checked(
+            World(
+                rank=rank,
+                size=size,
+                local_rank=_number(env, "LOCAL_RANK", rank % max(1, local_size)),
+                local_size=local_size,
+                master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
+                master_port=_number(env, "MASTER_PORT", 29500),
+                launcher="torchrun",
+            )
         )
     if "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
         nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-        tasks_per_node = env.get("SLURM_STEP_TASKS_PER_NODE", "1")
-        return World(
-            rank=_number(env, "SLURM_PROCID"),
-            size=_number(env, "SLURM_STEP_NUM_TASKS"),
-            local_rank=_number(env, "SLURM_LOCALID"),
-            local_size=_tasks_of_node(tasks_per_node, _number(env, "SLURM_NODEID", 0)),
-            master_addr=env.get("MASTER_ADDR") or first_host(nodes),
-            # One port per job, outside the usual ephemeral range of Linux (32768-60999).
-            master_port=_number(
-                env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID", 0) % 10000
-            ),
-            launcher="srun",
+        return _checked(
+            World(
+                rank=_number(env, "SLURM_PROCID"),
+                size=_number(env, "SLURM_STEP_NUM_TASKS"),
+                local_rank=_number(env, "SLURM_LOCALID"),
+                local_size=_tasks_of_node(env, _number(env, "SLURM_NODEID", 0)),
+                master_addr=env.get("MASTER_ADDR") or first_host(nodes),
+                # One port per job, outside the usual ephemeral range of Linux (32768-60999).
+                master_port=_number(
+                    env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID", 0) % 10000
+                ),
+                launcher="srun",
+            )
         )
     return None
+
+
+def _checked(world: World) -> World:
+    if not 0 <= world.rank < world.size:
+        raise ConfigError(f"{world.launcher} gave rank {world.rank} of {world.size} ranks")
+    if not 0 <= world.local_rank < world.local_size:
+        raise ConfigError(
+            f"{world.launcher} gave local rank {world.local_rank} of {world.local_size} ranks here"
+        )
+    return world
 
 
 def first_host(nodelist: str) -> str:
@@ -73,23 +87,29 @@ def first_host(nodelist: str) -> str:
     Raises:
         ConfigError: the list is empty.
     """
-    match = re.match(r"([^\[,]+)(?:\[([0-9]+)[^\]]*\]([^,\[]*))?", nodelist)
-    if not match:
+    first = re.match(r"[^\[\],](?:[^\[\],]|\[[^\]]*\])*", nodelist)
+    if not first:
         raise ConfigError(
             "SLURM_STEP_NODELIST names no host: set MASTER_ADDR to the host of rank 0"
         )
-    prefix, index, suffix = match.groups()
-    return prefix + (index or "") + (suffix or "")
+    # Of each range its first number.
+    return re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", first[0])
 
 
-def _tasks_of_node(tasks_per_node: str, node: int) -> int:
+def _tasks_of_node(env: Mapping[str, str], node: int) -> int:
     """Tasks on one node from Slurm's compressed list: `4(x2),3` -> 4, 4, 3."""
+    name = "SLURM_STEP_TASKS_PER_NODE"
+    if name not in env:
+        raise ConfigError(f"{name} is not set, though the launcher's other variables are")
     counts: list[int] = []
-    for part in tasks_per_node.split(","):
+    for part in env[name].split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match:
-            counts += [int(match[1])] * int(match[2] or 1)
-    return counts[node] if node < len(counts) else 1
+        if not match:
+            raise ConfigError(f"{name}={env[name]!r} is not a list such as 4(x2),3")
+        counts += [int(match[1])] * int(match[2] or 1)
+    if node >= len(counts):
+        raise ConfigError(f"{name}={env[name]!r} has no node {node}, which SLURM_NODEID names")
+    return counts[node]
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -26,7 +26,7 @@ def run(*argv: str, ranks: World | None = None) -> Config:
     """Parse, resolve and check, as `pretrain` does."""
     command = cli.parse(argv, prog="megalite", description="A test.")
     config = resolve(command.config, ranks.size if ranks else None)
-    check(config, ranks, command.explicit)
+    check(config, ranks)
     return config
 
 
@@ -391,9 +391,9 @@ def files(folder: Path, **contents: bytes) -> None:
 )
 def test_data_files_that_cannot_be_used(tmp_path: Path, data: str, sentences: list[str]) -> None:
     (tmp_path / "folder").mkdir()
-    files(tmp_path, a_txt=b"x", empty_txt=b"", only_idx=b"x", void_bin=b"", void_idx=b"x")
-    files(tmp_path, lone_bin=b"x", other_dat=b"x")
-    beside = "a.txt, empty.txt, only.idx, void.idx"
+    files(tmp_path, a_txt=b"x", a_jsonl=b"x", empty_txt=b"", only_idx=b"x", void_bin=b"")
+    files(tmp_path, lone_bin=b"x", other_dat=b"x", void_idx=b"x", zzz_txt=b"x")
+    beside = "a.jsonl, a.txt, empty.txt, only.idx"  # four are enough
     want = [sentence.format(f=tmp_path, beside=beside) for sentence in sentences]
     assert violations("--data", f"{tmp_path}/{data}") == want
 

@@ -70,7 +70,7 @@ def changed(env: dict[str, str], **changes: str | None) -> dict[str, str]:
     [
         ({}, {}),
         # As a hand-written loop sets them: one machine, the defaults of torch.
-        (dict(LOCAL_RANK=None), dict(local_rank=5)),
+        (dict(LOCAL_RANK=None), dict(local_rank=1)),
         (dict(LOCAL_WORLD_SIZE=None), dict(local_size=8)),
         (dict(MASTER_ADDR=None), dict(master_addr="127.0.0.1")),
         (dict(MASTER_PORT=None), dict(master_port=29500)),

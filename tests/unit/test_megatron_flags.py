@@ -114,28 +114,27 @@ def test_the_meanings_above_are_those_of_all_aliases() -> None:
     [
         (
             "--tp 2 --tensor-model-parallel-size 4",
-            "--tensor-model-parallel-size sets --tp to 4, but it is also given as 2",
+            "--tp 2 and --tensor-model-parallel-size 4 contradict: give one",
         ),
         (
             "--tensor-model-parallel-size 4 --tp 2",
-            "--tensor-model-parallel-size sets --tp to 4, but it is also given as 2",
+            "--tp 2 and --tensor-model-parallel-size 4 contradict: give one",
         ),
         (
             "--recompute full --recompute-activations",
-            "--recompute-activations sets --recompute to selective, but it is also given as full",
+            "--recompute full and --recompute-activations contradict: give one",
         ),
         (
             "--precision fp32 --bf16",
-            "--bf16 sets --precision to bf16, but it is also given as fp32",
+            "--precision fp32 and --bf16 contradict: give one",
         ),
         (
             "--tie-embeddings --untie-embeddings-and-output-weights",
-            "--untie-embeddings-and-output-weights sets --tie-embeddings to false, "
-            "but it is also given as True",
+            "--tie-embeddings and --untie-embeddings-and-output-weights contradict: give one",
         ),
         (
             "--num-query-groups 2 --num-key-value-heads 4",
-            "--num-key-value-heads sets --num-kv-heads to 4, but it is also given as 2",
+            "--num-query-groups 2 and --num-key-value-heads 4 contradict: give one",
         ),
     ],
 )

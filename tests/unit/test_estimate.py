@@ -1,0 +1,229 @@
+"""Counts of parameters equal those of the modules that are built; memory and arithmetic equal sums
+by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megalite.config import Config, resolve
+from megalite.estimate import (
+    flops_per_token,
+    rank_estimate,
+    rank_parameters,
+    whole_parameters,
+)
+from megalite.layers.shard import named_shards
+from megalite.models.llama import LlamaStage
+from megalite.models.stage import StageSpec, stage_specs
+from megalite.parallel.tensor import TensorGroup
+
+SHAPE: dict[str, Any] = dict(
+    num_layers=5,
+    hidden_size=48,
+    num_attention_heads=8,
+    ffn_hidden_size=80,
+    vocab_size=101,
+    make_vocab_size_divisible_by=8,
+    seq_length=16,
+    steps=1,
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "multi-head": {},
+    "four kv heads": dict(num_kv_heads=4),
+    "two kv heads": dict(num_kv_heads=2),
+    "one kv head": dict(num_kv_heads=1),
+    "tied": dict(tie_embeddings=True, num_kv_heads=2),
+    "wide heads": dict(head_dim=10, num_kv_heads=2),
+    "no padding": dict(vocab_size=64),
+    "padding beyond a rank": dict(vocab_size=101, make_vocab_size_divisible_by=128),
+}
+
+
+def tensor_rank(rank: int, size: int) -> TensorGroup:
+    """One rank's view of a group that does not exist: modules are built, never run."""
+    group = TensorGroup.solo()
+    group.rank, group.size, group.sequence_parallel = rank, size, size > 1
+    return group
+
+
+def build(config: Config, spec: StageSpec, rank: int) -> LlamaStage:
+    return LlamaStage(
+        config,
+        spec,
+        tp=tensor_rank(rank, config.parallel.tp),
+        dtype=torch.float32,
+        device=torch.device("meta"),
+    )
+
+
+def settings(variant: str, **values: Any) -> Config:
+    return resolve(Config().replace(**{**SHAPE, **VARIANTS[variant], **values}))
+
+
+@pytest.mark.parametrize("pp", [1, 2, 5])
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_counts_equal_those_of_built_modules(variant: str, tp: int, pp: int) -> None:
+    """Of each rank; and without padding and copies they add up to the whole model."""
+    config = settings(variant, tp=tp, pp=pp)
+    whole: dict[str, int] = {}
+    for spec in stage_specs(config):
+        for rank in range(tp):
+            stage = build(config, spec, rank)
+            held = sum(parameter.numel() for parameter in stage.parameters())
+            assert held == rank_parameters(config, spec)
+            for _, shard in named_shards(stage):
+                for piece in shard.pieces:
+                    if piece.replica == 0 and not shard.tied_copy:
+                        rest = torch.Size(piece.shape).numel() // piece.shape[piece.dim]
+                        whole[piece.name] = whole.get(piece.name, 0) + rest * piece.length
+    assert sum(whole.values()) == whole_parameters(config)
+    assert len(whole) == 5 * 9 + (2 if config.model.tie_embeddings else 3)
+
+
+@pytest.mark.parametrize(
+    ("variant", "want"),
+    [
+        # Per layer: q and o, k and v, gate up down, two norms.
+        (
+            "multi-head",
+            5 * (2 * 48 * 48 + 2 * 48 * 48 + 3 * 48 * 80 + 2 * 48) + 2 * 101 * 48 + 48,
+        ),
+        (
+            "one kv head",
+            5 * (2 * 48 * 48 + 2 * 6 * 48 + 3 * 48 * 80 + 2 * 48) + 2 * 101 * 48 + 48,
+        ),
+        (
+            "wide heads",
+            5 * (2 * 80 * 48 + 2 * 20 * 48 + 3 * 48 * 80 + 2 * 48) + 2 * 101 * 48 + 48,
+        ),
+        ("tied", 5 * (2 * 48 * 48 + 2 * 12 * 48 + 3 * 48 * 80 + 2 * 48) + 101 * 48 + 48),
+    ],
+)
+def test_whole_models_by_hand(variant: str, want: int) -> None:
+    for tp in (1, 2, 8):
+        assert whole_parameters(settings(variant, tp=tp)) == want
+
+
+def test_a_rank_by_hand() -> None:
+    """tp 4 of two key/value heads: two query heads and a copy of one; 104 of 101 rows, by 26."""
+    config = settings("tied", tp=4, pp=2, make_vocab_size_divisible_by=26)
+    first, last = stage_specs(config)
+    layer = (2 * 12 + 2 * 6) * 48 + 3 * 48 * 20 + 2 * 48
+    assert rank_parameters(config, first) == first.num_layers * layer + 26 * 48
+    assert rank_parameters(config, last) == last.num_layers * layer + 26 * 48 + 48
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (4, 2)])
+def test_bytes_of_a_parameter(name: str, tp: int, pp: int) -> None:
+    """Weights, gradients (fp32 at least), two moments, and master weights for bf16."""
+    weights, gradients, optimizer = {"bf16": (2, 4, 12), "fp32": (4, 4, 8), "fp64": (8, 8, 16)}[
+        name
+    ]
+    config = settings("two kv heads", tp=tp, pp=pp, precision=name)
+    for spec in stage_specs(config):
+        memory = rank_estimate(config, spec)
+        count = rank_parameters(config, spec)
+        assert memory.parameters == count
+        assert memory.weights == weights * count
+        assert memory.gradients == gradients * count
+        assert memory.optimizer == optimizer * count
+        states = memory.weights + memory.gradients + memory.optimizer
+        assert states == {"bf16": 18, "fp32": 16, "fp64": 32}[name] * count
+        assert memory.total == states + memory.activations + memory.logits
+
+
+def test_precision_must_be_known() -> None:
+    config = settings("multi-head")
+    with pytest.raises(KeyError, match="auto"):
+        rank_estimate(config, stage_specs(config)[0])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "micro_batches", "live"),
+    [
+        *(("1f1b", 8, [4, 3, 2, 1]), ("1f1b", 2, [2, 2, 2, 1]), ("1f1b", 1, [1, 1, 1, 1])),
+        *(("gpipe", 8, [8, 8, 8, 8]), ("gpipe", 1, [1, 1, 1, 1])),
+    ],
+)
+def test_activations_of_the_micro_batches_that_are_alive(
+    schedule: str, micro_batches: int, live: list[int]
+) -> None:
+    """Inner stages of one layer each: 4 H + q k v + (q k) + context + out + 4 F per token."""
+    config = settings(
+        "two kv heads",
+        **dict(num_layers=4, pp=4, schedule=schedule, precision="fp32", micro_batch_size=3),
+        global_batch_size=3 * micro_batches,
+    )
+    tokens = 3 * 16
+    # 8 heads of 6 features, 2 key/value heads.
+    per_token = 4 * (4 * 48 + (48 + 2 * 12) + (48 + 12 + 48) + 48 + 4 * 80)
+    specs = stage_specs(config)
+    got = [rank_estimate(config, spec).activations for spec in specs]
+    assert got[:3] == [n * tokens * per_token for n in live[:3]]
+    assert got[3] == live[3] * tokens * (per_token + 4 * 2 * 48)
+
+
+@pytest.mark.parametrize(
+    ("tp", "sequence_parallel", "recompute", "per_token"),
+    [
+        (1, False, "none", 2 * (4 * 48 + 72 + 108 + 48 + 320)),
+        (1, False, "selective", 2 * (4 * 48 + 72 + 48 + 320)),
+        (1, False, "full", 2 * 48),
+        (2, True, "none", 4 * 48 + 72 + 108 + 48 + 320),
+        (2, False, "none", 2 * 4 * 48 + 72 + 108 + 48 + 320),
+        (2, True, "full", 48),
+        (2, False, "full", 2 * 48),
+        # One whole key/value head of 6 features on each of 4 ranks.
+        (4, True, "none", 2 * (48 + (12 + 12) + (12 + 6 + 12) + 12 + 80)),
+    ],
+)
+def test_activations_of_a_layer(
+    tp: int, sequence_parallel: bool, recompute: str, per_token: int
+) -> None:
+    config = settings(
+        "two kv heads",
+        **dict(tp=tp, sequence_parallel=sequence_parallel, recompute=recompute),
+        **dict(num_layers=2, pp=2, precision="bf16", micro_batch_size=1, global_batch_size=1),
+    )
+    first = stage_specs(config)[0]
+    assert rank_estimate(config, first).activations == 16 * per_token
+
+
+@pytest.mark.parametrize(("name", "per_element"), [("bf16", 16), ("fp32", 20), ("fp64", 40)])
+def test_logits_are_on_the_last_stage(name: str, per_element: int) -> None:
+    """Two of the weights' width and three of at least fp32; 128 padded columns over tp 2."""
+    config = settings(
+        "multi-head", **dict(tp=2, pp=2, precision=name, micro_batch_size=3, seq_length=16)
+    )
+    assert config.model.padded_vocab_size(2) == 112
+    first, last = (rank_estimate(config, spec) for spec in stage_specs(config))
+    assert first.logits == 0
+    assert last.logits == 3 * 16 * 56 * per_element
+
+
+# Arithmetic
+
+
+def test_flops_by_hand() -> None:
+    """6 for each parameter but the embedding's, 12 L h s for scores and their sum."""
+    config = settings("two kv heads")
+    layer = 2 * 48 * 48 + 2 * 12 * 48 + 3 * 48 * 80 + 2 * 48
+    matrices = 5 * layer + 101 * 48 + 48
+    assert flops_per_token(config) == 6 * matrices + 12 * 5 * 48 * 16
+
+
+def test_flops_count_a_tied_head_and_not_the_layout() -> None:
+    tied, untied = settings("tied"), settings("two kv heads")
+    assert flops_per_token(tied) == flops_per_token(untied)
+    assert flops_per_token(settings("tied", tp=4, pp=5, recompute="full")) == flops_per_token(tied)
+
+
+def test_flops_of_wide_heads_follow_the_heads() -> None:
+    config = settings("wide heads")
+    matrices = whole_parameters(config) - 101 * 48
+    assert flops_per_token(config) == 6 * matrices + 12 * 5 * 80 * 16

@@ -1,0 +1,224 @@
+"""The samples of a step do not depend on the data ranks and micro-batches among which they are
+dealt; labels are the tokens after; masks leave out what must not count."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from megalite.config import Config, resolve
+from megalite.data.loader import Batch, Loader
+from megalite.data.samples import sample_order
+
+BATCH = 16
+SEQ = 6
+LAYOUTS = [(dp, rows) for dp, rows in product((1, 2, 4), (1, 2, 4))]
+EOD = 256
+
+
+class Numbered:
+    """Sample i is i * 1000 + 0, 1, 2, ...: it can be recognised by any of its tokens."""
+
+    def __init__(self, num_samples: int):
+        self.num_samples = num_samples
+        self.reads: list[int] = []
+
+    def read(self, index: int) -> np.ndarray:
+        assert 0 <= index < self.num_samples
+        self.reads.append(index)
+        return index * 1000 + np.arange(SEQ + 1)
+
+
+class WithEnds:
+    """Sample i holds an end of document at i % (SEQ + 1)."""
+
+    num_samples = 100
+
+    def read(self, index: int) -> np.ndarray:
+        tokens = np.arange(SEQ + 1) + 10
+        tokens[index % (SEQ + 1)] = EOD
+        return tokens
+
+
+def settings(dp: int = 1, rows: int = 1, **values: object) -> Config:
+    return resolve(
+        Config().replace(
+            **dict(dp=dp, micro_batch_size=rows, global_batch_size=BATCH, seq_length=SEQ, steps=9),
+            **values,
+        )
+    )
+
+
+def loaders(
+    dp: int, rows: int, train: object = None, valid: object = None, **values: object
+) -> Iterator[Loader]:
+    """One for each data rank."""
+    for rank in range(dp):
+        yield Loader(
+            settings(dp, rows, **values),
+            train or Numbered(1000),
+            valid or Numbered(1000),
+            SimpleNamespace(rank=rank, size=dp),
+            torch.device("cpu"),
+        )
+
+
+def samples_of(batch: Batch) -> list[list[int]]:
+    """Sample numbers, by micro-batch and row."""
+    return [(mb.tokens[:, 0] // 1000).tolist() for mb in batch.micro_batches]
+
+
+def flat(batches: list[Batch]) -> list[int]:
+    return [i for batch in batches for rows in samples_of(batch) for i in rows]
+
+
+# Training
+
+
+@pytest.mark.parametrize(("dp", "rows"), LAYOUTS)
+@pytest.mark.parametrize("step", [0, 1, 7, 1000])
+def test_the_samples_of_a_step_are_the_same_in_every_layout(dp: int, rows: int, step: int) -> None:
+    train = Numbered(100)  # a step may cross an epoch
+    batches = [loader.train_batch(step) for loader in loaders(dp, rows, train)]
+    want = sample_order(np.arange(step * BATCH, (step + 1) * BATCH), 100, 1234).tolist()
+    assert sorted(flat(batches)) == sorted(want)
+    assert sorted(train.reads) == sorted(want), "each is read once, by the rank that needs it"
+    # Sample j of the step is in micro-batch m, rank r, row b with j = (m dp + r) rows + b.
+    by_rank = [samples_of(batch) for batch in batches]
+    for j, sample in enumerate(want):
+        group, row = divmod(j, rows)
+        micro_batch, rank = divmod(group, dp)
+        assert by_rank[rank][micro_batch][row] == sample
+
+
+@pytest.mark.parametrize(("dp", "rows"), LAYOUTS)
+def test_micro_batches_say_which_samples_of_the_step_they_hold(dp: int, rows: int) -> None:
+    """Dropout masks follow these numbers, so they must name the same sample in every layout."""
+    order = sample_order(np.arange(3 * BATCH, 4 * BATCH), 1000, 77)
+    numbers = []
+    for loader in loaders(dp, rows, seed=77):
+        batch = loader.train_batch(3)
+        assert len(batch.micro_batches) == BATCH // dp // rows
+        for mb in batch.micro_batches:
+            assert (mb.place.seed, mb.place.step) == (77, 3)
+            assert (mb.tokens[:, 0] // 1000).tolist() == order[mb.place.samples.numpy()].tolist()
+            numbers += mb.place.samples.tolist()
+    assert sorted(numbers) == list(range(BATCH))
+
+
+@pytest.mark.parametrize(("dp", "rows"), LAYOUTS)
+def test_labels_are_the_tokens_after(dp: int, rows: int) -> None:
+    for loader in loaders(dp, rows):
+        batch = loader.train_batch(2)
+        for mb in batch.micro_batches:
+            first = mb.tokens[:, :1]
+            assert (mb.tokens == first + torch.arange(SEQ)).all()
+            assert (mb.labels == first + torch.arange(1, SEQ + 1)).all()
+            assert mb.tokens.shape == mb.labels.shape == mb.mask.shape == (rows, SEQ)
+            assert (mb.tokens.dtype, mb.labels.dtype, mb.mask.dtype) == (
+                *(torch.int64, torch.int64, torch.bool),
+            )
+            assert mb.mask.all()
+        assert batch.counted_tokens == BATCH // dp * SEQ
+
+
+def test_an_epoch_reads_every_sample_once() -> None:
+    (loader,) = loaders(1, 4, Numbered(64))
+    first = flat([loader.train_batch(step) for step in range(4)])
+    second = flat([loader.train_batch(step) for step in range(4, 8)])
+    assert Counter(first) == Counter(second) == Counter(range(64))
+    assert first != second
+
+
+def test_a_seed_gives_one_order_and_another_seed_another() -> None:
+    orders = [
+        [flat([loader.train_batch(step)]) for step in range(5)]
+        for seed in (1, 1, 2)
+        for loader in loaders(1, 4, seed=seed)
+    ]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_micro_batches_may_run_in_reverse() -> None:
+    (forwards,) = loaders(1, 4)
+    (backwards,) = loaders(1, 4, reverse_micro_batches=True)
+    one, other = forwards.train_batch(5), backwards.train_batch(5)
+    assert samples_of(other) == samples_of(one)[::-1]
+    assert len(one.micro_batches) == 4
+    assert [mb.place.samples.tolist() for mb in other.micro_batches] == [
+        mb.place.samples.tolist() for mb in one.micro_batches[::-1]
+    ]
+    assert flat(backwards.validation_batches()) == flat(forwards.validation_batches())
+
+
+@pytest.mark.parametrize(("dp", "rows"), LAYOUTS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_eod_mask_loss_leaves_out_what_follows_an_end(dp: int, rows: int, masked: bool) -> None:
+    counted = 0
+    for loader in loaders(dp, rows, WithEnds(), eod_mask_loss=masked):
+        batch = loader.train_batch(0)
+        for mb in batch.micro_batches:
+            ends = mb.tokens == EOD
+            assert (mb.mask == (~ends if masked else torch.ones_like(ends))).all()
+        assert batch.counted_tokens == sum(int(mb.mask.sum()) for mb in batch.micro_batches)
+        counted += batch.counted_tokens
+    samples = sample_order(np.arange(BATCH), 100, 1234)
+    as_input = int((samples % (SEQ + 1) < SEQ).sum())  # an end in the last place is a label only
+    assert 0 < as_input < BATCH
+    assert counted == BATCH * SEQ - (as_input if masked else 0)
+
+
+# Validation
+
+
+@pytest.mark.parametrize(("dp", "rows"), LAYOUTS)
+@pytest.mark.parametrize("available", [1, 5, 16, 17, 40, 48, 1000])
+def test_validation_uses_each_sample_once(dp: int, rows: int, available: int) -> None:
+    """Three batches of 16; if the split has fewer, all of it and rows without a sample."""
+    used: list[int] = []
+    counted = 0
+    for loader in loaders(dp, rows, valid=Numbered(available), eval_steps=3):
+        batches = loader.validation_batches()
+        assert len(batches) == min(3, -(-available // BATCH)), "all ranks run as many forwards"
+        for batch in batches:
+            assert len(batch.micro_batches) == BATCH // dp // rows
+            for mb in batch.micro_batches:
+                assert mb.place is None, "no dropout"
+                exists = mb.mask.any(dim=1)
+                assert (mb.mask == exists[:, None]).all(), "a row counts or it does not"
+                assert not mb.tokens[~exists].any()
+                used += (mb.tokens[exists, 0] // 1000).tolist()
+            counted += batch.counted_tokens
+    want = min(available, 3 * BATCH)
+    assert sorted(used) == sorted(sample_order(np.arange(want), available, 1234).tolist())
+    assert len(set(used)) == want
+    assert counted == want * SEQ
+
+
+def test_validation_is_the_same_each_time() -> None:
+    (loader,) = loaders(1, 4, eval_steps=3)
+    first = flat(loader.validation_batches())
+    loader.train_batch(3)
+    assert flat(loader.validation_batches()) == first
+    assert max(first) > 500, "samples from all over the split"
+
+
+def test_validation_masks_ends_of_documents_too() -> None:
+    (loader,) = loaders(1, 4, valid=WithEnds(), eod_mask_loss=True, eval_steps=2)
+    batches = loader.validation_batches()
+    masks = torch.cat([mb.mask for batch in batches for mb in batch.micro_batches])
+    tokens = torch.cat([mb.tokens for batch in batches for mb in batch.micro_batches])
+    assert (masks == (tokens != EOD)).all()
+    assert not masks.all()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_validation_is_as_long_as_asked(steps: int) -> None:
+    (loader,) = loaders(1, 4, eval_steps=steps)
+    assert len(flat(loader.validation_batches())) == steps * BATCH
