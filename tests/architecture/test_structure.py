@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,9 @@ def test_no_pickle_and_no_code_from_files() -> None:
 def test_files_stay_small() -> None:
     long = {m: n for m, p in MODULES.items() if (n := len(p.read_text().splitlines())) > 400}
     assert not long, f"more than one idea in a file? {long}"
+
+
+def test_every_folder_of_tests_is_collected(request: pytest.FixtureRequest) -> None:
+    passed_over = request.config.getini("norecursedirs")
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert not [f for f in folders if any(fnmatch.fnmatch(f, skip) for skip in passed_over)]
