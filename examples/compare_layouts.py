@@ -4,9 +4,10 @@
     python examples/compare_layouts.py --flags "--model tiny --precision bf16" --layouts "--dp 2"
 
 The yardstick is the difference between two one-rank runs that compute the same mathematics but sum
-the micro-batches in opposite order. A layout passes if its largest relative loss difference to the
-first of them is at most twice the yardstick's, and if the differences have no sign: their mean is
-within two standard errors of zero, or below the yardstick's own mean in size.
+the micro-batches in opposite order: the largest over a few such pairs, because on a GPU no two runs
+are alike and one pair is a matter of luck. A layout passes if its largest relative loss difference
+to the first one-rank run is at most twice the yardstick, and if the differences have no sign: their
+mean is within two standard errors of zero, or not larger than the yardstick's own.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 DEFAULT_FLAGS = (
-    "--model 1b --global-batch-size 16 --lr-decay-steps 1000 --eval-steps 0 --sample-length 0"
+    "--model 1b --global-batch-size 8 --lr-decay-steps 1000 --eval-steps 0 --sample-length 0"
 )
-"""The first steps of the preset's own 1000-step schedule: 50 steps of warm-up."""
+"""The first steps of the preset's own 1000-step schedule, which are part of its warm-up."""
 
 
 def main() -> int:
@@ -35,32 +36,40 @@ def main() -> int:
     parser.add_argument("--flags", default=DEFAULT_FLAGS, help="flags of every run")
     parser.add_argument("--layouts", nargs="*", default=["--tp 2", "--pp 2", "--dp 2"])
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--draws", type=int, default=2, help="one-rank runs of each order")
     options = parser.parse_args()
     flags = [*options.flags.split(), "--steps", str(options.steps), "--no-save-weights"]
     print(f"flags: {' '.join(flags)}")
-    reference, reversed_order = one_rank_losses(flags, [*flags, "--reverse-micro-batches"])
+    forward, backward = one_rank_losses(flags, options.draws)
+    reference = forward[0]
     print(f"one rank: loss {reference[0]:.4f} -> {reference[-1]:.4f}", flush=True)
-    noise = differences(reversed_order, reference)
-    yardstick = max(map(abs, noise))
-    print(f"{'micro-batches reversed':<24s} {describe(noise)}  (the yardstick)", flush=True)
+    pairs = [differences(b, f) for f in forward for b in backward]
+    for pair in pairs:
+        print(f"{'micro-batches reversed':<24s} {describe(pair)}", flush=True)
+    largest = max(max(map(abs, pair)) for pair in pairs)
+    offset = max(abs(statistics.mean(pair)) for pair in pairs)
     failures = 0
     for layout in options.layouts:
         found = differences(losses([*flags, *layout.split()]), reference)
-        mean, error = statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
-        signless = abs(mean) <= max(2 * error, abs(statistics.mean(noise)))
-        good = max(map(abs, found)) <= 2 * yardstick and signless
+        signless = abs(statistics.mean(found)) <= max(2 * standard_error(found), offset)
+        ratio = max(map(abs, found)) / largest if largest else float("inf")
+        good = signless and (ratio <= 2 or not any(found))
         failures += not good
         verdict = "within noise" if good else "MORE THAN NOISE"
-        print(f"{layout:<24s} {describe(found)}  {verdict}", flush=True)
+        print(
+            f"{layout:<24s} {describe(found)}, {ratio:.2f} x the yardstick: {verdict}", flush=True
+        )
     return min(1, failures)
 
 
-def one_rank_losses(*runs: list[str]) -> list[list[float]]:
-    """Losses of one-rank runs; side by side if each can have a GPU of its own."""
-    if gpu_count() < len(runs):
-        return [losses(flags) for flags in runs]
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(losses, runs, map(str, range(len(runs)))))
+def one_rank_losses(flags: list[str], draws: int) -> tuple[list[list[float]], list[list[float]]]:
+    """Losses of one-rank runs in forward and in reversed order; side by side on several GPUs."""
+    gpus = max(1, gpu_count())
+    runs = [order for _ in range(draws) for order in (flags, [*flags, "--reverse-micro-batches"])]
+    with ThreadPoolExecutor(gpus) as pool:
+        names = [str(i % gpus) if gpus > 1 else None for i in range(len(runs))]
+        found = list(pool.map(losses, runs, names))
+    return found[::2], found[1::2]
 
 
 def gpu_count() -> int:
@@ -87,10 +96,15 @@ def differences(ours: list[float], reference: list[float]) -> list[float]:
     return [a / b - 1 for a, b in zip(ours, reference, strict=True)]
 
 
+def standard_error(values: list[float]) -> float:
+    """Of the mean."""
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
 def describe(values: list[float]) -> str:
     """Largest and mean with its standard error."""
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"largest {max(map(abs, values)):.2e}, mean {statistics.mean(values):+.1e} ± {error:.1e}"
+    mean, error = statistics.mean(values), standard_error(values)
+    return f"largest {max(map(abs, values)):.2e}, mean {mean:+.1e} ± {error:.1e}"
 
 
 if __name__ == "__main__":
