@@ -2,23 +2,30 @@
 
     python examples/compare_layouts.py
     python examples/compare_layouts.py --flags "--model tiny --precision bf16" --layouts "--dp 2"
+    python examples/compare_layouts.py --share-gpu
 
 The yardstick is the difference between two one-rank runs that compute the same mathematics but sum
 the micro-batches in opposite order: the largest over a few such pairs, because on a GPU no two runs
 are alike and one pair is a matter of luck. A layout passes if its largest relative loss difference
 to the first one-rank run is at most twice the yardstick, and if the differences have no sign: their
 mean is within two standard errors of zero, or not larger than the yardstick's own.
+
+With `--share-gpu` all ranks of a layout run on one GPU, each as the only rank of a machine of its
+own as far as NCCL knows, and talk over loopback: the same program, for correctness, not for speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +44,7 @@ def main() -> int:
     parser.add_argument("--layouts", nargs="*", default=["--tp 2", "--pp 2", "--dp 2"])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--draws", type=int, default=2, help="one-rank runs of each order")
+    parser.add_argument("--share-gpu", action="store_true", help="all ranks on the first GPU")
     options = parser.parse_args()
     flags = [*options.flags.split(), "--steps", str(options.steps), "--no-save-weights"]
     print(f"flags: {' '.join(flags)}")
@@ -50,7 +58,8 @@ def main() -> int:
     offset = max(abs(statistics.mean(pair)) for pair in pairs)
     failures = 0
     for layout in options.layouts:
-        found = differences(losses([*flags, *layout.split()]), reference)
+        ranks = sharing_ranks(layout) if options.share_gpu else [{}]
+        found = differences(losses([*flags, *layout.split()], ranks), reference)
         signless = abs(statistics.mean(found)) <= max(2 * standard_error(found), offset)
         ratio = max(map(abs, found)) / largest if largest else float("inf")
         good = signless and (ratio <= 2 or not any(found))
@@ -67,8 +76,11 @@ def one_rank_losses(flags: list[str], draws: int) -> tuple[list[list[float]], li
     gpus = max(1, gpu_count())
     runs = [order for _ in range(draws) for order in (flags, [*flags, "--reverse-micro-batches"])]
     with ThreadPoolExecutor(gpus) as pool:
-        names = [str(i % gpus) if gpus > 1 else None for i in range(len(runs))]
-        found = list(pool.map(losses, runs, names))
+        places = [
+            [{"CUDA_VISIBLE_DEVICES": str(i % gpus)}] if gpus > 1 else [{}]
+            for i in range(len(runs))
+        ]
+        found = list(pool.map(losses, runs, places))
     return found[::2], found[1::2]
 
 
@@ -79,14 +91,46 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def losses(flags: list[str], gpu: str | None = None) -> list[float]:
-    """The training losses of one run, on one GPU if it is named."""
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else None
+def sharing_ranks(layout: str) -> list[dict[str, str]]:
+    """What each rank finds in its environment if all ranks of the layout share one GPU."""
+    words = layout.split()
+    sizes = dict(zip(words[::2], words[1::2], strict=False))
+    world_size = math.prod(int(sizes.get(axis, 1)) for axis in ("--tp", "--pp", "--dp"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": "0",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "NCCL_HOSTID": f"machine-{rank}",
+            "NCCL_SOCKET_IFNAME": "lo",
+        }
+        for rank in range(world_size)
+    ]
+
+
+def losses(flags: Sequence[str], processes: Sequence[Mapping[str, str]] = ({},)) -> list[float]:
+    """The training losses of one run, of one process for each of these environments."""
     with tempfile.TemporaryDirectory() as runs:
         command = [sys.executable, "-m", "megalite.pretrain", *flags, "--runs", runs, "--name", "c"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-        if result.returncode:
-            sys.exit(f"{' '.join(command)}\n{result.stderr}")
+        started = [
+            subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **environment},
+            )
+            for environment in processes
+        ]
+        errors = [process.communicate()[1] for process in started]
+        if any(process.returncode for process in started):
+            sys.exit(f"{' '.join(command)}\n{''.join(errors)}")
         lines = (Path(runs) / "c" / "metrics.jsonl").read_text().splitlines()
     return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
 

@@ -61,6 +61,14 @@ def processes_of_session(session: int) -> list[int]:
     return [pid for pid in found if alive(pid)]
 
 
+def wait_until_session_is_empty(session: int) -> None:
+    """Helpers of multiprocessing end by themselves, a moment after the processes they serve."""
+    deadline = time.monotonic() + 5
+    while left := processes_of_session(session):
+        assert time.monotonic() < deadline, f"left running: {left}"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_ranks_quietly(stop: signal.Signals) -> None:
     process = start("waits")
@@ -70,7 +78,7 @@ def test_a_signal_stops_all_ranks_quietly(stop: signal.Signals) -> None:
     assert process.returncode == 128 + stop
     assert stderr == f"megalite: stopped by {stop.name}\n"
     wait_until_gone(pids, 1)
-    assert not processes_of_session(process.pid)
+    wait_until_session_is_empty(process.pid)
 
 
 def test_ctrl_c_in_a_terminal_reaches_every_process_of_the_group() -> None:
@@ -81,7 +89,7 @@ def test_ctrl_c_in_a_terminal_reaches_every_process_of_the_group() -> None:
     assert process.returncode in (130, 1)
     assert "Traceback" not in stderr
     wait_until_gone(pids, 1)
-    assert not processes_of_session(process.pid)
+    wait_until_session_is_empty(process.pid)
 
 
 def test_no_orphan_when_the_launcher_is_killed() -> None:
@@ -90,10 +98,7 @@ def test_no_orphan_when_the_launcher_is_killed() -> None:
         process.kill()
         process.wait()
         wait_until_gone(pids, 5)
-    deadline = time.monotonic() + 5
-    while processes_of_session(process.pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until_session_is_empty(process.pid)
 
 
 def test_a_rank_that_raises_is_named_once_and_ends_the_job_at_once() -> None:
