@@ -8,10 +8,10 @@ starts. No torch import.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.util import find_spec
 
-from megalite.config import Config
+from megalite.config import Config, fields, resolve
 from megalite.data.source import source_problems
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World
@@ -20,23 +20,37 @@ from megalite.tokenizer.byte import ByteTokenizer
 Violations = Iterator[str]
 
 
-def check(config: Config, world: World | None = None) -> None:
+def check(
+    config: Config,
+    world: World | None = None,
+    problems: Sequence[str] = (),
+    unread: Collection[str] = (),
+) -> None:
     """Check a resolved configuration.
 
     Args:
         config: after `resolve`.
         world: ranks that a launcher has started, if any.
+        problems: what is wrong already, to be reported together with what is found here.
+        unread: fields whose values are not what was meant; no rule speaks of them.
 
     Raises:
         ConfigError: with all violations.
     """
-    found = [*_sizes(config), *_numbers(config)]
-    # The rules divide by these sizes: with a wrong sign they would only repeat the complaint.
-    if not found:
-        found = [violation for rule in _RULES for violation in rule(config)]
-        found += _world(config, world)
-    if found:
-        raise ConfigError(found)
+    wrong = dict(_numbers(config))
+    silent = {*unread, *wrong}
+    # The rules divide by these numbers, so they run with defaults in the place of wrong ones.
+    defaults = {spec.name: spec.default for spec in fields() if spec.name in wrong}
+    usable = config
+    if wrong:
+        usable = resolve(config.given().replace(**defaults), world.size if world else None)
+    found = [violation for rule in _RULES for violation in rule(usable)]
+    found += _world(usable, world)
+    names = "|".join(name.replace("_", "-") for name in silent)
+    about_them = re.compile(rf"--({names})(?![\w-])")
+    found = [v for v in found if not silent or not about_them.search(v)]
+    if problems or wrong or found:
+        raise ConfigError([*problems, *wrong.values(), *found])
 
 
 _ABOVE_ZERO = frozenset(
@@ -45,27 +59,35 @@ _ABOVE_ZERO = frozenset(
     | {"rope_original_seq_length", "norm_epsilon", "tp", "pp", "micro_batch_size", "lr"}
     | {"distributed_timeout_minutes", "adam_eps", "log_interval"}
 )
-_DERIVED = frozenset({"num_kv_heads", "head_dim", "dp", "global_batch_size"})
-"""0 asks for the value that follows from others; whatever is wrong with it is said of those."""
+_ABOVE_ZERO_IF_GIVEN = frozenset({"num_kv_heads", "head_dim", "dp", "global_batch_size"})
+"""0 asks for the value that follows from others."""
 
+_SHARES = frozenset(
+    {"hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction"}
+)
 _LARGEST = 2**63
+"""Numbers that no computer word holds begin here."""
 
 
-def _sizes(config: Config) -> Violations:
-    """Signs of the numbers."""
+def _numbers(config: Config) -> Iterator[tuple[str, str]]:
+    """Sign and size of the numbers that were given: (field, sentence)."""
     for name, value in _values(config):
-        flag = f"--{name.replace('_', '-')} {value}"
-        if (name in _ABOVE_ZERO and not value > 0) or (name in _DERIVED and value < 0):
-            yield f"{flag} must be above 0"
-        elif name not in _ABOVE_ZERO and not value >= 0 and name not in _SHARES:
-            yield f"{flag} must not be negative"
-
-
-def _numbers(config: Config) -> Violations:
-    """Numbers that no computer word holds."""
-    for name, value in _values(config):
-        if abs(value) >= _LARGEST and name not in _SHARES:
-            yield f"--{name.replace('_', '-')} {value} is too large"
+        text = f"--{name.replace('_', '-')} {value}"
+        if name in config.derived:
+            continue
+        if name in _SHARES:
+            if not 0 <= value < 1:
+                yield name, f"{text} must be at least 0 and below 1"
+        elif abs(value) >= _LARGEST:
+            yield name, f"{text} is too large"
+        elif (name in _ABOVE_ZERO and not value > 0) or (
+            name in _ABOVE_ZERO_IF_GIVEN and value < 0
+        ):
+            yield name, f"{text} must be above 0"
+        elif name == "lr_warmup_steps" and value == -1:
+            continue
+        elif name not in _ABOVE_ZERO and not value >= 0:
+            yield name, f"{text} must not be negative"
 
 
 def _values(config: Config) -> Iterator[tuple[str, float]]:
@@ -73,17 +95,6 @@ def _values(config: Config) -> Iterator[tuple[str, float]]:
         for name, value in group.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 yield name, value
-
-
-_SHARES = frozenset(
-    {"hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction"}
-)
-
-
-def _shares(config: Config) -> Violations:
-    for name, value in _values(config):
-        if name in _SHARES and not 0 <= value < 1:
-            yield f"--{name.replace('_', '-')} {value} must be at least 0 and below 1"
 
 
 def _heads(config: Config) -> Violations:
@@ -222,7 +233,6 @@ def _run(config: Config) -> Violations:
 
 
 _RULES: tuple[Callable[[Config], Violations], ...] = (
-    _shares,
     _heads,
     _widths,
     _stages,
@@ -242,11 +252,11 @@ def _world(config: Config, world: World | None) -> Violations:
         hint = (
             f"give --dp {world.size // model_ranks} or leave it out"
             if world.size % model_ranks == 0
-            else f"tp x pp = {model_ranks} must divide {world.size}"
+            else f"--tp x --pp = {model_ranks} must divide {world.size}"
         )
         yield (
-            f"{world.launcher} started {world.size} ranks, but tp {parallel.tp} x pp "
-            f"{parallel.pp} x dp {parallel.dp} = {config.world_size}: {hint}"
+            f"{world.launcher} started {world.size} ranks, but --tp {parallel.tp} x "
+            f"--pp {parallel.pp} x --dp {parallel.dp} = {config.world_size}: {hint}"
         )
 
 

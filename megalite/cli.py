@@ -1,27 +1,24 @@
 """The command line: generated from `megalite.config`, merged as preset < file < flags.
 
-All problems of a command are collected and raised together as one `ConfigError`.
-No torch import.
+All problems of a command are collected; `megalite.check` adds those of the values and reports them
+together. No torch import.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
-import math
 import re
-import tomllib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, NoneType
-from typing import Any, get_args
+from types import MappingProxyType
+from typing import Any
 
-from megalite.config import ALTERNATIVES, Config, FieldSpec, fields
-from megalite.errors import ConfigError
-from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Refused
+from megalite.config import ALTERNATIVES, Config, FieldSpec, both_given, fields, has_effect
+from megalite.config_file import read_file
+from megalite.field_values import Problems, closest, convert, is_bool, suggest
+from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Refused, With
 from megalite.presets import PRESETS
 
 _TITLES: Mapping[str, str] = MappingProxyType(
@@ -43,69 +40,63 @@ class Command:
         config: preset, file and flags merged; derived values are still open.
         dry_run: describe the run and start nothing.
         print_config: print the resolved configuration and start nothing.
+        problems: what is wrong with the words: unknown, misused or contradicting flags, a file that
+            cannot be read, values of the wrong type.
+        unread: fields that somebody meant to set, but whose values a problem left open.
     """
 
     config: Config
     dry_run: bool
     print_config: bool
+    problems: tuple[str, ...] = ()
+    unread: frozenset[str] = frozenset()
 
 
 def parse(argv: Sequence[str], *, prog: str, description: str) -> Command:
-    """Parse flags and the file they may name.
+    """Parse flags and the file they may name; what is wrong with them is in the result.
 
     Raises:
-        ConfigError: unknown, misused or contradicting flags, unreadable file, wrong types: all.
         SystemExit: after printing `--help`.
     """
     if "-h" in argv or "--help" in argv:
         _help_parser(prog, description).print_help()
         raise SystemExit(0)
-    problems: list[str] = []
+    problems = Problems()
     words = _scan(argv, problems)
     specs = {spec.name: spec for spec in fields()}
     flags = _flag_values(words, specs, problems)
-    file = {}
+    file: dict[str, Any] = {}
     if "--config" in words:
-        file = _read_file(Path(words["--config"][0]), specs, problems)
+        path = Path(words["--config"][0])
+        file, is_whole = read_file(path, specs, problems)
+        if is_whole and flags.get("model", file.get("model")) != file.get("model"):
+            problems.add(
+                f"--model {flags['model']}: {path} holds every value of a run of "
+                f"{file.get('model')}, and a file goes before a preset; give one of them",
+                *specs,
+            )
     preset = {**file, **flags}.get("model", specs["model"].default)
     if preset not in PRESETS:
-        problems.append(f"--model {preset} is not a preset{_suggest(preset, PRESETS, every=True)}")
-    if problems:
-        raise ConfigError(problems)
+        nearest = suggest(preset, PRESETS, every=True)
+        problems.add(f"--model {preset} is not a preset{nearest}", *specs)
     values: dict[str, Any] = {}
-    for layer in (PRESETS[preset], file, flags):
-        _lay_over(values, layer, specs)
+    for layer in (PRESETS.get(preset, {}), file, flags):
+        _lay_over(values, layer)
     return Command(
         config=Config().replace(**values),
         dry_run="--dry-run" in words,
         print_config="--print-config" in words,
+        problems=tuple(problems.sentences),
+        unread=frozenset(problems.unread),
     )
 
 
-def to_toml(config: Config) -> str:
-    """The configuration as a file that `--config` reads."""
-    lines = []
-    for group, values in config.to_dict().items():
-        lines.append(f"[{group}]")
-        # TOML has no null; a value that is left open is left out.
-        lines += [f"{name} = {_toml_value(v)}" for name, v in values.items() if v is not None]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    # JSON's text form is TOML's, but for DEL, which TOML wants escaped too.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _scan(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]]:
+def _scan(argv: Sequence[str], problems: Problems) -> dict[str, list[str]]:
     """The flags given, each with its values. Of a flag given twice the last counts.
 
     argparse would stop at the first problem; here every word is looked at.
     """
-    arities = _arities()
+    arities, fields_of = _arities(), _fields_of_flags()
     found: dict[str, list[str]] = {}
     queue = deque(argv)
 
@@ -119,14 +110,14 @@ def _scan(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]]:
         word = queue.popleft()
         flag, has_value, value = word.partition("=")
         if not _is_flag(word):
-            problems.append(f"{word!r} stands alone: values follow a flag, as in --data {word}")
+            problems.add(f"{word!r} stands alone: values follow a flag, as in --data {word}")
         elif flag not in arities:
-            problems.append(f"unknown flag {flag}{_suggest(flag, arities)}")
+            meant = fields_of.get(closest(flag, arities) or "", ())
+            problems.add(f"unknown flag {flag}{suggest(flag, arities)}", *meant)
             values_that_follow()
         elif arities[flag] == 0:
             if has_value:
-                problems.append(f"{flag} takes no value, but is given {value!r}")
-            found.pop(_opposite(flag), None)
+                problems.add(f"{flag} takes no value, but is given {value!r}", *fields_of[flag])
             found[flag] = []
         elif arities[flag] is None:
             found[flag] = values_that_follow()
@@ -134,10 +125,11 @@ def _scan(argv: Sequence[str], problems: list[str]) -> dict[str, list[str]]:
             values = ([value] if has_value else []) + values_that_follow()
             found[flag] = values[:1]
             if not values:
-                problems.append(f"{flag} needs a value")
+                problems.add(f"{flag} needs a value", *fields_of[flag])
                 del found[flag]
             elif len(values) > 1:
-                problems.append(f"{flag} takes one value; {' '.join(values[1:])} is left over")
+                left_over = " ".join(values[1:])
+                problems.add(f"{flag} takes one value; {left_over} is left over", *fields_of[flag])
     return found
 
 
@@ -147,15 +139,15 @@ def _is_flag(word: str) -> bool:
 
 
 def _opposite(flag: str) -> str:
-    """--no-x of --x, and --x of --no-x: of the two the last counts."""
-    return "--" + flag[5:] if flag.startswith("--no-") else "--no-" + flag[2:]
+    """--no-x of --x."""
+    return "--no-" + flag[2:]
 
 
 def _arities() -> dict[str, int | None]:
     """How many values each flag takes; None for any number, of flags that are refused anyway."""
     arities: dict[str, int | None] = {"--config": 1, "--dry-run": 0, "--print-config": 0}
     for spec in fields():
-        if _is_bool(spec):
+        if is_bool(spec):
             arities |= {spec.flag: 0, _opposite(spec.flag): 0}
         else:
             arities[spec.flag] = 1
@@ -164,43 +156,58 @@ def _arities() -> dict[str, int | None]:
         match meaning:
             case Refused():
                 arities[flag] = None
-            case Always(values=()) | Alias(value=str()):
+            case Always(values=()) | With() | Alias(value=str()):
                 arities[flag] = 0
             case _:
                 arities[flag] = 1
     return arities
 
 
+def _fields_of_flags() -> dict[str, tuple[str, ...]]:
+    """The field that each flag sets, if it sets one."""
+    owners: dict[str, tuple[str, ...]] = dict.fromkeys(_arities(), ())
+    for spec in fields():
+        owners[spec.flag] = (spec.name,)
+        if is_bool(spec):
+            owners[_opposite(spec.flag)] = (spec.name,)
+    for flag, meaning in MEGATRON_FLAGS.items():
+        if isinstance(meaning, Alias):
+            owners[flag] = (meaning.field,)
+    return owners
+
+
 def _flag_values(
-    words: Mapping[str, list[str]], specs: Mapping[str, FieldSpec], problems: list[str]
+    words: Mapping[str, list[str]], specs: Mapping[str, FieldSpec], problems: Problems
 ) -> dict[str, Any]:
     """Values of the fields that flags set, ours and Megatron-LM's."""
     by_field: dict[str, dict[str, Any]] = {}
     for flag, field, text in _assignments(words, specs, problems):
         try:
-            by_field.setdefault(field, {})[flag] = _convert(specs[field], text)
+            by_field.setdefault(field, {})[flag] = convert(specs[field], text)
         except ValueError as error:
-            problems.append(f"{flag} {text}: {error}")
-    for given in by_field.values():
+            problems.add(f"{flag} {text}: {error}", field)
+    for field, given in by_field.items():
         first, *others = given
         for flag in others:
             if given[flag] != given[first]:
                 typed = (" ".join([name, *words[name]]) for name in (first, flag))
-                problems.append(f"{' and '.join(typed)} contradict: give one")
+                problems.add(f"{' and '.join(typed)} contradict: give one", field)
+    for flag, meaning in MEGATRON_FLAGS.items():
+        if flag in words and isinstance(meaning, With) and meaning.field not in by_field:
+            problems.add(f"{flag} alone is not in megalite: {meaning.why}", meaning.field)
     values = {field: list(given.values())[-1] for field, given in by_field.items() if given}
-    for first_name, second_name in ALTERNATIVES:
-        if all(_has_effect(values, specs, name) for name in (first_name, second_name)):
-            pair = (next(iter(by_field[name])) for name in (first_name, second_name))
-            problems.append(f"{' and '.join(pair)} contradict: give one")
+    for names in both_given(values):
+        pair = (next(iter(by_field[name])) for name in names)
+        problems.add(f"{' and '.join(pair)} contradict: give one", *names)
     return values
 
 
 def _assignments(
-    words: Mapping[str, list[str]], specs: Mapping[str, FieldSpec], problems: list[str]
+    words: Mapping[str, list[str]], specs: Mapping[str, FieldSpec], problems: Problems
 ) -> Iterator[tuple[str, str, str]]:
     """(flag, field, text) of every flag that sets a field."""
     for spec in specs.values():
-        if _is_bool(spec):
+        if is_bool(spec):
             if spec.flag in words:
                 yield spec.flag, spec.name, "true"
             if _opposite(spec.flag) in words:
@@ -212,73 +219,23 @@ def _assignments(
             continue
         match meaning:
             case Refused(why=why):
-                problems.append(f"{flag} is not in megalite: {why}")
+                problems.add(f"{flag} is not in megalite: {why}")
             case Always(why=why, values=values):
                 if values and words[flag][0] not in values:
-                    problems.append(f"{flag} {words[flag][0]} is not in megalite: {why}")
+                    problems.add(f"{flag} {words[flag][0]} is not in megalite: {why}")
             case Alias(field=field, value=None):
                 yield flag, field, words[flag][0]
             case Alias(field=field, value=str(value)):
                 yield flag, field, value
 
 
-def _lay_over(
-    values: dict[str, Any], layer: Mapping[str, Any], specs: Mapping[str, FieldSpec]
-) -> None:
+def _lay_over(values: dict[str, Any], layer: Mapping[str, Any]) -> None:
     """Put a layer over those below it; of two alternatives it takes the other's place there."""
     for pair in ALTERNATIVES:
         for name, other in (pair, pair[::-1]):
-            if _has_effect(layer, specs, name) and other not in layer:
+            if has_effect(layer, name) and other not in layer:
                 values.pop(other, None)
     values.update(layer)
-
-
-def _has_effect(values: Mapping[str, Any], specs: Mapping[str, FieldSpec], name: str) -> bool:
-    """Whether a field is given, and not only as the value that leaves it to its alternative."""
-    neutral = None if name == "lr_warmup_fraction" else specs[name].default
-    return name in values and values[name] != neutral
-
-
-def _read_file(path: Path, specs: Mapping[str, FieldSpec], problems: list[str]) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"--config {path} cannot be read: {getattr(error, 'strerror', error)}")
-        return {}
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
-        problems.append(f"--config {path} is not valid {kind}: {error}")
-        return {}
-    if not isinstance(content, dict):
-        problems.append(f"--config {path} must hold names and values, as --print-config shows")
-        return {}
-    values: dict[str, Any] = {}
-    for name, value in _named_values(path, content, problems):
-        spec = specs.get(name.replace("-", "_"))
-        if spec is None:
-            problems.append(f"--config {path}: no field {name!r}{_suggest(name, specs)}")
-        elif spec.name in values:
-            problems.append(f"--config {path}: {name} is given twice")
-        elif value is not None:
-            try:
-                values[spec.name] = _convert(spec, value)
-            except ValueError as error:
-                problems.append(f"--config {path}: {name} = {value}: {error}")
-    return values
-
-
-def _named_values(
-    path: Path, content: Mapping[str, Any], problems: list[str]
-) -> Iterator[tuple[str, Any]]:
-    """The fields of a file, in groups or without."""
-    for name, value in content.items():
-        if not isinstance(value, dict):
-            yield name, value
-        elif name in _TITLES:
-            yield from value.items()
-        else:
-            problems.append(f"--config {path}: no group {name!r}{_suggest(name, _TITLES)}")
 
 
 def _help_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -304,7 +261,7 @@ def _help_parser(prog: str, description: str) -> argparse.ArgumentParser:
     groups = {group: parser.add_argument_group(title) for group, title in _TITLES.items()}
     for spec in fields():
         extra: dict[str, Any] = {"metavar": spec.metavar or None}
-        if _is_bool(spec):
+        if is_bool(spec):
             extra = {"action": argparse.BooleanOptionalAction}
         elif spec.choices:
             extra = {"metavar": "|".join(spec.choices)}
@@ -323,65 +280,3 @@ def _help(spec: FieldSpec) -> str:
     elif default and isinstance(default, str):
         doc += f" (default: {default})"
     return doc.replace("%", "%%")
-
-
-def _convert(spec: FieldSpec, value: Any) -> Any:
-    """Text of a flag, or a value of a file, as the field's type.
-
-    Raises:
-        ValueError: the value does not fit; the message says what was expected.
-    """
-    if _is_bool(spec):
-        text = str(value).lower()
-        if text not in ("true", "false"):
-            raise ValueError("expected true or false")
-        return text == "true"
-    if spec.type is int:
-        return _whole_number(value)
-    if spec.type is float:
-        if isinstance(value, bool):
-            raise ValueError("expected a number")
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise ValueError("expected a number") from None
-    if spec.type is str:
-        if not isinstance(value, str):
-            raise ValueError("expected text")
-        if spec.choices and value not in spec.choices:
-            raise ValueError(f"expected one of {', '.join(spec.choices)}")
-        return value
-    if not isinstance(value, str | list):
-        raise ValueError("expected whole numbers separated by commas, as in 9,7")
-    parts: Iterable[Any] = value.split(",") if isinstance(value, str) else value
-    return tuple(_whole_number(part) for part in parts)
-
-
-def _whole_number(value: Any) -> int:
-    """An int from 32, "32", "2e9" or "1_000_000"."""
-    if isinstance(value, bool):
-        raise ValueError("expected a whole number")
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            pass
-    try:
-        number = float(value) if not isinstance(value, int) else value
-        if number == int(number):
-            return int(number)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError("expected a whole number")
-
-
-def _is_bool(spec: FieldSpec) -> bool:
-    return spec.type is bool or get_args(spec.type) == (bool, NoneType)
-
-
-def _suggest(word: str, known: Iterable[str], *, every: bool = False) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; there are {', '.join(known)}" if every else "; see --help"

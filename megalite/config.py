@@ -5,7 +5,8 @@ these fields (`megalite.cli`), presets are values of them (`megalite.presets`), 
 across them live in `megalite.check`. Field names are unique over all groups, so that a flag, a
 line of a TOML file and a preset entry all name a field by itself.
 
-`0`, `""`, `()` and `auto` mean "derived": `resolve` replaces them by the value in use.
+`0`, `""`, `()` and `auto` mean "derived": `resolve` replaces them by the value in use and remembers
+which they were, so that a saved configuration with one value changed derives the others anew.
 No torch import.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -65,7 +66,7 @@ class ModelConfig:
         metavar="X",
     )
     hidden_dropout: float = option(
-        0.0, "Probability to drop a feature of an attention or MLP output.", metavar="P"
+        0.0, "Probability to drop a feature of an embedding, attention or MLP output.", metavar="P"
     )
     attention_dropout: float = option(
         0.0, "Probability to drop an attention weight (takes an unfused path).", metavar="P"
@@ -136,6 +137,11 @@ class TrainConfig:
     lr_wsd_decay_steps: int = option(
         0, "WSD: length of the final decay. 0: a tenth of the steps.", metavar="STEPS"
     )
+    lr_wsd_decay_style: str = option(
+        "exponential",
+        "WSD: shape of the final decay.",
+        choices=("exponential", "linear", "cosine", "minus_sqrt"),
+    )
     weight_decay: float = option(0.1, "Decoupled weight decay; norm weights get none.", metavar="X")
     adam_beta1: float = option(0.9, "AdamW: decay of the first moment.", metavar="X")
     adam_beta2: float = option(0.95, "AdamW: decay of the second moment.", metavar="X")
@@ -195,13 +201,19 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run. Immutable: `replace` returns a changed copy."""
+    """One run. Immutable: `replace` returns a changed copy.
+
+    Attributes:
+        model, parallel, train, data, run: the groups of fields.
+        derived: names of the fields whose values were not given but followed from others.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    derived: frozenset[str] = field(default=frozenset(), compare=False)
 
     def replace(self, **values: Any) -> Config:
         """A copy with the named fields (of whichever group) changed.
@@ -219,9 +231,36 @@ class Config:
         }
         return dataclasses.replace(self, **groups)
 
+    def derive(self, **values: Any) -> Config:
+        """`replace`, with the fields that it changed marked as derived."""
+        changed = self.replace(**values)
+        new = {
+            spec.name
+            for spec in fields()
+            if spec.name in values
+            and getattr(getattr(changed, spec.group), spec.name)
+            != getattr(getattr(self, spec.group), spec.name)
+        }
+        return dataclasses.replace(changed, derived=self.derived | new)
+
+    def given(self) -> Config:
+        """A copy in which what was derived is open again."""
+        defaults = _defaults()
+        opened = self.replace(**{name: defaults[name] for name in self.derived})
+        return dataclasses.replace(opened, derived=frozenset())
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain values by group, as `config.json` and TOML files hold them."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Plain values by group."""
+        groups = {group: dataclasses.asdict(getattr(self, group)) for group in _groups()}
+        return json.loads(json.dumps(groups))
+
+    def to_saved(self) -> dict[str, Any]:
+        """What `config.json` and TOML files hold: `derived`, then plain values by group.
+
+        A reader leaves the fields that are named there open again.
+        """
+        order = [spec.name for spec in fields() if spec.name in self.derived]
+        return {"derived": order, **self.to_dict()}
 
     @property
     def num_micro_batches(self) -> int:
@@ -247,6 +286,20 @@ ALTERNATIVES = (
 """Pairs of fields that say the same thing in two ways: only one of a pair is given."""
 
 
+def has_effect(values: Mapping[str, Any], name: str) -> bool:
+    """Whether values hold a field of a pair, and not only to leave it to its alternative."""
+    if name == "lr_warmup_fraction":
+        return name in values
+    return name in values and values[name] != _defaults()[name]
+
+
+def both_given(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Alternatives of which both have an effect."""
+    for pair in ALTERNATIVES:
+        if all(has_effect(values, name) for name in pair):
+            yield pair
+
+
 @dataclass(frozen=True)
 class FieldSpec:
     """One field of one group, as the command line sees it."""
@@ -265,9 +318,15 @@ class FieldSpec:
         return "--" + self.name.replace("_", "-")
 
 
+def _groups() -> dict[str, Any]:
+    """Class of each group, by its name."""
+    hints = get_type_hints(Config)
+    return {group: cls for group, cls in hints.items() if dataclasses.is_dataclass(cls)}
+
+
 def fields() -> Iterator[FieldSpec]:
     """All fields of all groups, in the order of the help."""
-    for group, cls in get_type_hints(Config).items():
+    for group, cls in _groups().items():
         hints = get_type_hints(cls)
         for item in dataclasses.fields(cls):
             meta = item.metadata
@@ -280,6 +339,10 @@ def fields() -> Iterator[FieldSpec]:
                 meta["metavar"],
                 meta["choices"],
             )
+
+
+def _defaults() -> dict[str, Any]:
+    return {spec.name: spec.default for spec in fields()}
 
 
 def resolve(config: Config, world_size: int | None = None) -> Config:
@@ -311,9 +374,8 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     values["global_batch_size"] = batch
     if not train.steps and train.tokens > 0:
         values["steps"] = -(-train.tokens // max(1, batch * model.seq_length))
-        values["tokens"] = 0
-    resolved = config.replace(**values)
-    return resolved.replace(**_learning_rate_steps(resolved.train))
+    resolved = config.derive(**values)
+    return resolved.derive(**_learning_rate_steps(resolved.train))
 
 
 def _learning_rate_steps(train: TrainConfig) -> dict[str, int]:
@@ -333,4 +395,4 @@ def resolve_device(config: Config, device: str) -> Config:
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
-    return config.replace(device=device, precision=precision)
+    return config.derive(device=device, precision=precision)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megalite.config import Config
-from megalite.models.stage import StageSpec
+from megalite.models.stage import StageSpec, stage_specs
 from megalite.pipeline.schedules import SCHEDULES
 
 WEIGHT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp32": 4, "fp64": 8})
@@ -63,15 +63,22 @@ def rank_parameters(config: Config, spec: StageSpec) -> int:
     return count
 
 
-def rank_estimate(config: Config, spec: StageSpec) -> RankEstimate:
-    """Memory of each rank of a stage, for a precision other than `auto`."""
+def stage_estimates(config: Config) -> tuple[RankEstimate, ...]:
+    """Memory of each rank of each stage, for a precision other than `auto`."""
+    plan = SCHEDULES[config.parallel.schedule](config.parallel.pp, config.num_micro_batches)
+    return tuple(
+        _rank_estimate(config, spec, _peak_live(plan.ranks[spec.stage]))
+        for spec in stage_specs(config)
+    )
+
+
+def _rank_estimate(config: Config, spec: StageSpec, live: int) -> RankEstimate:
+    """Memory of each rank of a stage that keeps the activations of `live` micro-batches."""
     train = config.train
     parameters = rank_parameters(config, spec)
     width = WEIGHT_BYTES[train.precision]
     full = max(4, width)
     master = 0 if width == full else full
-    plan = SCHEDULES[config.parallel.schedule](config.parallel.pp, config.num_micro_batches)
-    live = _peak_live(plan.ranks[spec.stage])
     tokens = train.micro_batch_size * config.model.seq_length
     logits = 0
     if spec.has_head:

@@ -41,7 +41,15 @@ class Refused:
     why: str
 
 
-MegatronFlag = Alias | Always | Refused
+@dataclass(frozen=True)
+class With:
+    """The flag adds nothing if `field` is given, and is refused if it is not: `why`."""
+
+    field: str
+    why: str
+
+
+MegatronFlag = Alias | Always | Refused | With
 
 _CHECKPOINTS = "only the final weights are written, to runs/<name>/weights; leave it out"
 _SAMPLES = "lengths are given in steps (--train-iters) or --tokens"
@@ -50,6 +58,7 @@ _TOKENIZER = (
     "and the tokenizer's size as --vocab-size"
 )
 _EXPERTS = "there are no experts: megalite trains dense LLaMA models"
+_PROFILER = "there is no built-in profiler"
 _LOGS = "scalars go to runs/<name>/metrics.jsonl, and to TensorBoard there if it is installed"
 
 MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
@@ -57,7 +66,11 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         # Model
         "--num-query-groups": Alias("num_kv_heads"),
         "--num-key-value-heads": Alias("num_kv_heads"),
-        "--group-query-attention": Always("--num-query-groups alone says it"),
+        "--group-query-attention": With(
+            "num_kv_heads",
+            "the number of groups says it all: give --num-query-groups (Megatron-LM takes 1 if it "
+            "is left out)",
+        ),
         "--kv-channels": Alias("head_dim"),
         "--rotary-base": Alias("rope_theta"),
         "--rotary-position-embeddings-theta": Alias("rope_theta"),
@@ -151,7 +164,10 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--wandb-project": Refused(_LOGS),
         "--wandb-exp-name": Refused(_LOGS),
         "--timing-log-level": Refused(_LOGS),
-        "--profile": Refused("there is no built-in profiler"),
+        "--profile": Refused(_PROFILER),
+        "--profile-step-start": Refused(_PROFILER),
+        "--profile-step-end": Refused(_PROFILER),
+        "--use-pytorch-profiler": Refused(_PROFILER),
         "--deterministic-mode": Refused("on the CPU every run is deterministic; on GPUs none is"),
     }
 )

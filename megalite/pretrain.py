@@ -20,6 +20,7 @@ import megalite
 from megalite import cli, report
 from megalite.check import check
 from megalite.config import Config, resolve, resolve_device
+from megalite.config_file import to_toml
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World, detect_world
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     import torch
 
     from megalite.data.corpus import Corpus
-    from megalite.parallel.launch import Job, Rank
+    from megalite.parallel.launch import Prepared, Rank
+    from megalite.parallel.machine import Machine
     from megalite.trainer import Result, Trainer
 
 PROMPT_TOKENS = 40
@@ -43,27 +45,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 done, 2 bad input, 128 + signal when stopped, else 1.
     """
-    world = None
     try:
+        world = detect_world(os.environ)
         command = cli.parse(
             sys.argv[1:] if argv is None else argv,
             prog="python -m megalite.pretrain",
             description="Pretrain a LLaMA-family model, on one rank or on many.",
         )
-        world = detect_world(os.environ)
-        config = resolve(command.config, world.size if world else None)
-        check(config, world)
-        if command.print_config:
-            print(cli.to_toml(config), end="")
-        elif command.dry_run:
-            _describe(config)
-        else:
-            return _start(config, world)
+        if command.print_config or command.dry_run:
+            if world is None or world.rank == 0:
+                _show(command, world)
+            return 0
+        if world is None:
+            return _start_ranks(command)
     except ConfigError as error:
-        if world is None or world.rank == 0:
-            print(error.message(), file=sys.stderr)
+        print(error.message(), file=sys.stderr)
         return 2
-    return 0
+    from megalite.parallel.launch import join
+
+    # Whatever is wrong with this rank's flags or files, the others have to know.
+    return join(world, partial(_prepare, command, world))
 
 
 def cli_main() -> None:
@@ -73,11 +74,32 @@ def cli_main() -> None:
     except KeyboardInterrupt:
         print("\nmegalite: stopped by SIGINT", file=sys.stderr)
         code = 130
-    if code and detect_world(os.environ):
+    dist = sys.modules.get("torch.distributed")
+    if code and dist is not None and dist.is_initialized():
         from megalite.parallel.launch import leave
 
         leave(code)
     sys.exit(code)
+
+
+def _checked(command: cli.Command, world: World | None) -> Config:
+    """The resolved configuration.
+
+    Raises:
+        ConfigError: all that is wrong with the words and the values.
+    """
+    config = resolve(command.config, world.size if world else None)
+    check(config, world, command.problems, command.unread)
+    return config
+
+
+def _show(command: cli.Command, world: World | None) -> None:
+    """What was asked for instead of a run."""
+    config = _checked(command, world)
+    if command.print_config:
+        print(to_toml(config), end="")
+    else:
+        _describe(config)
 
 
 def _describe(config: Config) -> None:
@@ -95,40 +117,31 @@ def _describe(config: Config) -> None:
     print("\n" + report.timeline(config))
 
 
-def _start(config: Config, world: World | None) -> int:
-    """Prepare the data, choose the device, start or join the ranks."""
-    from megalite.parallel import launch
+def _start_ranks(command: cli.Command) -> int:
+    """Start the ranks on this machine."""
+    config = _checked(command, None)
+    from megalite.parallel.launch import launch, own_machine
 
-    try:
-        config, job, facts = _prepare(config, world)
-    except ConfigError as error:
-        if world is None:
-            raise
-        # The other ranks may be fine and would wait for this one.
-        return launch.join(config, world, _unreachable, {}, error.violations)
-    if world is not None:
-        return launch.join(config, world, job, facts)
-    return launch.launch(config, job, facts)
+    return launch(_prepare(command, None, own_machine(config)))
 
 
-def _prepare(config: Config, world: World | None) -> tuple[Config, Job, dict[str, str]]:
-    """The configuration as it runs here, what each rank runs, and what ranks must agree on."""
+def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Prepared:
+    """The configuration as it runs here, what each rank runs, and what ranks must agree on.
+
+    Raises:
+        ConfigError: all that is wrong with flags, files or devices.
+    """
+    config = _checked(command, world)
     from megalite.data.corpus import prepare_corpus
     from megalite.data.samples import open_samples
+    from megalite.parallel.launch import Prepared, choose_device
 
     corpus = prepare_corpus(config.data)
     open_samples(config, corpus)
-    from megalite.parallel import launch
-
-    device, why = launch.choose_device(config, world.local_size if world else config.world_size)
-    config = resolve_device(config, device)
-    if world is None or world.rank == 0:
-        config = _claim_folder(config)
-    return config, partial(_train, corpus=corpus, device_line=why), {"corpus": corpus.fingerprint}
-
-
-def _unreachable(rank: Rank) -> None:
-    raise AssertionError(f"rank {rank.groups.world_rank} started in spite of its problems")
+    device, why = choose_device(config, machine)
+    job = partial(_train, corpus=corpus, device_line=why)
+    facts = {"corpus": corpus.fingerprint}
+    return Prepared(resolve_device(config, device), job, facts, _claim_folder)
 
 
 def _claim_folder(config: Config) -> Config:
@@ -145,7 +158,7 @@ def _claim_folder(config: Config) -> Config:
         folder = Path(config.run.runs) / name
         try:
             folder.mkdir(parents=True)
-            return config.replace(name=name)
+            return config.derive(name=name)
         except FileExistsError:
             if config.run.name:
                 raise ConfigError(
@@ -190,7 +203,7 @@ def _open_run(
     from megalite.layers.sdpa import attention_back_end
     from megalite_kernels import BACK_ENDS
 
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config.to_saved(), indent=2), encoding="utf-8")
     print(
         report.opening(
             config,
@@ -225,6 +238,8 @@ def _closing(
     folder: Path,
     trainer: Trainer,
 ) -> str:
+    from megalite.checkpoint.weights import missing_files
+
     lines = [""]
     if sample is not None:
         lines += [f"sample, continuing {sample[0]!r}:", sample[1], ""]
@@ -240,7 +255,17 @@ def _closing(
             f"for comparison   {corpus.unigram_nats:.4f} knowing token counts only, "
             f"{corpus.bigram_nats:.4f} knowing pairs of neighbours"
         )
-    lines += ["", f"written to {folder}: metrics.jsonl, config.json, weights/", "next:"]
+    written = ["metrics.jsonl", "config.json"]
+    lines.append("")
+    if trainer.config.run.save_weights:
+        written.append("weights/")
+        missing = missing_files(folder / "weights")
+        if missing:
+            lines.append(
+                f"{missing} weight files are on the disks of other machines: gather them from "
+                f"{folder}/weights there, or give --runs a shared folder"
+            )
+    lines += [f"written to {folder}: {', '.join(written)}", "next:"]
     lines.append(f"  python -m megalite.pretrain --config {folder}/config.json --name again")
     lines.append("  python -m megalite.pretrain --tp 2 --pp 2 --data my.txt --steps 500")
     lines.append("  python -m megalite.pretrain --model llama3-8b --tp 4 --pp 2 --dry-run")

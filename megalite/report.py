@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from megalite.config import Config
 from megalite.estimate import (
     flops_per_token,
-    rank_estimate,
     rank_parameters,
+    stage_estimates,
     whole_parameters,
 )
 from megalite.models.stage import stage_specs
@@ -119,8 +119,7 @@ def _rank_table(config: Config) -> str:
     topology = Topology(tp=config.parallel.tp, pp=config.parallel.pp, dp=config.parallel.dp)
     lines = [f"  {'ranks':>9s}  {'pp dp tp':>12s}  {'owns':<28s} parameters  memory per rank"]
     specs = stage_specs(config)
-    for spec in specs:
-        memory = rank_estimate(known, spec)
+    for spec, memory in zip(specs, stage_estimates(known), strict=True):
         owned = f"layers {spec.first_layer}-{spec.first_layer + spec.num_layers - 1}"
         owned = ("embedding, " if spec.has_embedding else "") + owned
         owned += ", head" if spec.has_head else ""

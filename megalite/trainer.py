@@ -118,7 +118,7 @@ class Trainer:
                 totals[1] += batch.counted_tokens
         self.groups.pp.all_reduce(self.groups.dp.all_reduce(totals))
         total, tokens = totals.tolist()
-        return total / tokens
+        return total / max(1.0, tokens)
 
     @torch.no_grad()
     def next_token_logits(self, tokens: list[int]) -> Tensor | None:
@@ -184,8 +184,9 @@ class Trainer:
         return loss / torch.log(torch.tensor(2.0)).item() * corpus.tokens / corpus.text_bytes
 
     def save(self, folder: Path) -> None:
-        """Write the final weights."""
+        """Write the final weights; returns when all ranks have."""
         save_weights(folder, self.stages.values(), self.groups)
+        self.groups.wait_for_all(self.device)
 
     def _token_losses(self, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Losses of the tokens that count; zero for the others. [S, B]."""

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -50,8 +51,22 @@ def save_weights(folder: Path, stages: Iterable[nn.Module], groups: ParallelGrou
     folder.mkdir(parents=True, exist_ok=True)
     name = f"rank-{groups.world_rank:05d}.safetensors"
     temporary = folder / f".{name}.tmp"
-    save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(places)})
+    facts = {"files": groups.tp.size * groups.pp.size, "places": places}
+    save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(facts)})
     os.replace(temporary, folder / name)
+
+
+def missing_files(folder: Path) -> int:
+    """How many of a run's weight files are not in the folder.
+
+    Raises:
+        DataError: there are none at all.
+    """
+    files = sorted(folder.glob("rank-*.safetensors"))
+    if not files:
+        raise DataError(f"{folder} holds no rank-*.safetensors")
+    with safe_open(files[0], framework="pt") as file:
+        return _facts(file)["files"] - len(files)
 
 
 def load_whole_weights(folder: Path) -> dict[str, Tensor]:
@@ -61,25 +76,36 @@ def load_whole_weights(folder: Path) -> dict[str, Tensor]:
         Whole tensors by name, in the dtype they were saved in.
 
     Raises:
-        DataError: no files, or slices that leave a gap or overlap.
+        DataError: files are missing, or slices leave a gap or overlap.
     """
-    files = sorted(folder.glob("rank-*.safetensors"))
-    if not files:
-        raise DataError(f"{folder} holds no rank-*.safetensors")
+    missing = missing_files(folder)
+    if missing:
+        raise DataError(
+            f"{folder} lacks {missing} of the run's weight files: ranks on other machines wrote "
+            "theirs to their own disks, or did not finish"
+        )
     whole: dict[str, Tensor] = {}
-    filled: dict[str, int] = {}
-    for path in files:
+    slices: dict[str, list[tuple[int, int]]] = {}
+    for path in sorted(folder.glob("rank-*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            places = json.loads(file.metadata()[METADATA_KEY])
-            for name, place in places.items():
+            for name, place in _facts(file)["places"].items():
                 part = file.get_tensor(name)
                 target = whole.setdefault(name, torch.zeros(place["shape"], dtype=part.dtype))
                 dim, start = place["dim"], place["start"]
                 target.narrow(dim, start, part.shape[dim]).copy_(part)
-                filled[name] = filled.get(name, 0) + part.numel()
-    for name, tensor in whole.items():
-        if filled[name] != tensor.numel():
-            raise DataError(
-                f"{folder}: {name} has {tensor.numel()} elements, but its slices {filled[name]}"
-            )
+                # An empty slice marks the end, which the last one has to reach.
+                after = target.shape[dim]
+                slices.setdefault(name, [(after, after)]).append((start, start + part.shape[dim]))
+    for name, parts in slices.items():
+        end = 0
+        for start, stop in sorted(parts):
+            if start != end:
+                raise DataError(
+                    f"{folder}: a slice of {name} ends at {end}, the next is at {start}"
+                )
+            end = stop
     return whole
+
+
+def _facts(file: Any) -> dict[str, Any]:
+    return json.loads(file.metadata()[METADATA_KEY])

@@ -11,10 +11,12 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,14 +26,15 @@ from megalite.data.source import Source, find_source
 from megalite.errors import DataError
 from megalite.tokenizer.byte import ByteTokenizer
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache's key: raised when the same text would give other files."""
 
 STDLIB_CAP_BYTES = 16 << 20
 STDLIB_LEAST_BYTES = 1 << 20
-SEQUENCE_BYTES = 4096
-"""A text file is one document, cut into sequences of about this size at line ends, so that a
-split by sequences (Megatron's unit) can cut inside it."""
+SEQUENCE_BYTES = range(256, 4096)
+WANTED_SEQUENCES = 64
+"""A text file is one document, cut into so many sequences, or more if they would be longer than
+that; at line ends where there are any. So a split by sequences (Megatron's unit) can cut inside."""
 
 _SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
@@ -138,7 +141,7 @@ def _tokenize(source: Source, prefix: Path) -> Corpus:
             writer.discard()
         facts = asdict(corpus)
         del facts["prefix"]  # the cache may be moved
-        temporary = Path(f"{prefix}.tmp-{os.getpid()}.json")
+        temporary = Path(f"{prefix}.tmp-{socket.gethostname()}-{os.getpid()}.json")
         temporary.write_text(json.dumps(facts, indent=2), encoding="utf-8")
         os.replace(temporary, f"{prefix}.json")
     except OSError as error:
@@ -247,11 +250,22 @@ def _stdlib_sequences(root: Path) -> Iterator[tuple[bytes, bool]]:
 
 def _text_sequences(path: Path) -> Iterator[tuple[bytes, bool]]:
     with open(path, "rb") as file:
-        current = file.readlines(SEQUENCE_BYTES)
+        wanted = path.stat().st_size // WANTED_SEQUENCES
+        size = max(SEQUENCE_BYTES.start, min(SEQUENCE_BYTES.stop, wanted))
+        current = _about(size, file)
         while current:
-            following = file.readlines(SEQUENCE_BYTES)
-            yield b"".join(current), not following
+            following = _about(size, file)
+            yield current, not following
             current = following
+
+
+def _about(size: int, file: BinaryIO) -> bytes:
+    """Lines of about so many bytes together, or a part of a long one; empty at the end."""
+    parts, total = [], 0
+    while total < size and (line := file.readline(2 * size)):
+        parts.append(line)
+        total += len(line)
+    return b"".join(parts)
 
 
 def _jsonl_sequences(path: Path) -> Iterator[tuple[bytes, bool]]:
@@ -354,5 +368,8 @@ def _locked(prefix: Path) -> Iterator[None]:
             "give another one with --data-cache-path"
         ) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Some network file systems have no locks: then several processes may do the same work, and
+        # the last to finish wins with the same files.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -18,9 +18,11 @@ all little-endian. Source of the format: Megatron-LM, `megatron/core/datasets/in
 from __future__ import annotations
 
 import os
+import socket
 import struct
 from array import array
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -65,7 +67,8 @@ class IndexedWriter:
     def __init__(self, prefix: Path, dtype: np.dtype[Any]):
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
-        self._temporary = Path(f"{prefix}.tmp-{os.getpid()}")
+        # Containers that share a disk may share process numbers.
+        self._temporary = Path(f"{prefix}.tmp-{socket.gethostname()}-{os.getpid()}")
         self._bin: BinaryIO = open(f"{self._temporary}.bin", "wb")
         self._lengths = array("i")
         self._documents = array("q", [0])
@@ -108,7 +111,9 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Remove the temporary files."""
-        self._bin.close()
+        # On a full disk closing fails too: what was not written is not wanted any more.
+        with suppress(OSError):
+            self._bin.close()
         for suffix in (".bin", ".idx"):
             Path(f"{self._temporary}{suffix}").unlink(missing_ok=True)
 

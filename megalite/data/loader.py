@@ -9,6 +9,7 @@ Legend: B micro-batch, S sequence.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +68,7 @@ class Loader:
             return Batch(batch.micro_batches[::-1], batch.counted_tokens)
         return batch
 
-    def validation_batches(self) -> list[Batch]:
+    def validation_batches(self) -> Iterator[Batch]:
         """Samples from all over the validation split, always the same ones for a seed.
 
         If the split is shorter than `eval_steps` batches it is used once; rows without a sample
@@ -76,15 +77,13 @@ class Loader:
         train = self._config.train
         wanted = train.eval_steps * train.global_batch_size
         available = min(wanted, self._valid.num_samples)
-        batches = []
         for first in range(0, available, train.global_batch_size):
             numbers = self._own_numbers()
             places = first + numbers
             exists = places < available
             order = sample_order(np.where(exists, places, 0), self._valid.num_samples, train.seed)
             samples = np.where(exists, order, -1)
-            batches.append(self._load(self._valid, samples, numbers, None))
-        return batches
+            yield self._load(self._valid, samples, numbers, None)
 
     def _own_numbers(self) -> np.ndarray:
         """Numbers j of this rank's samples in a global batch, int64 [micro-batches, B]."""

@@ -84,7 +84,7 @@ class DecoderLayer(nn.Module):
         return x + self._drop(self.mlp(self.mlp_norm(x)), place, "down")
 
     def _drop(self, x: Tensor, place: DropoutPlace | None, block: str) -> Tensor:
-        first = self.tp.rank * x.shape[0] if self.tp.sequence_parallel else 0
+        first = self.tp.first_position(x.shape[0])
         return hidden_dropout(x, self.dropout, place, f"layer {self.layer} {block}", first)
 
 
@@ -175,6 +175,8 @@ class LlamaStage(nn.Module):
         """
         if self.spec.has_embedding:
             x = self.embedding(x)
+            first = self.tp.first_position(x.shape[0])
+            x = hidden_dropout(x, self.config.model.hidden_dropout, place, "embedding", first)
         length = x.shape[0] * (self.tp.size if self.tp.sequence_parallel else 1)
         cos, sin = self.cos[:length], self.sin[:length]
         for layer in self.layers:

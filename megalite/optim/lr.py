@@ -12,7 +12,8 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
     It rises linearly to `lr` over the warm-up, whose first step already has lr / warm-up steps, and
     falls to `min_lr` at `lr_decay_steps`, along a cosine, a line, or, for WSD (warm-up, stable,
-    decay; Hu et al., "MiniCPM", arXiv:2404.06395), a line over the last `lr_wsd_decay_steps`.
+    decay; Hu et al., "MiniCPM", arXiv:2404.06395), over the last `lr_wsd_decay_steps` only. The
+    shapes of that decay are Megatron-LM's (`optimizer_param_scheduler.py`).
     """
     if step < train.lr_warmup_steps:
         return train.lr * (step + 1) / train.lr_warmup_steps
@@ -26,6 +27,19 @@ def learning_rate(train: TrainConfig, step: int) -> float:
         case "cosine":
             share = 0.5 * (1.0 + math.cos(math.pi * done))
         case _:
-            left = train.lr_decay_steps - step
-            share = min(1.0, max(0.0, left / max(1, train.lr_wsd_decay_steps)))
+            left = (train.lr_decay_steps - step) / max(1, train.lr_wsd_decay_steps)
+            share = _wsd_share(train.lr_wsd_decay_style, 1.0 - min(1.0, max(0.0, left)))
     return train.min_lr + (train.lr - train.min_lr) * share
+
+
+def _wsd_share(style: str, done: float) -> float:
+    """From 1 at the start of WSD's decay (`done` 0) to 0 at its end (`done` 1)."""
+    match style:
+        case "linear":
+            return 1.0 - done
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        case "exponential":
+            return 2.0 * 0.5**done - 1.0
+        case _:
+            return 1.0 - math.sqrt(done)

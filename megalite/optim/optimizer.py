@@ -11,6 +11,9 @@ from megalite.config import TrainConfig
 from megalite.optim.flat import FlatParameters
 from megalite.parallel.groups import ParallelGroups
 
+NORM_ROW = 4096
+"""Elements whose norm is taken in the gradients' own precision."""
+
 LONGEST_TENSOR = 1 << 30
 """Elements of one tensor given to the update kernel; longer buffers are cut."""
 
@@ -90,8 +93,19 @@ class Optimizer:
         slices = [part for flat in self._stages for part in flat.counted_slices()]
         if not slices:
             return torch.zeros(1, dtype=torch.float64, device=self._masters[0].device)
-        norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in slices]
-        return torch.stack(norms).square().sum()[None]
+        return torch.stack([_square_sum(part) for part in slices]).sum()[None]
+
+
+def _square_sum(x: Tensor) -> Tensor:
+    """Sum of squares of a vector of any length, fp64 [].
+
+    Norms of short rows are exact enough in the vector's own precision, and only they are summed in
+    fp64: the vector is read once, and no copy of it in fp64 is made.
+    """
+    whole = len(x) // NORM_ROW * NORM_ROW
+    rows = torch.linalg.vector_norm(x[:whole].view(-1, NORM_ROW), dim=1)
+    rest = torch.linalg.vector_norm(x[whole:])
+    return rows.double().square().sum() + rest.double().square()
 
 
 def _leaves(master: Tensor, gradients: Tensor) -> list[nn.Parameter]:

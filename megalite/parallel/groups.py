@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -55,9 +56,11 @@ class ParallelGroups:
         axis_group = {
             axis: mesh.get_group(axis) if getattr(topology, axis) > 1 else None for axis in AXES
         }
+        timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
         pairs = topology.embedding_pairs() if config.model.tie_embeddings else ()
-        embedding_group = _own_group(pairs, world_rank)
-        kv_group = _own_group(topology.kv_replica_groups(config.model.num_kv_heads), world_rank)
+        embedding_group = _own_group("embedding", pairs, world_rank, timeout)
+        copies = topology.kv_replica_groups(config.model.num_kv_heads)
+        kv_group = _own_group("kv copies", copies, world_rank, timeout)
         groups = cls(
             topology,
             world_rank,
@@ -76,6 +79,11 @@ class ParallelGroups:
         groups._connect(device)
         return groups
 
+    def wait_for_all(self, device: torch.device) -> None:
+        """Return when every rank has called this."""
+        for group in (self.tp, self.dp, self.pp):
+            group.all_reduce(torch.ones(1, device=device)).item()
+
     def _connect(self, device: torch.device) -> None:
         """One collective on each axis, and messages between all neighbours: NCCL connects at the
         first use, which is no moment to wait for each other in the middle of a schedule."""
@@ -84,11 +92,13 @@ class ParallelGroups:
         self.pp.connect(device)
 
 
-def _own_group(members: Iterable[tuple[int, ...]], world_rank: int) -> AxisGroup | None:
+def _own_group(
+    name: str, members: Iterable[tuple[int, ...]], world_rank: int, timeout: timedelta
+) -> AxisGroup | None:
     """Create all groups, as every rank must, and return the one that holds this rank."""
     own = None
     for ranks in members:
-        process_group = dist.new_group(list(ranks))
+        process_group = dist.new_group(list(ranks), timeout=timeout, group_desc=name)
         if world_rank in ranks:
             own = AxisGroup(ranks.index(world_rank), len(ranks), process_group)
     return own

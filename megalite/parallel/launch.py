@@ -13,11 +13,10 @@ import signal
 import sys
 import tempfile
 import threading
-import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,14 +26,17 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+import megalite
 from megalite.config import Config
 from megalite.errors import ConfigError
-from megalite.parallel.agree import agree
+from megalite.parallel.agree import MissingRanksError, agree
 from megalite.parallel.environment import World, detect_world
+from megalite.parallel.failures import claim_report, report_failure, report_once
 from megalite.parallel.groups import ParallelGroups
+from megalite.parallel.machine import Machine, find_machine
 
-LOST_PEER_PATIENCE_S = 5.0
-"""How long a rank whose peer vanished waits to be stopped before it reports that itself."""
+RENDEZVOUS_LIMIT = timedelta(seconds=300)
+"""How long ranks wait for the first sign of each other."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,43 @@ class Rank:
 Job = Callable[[Rank], None]
 
 
-def choose_device(config: Config, local_ranks: int) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is ready to start.
+
+    Attributes:
+        config: resolved, device included.
+        job: what each rank runs.
+        facts: what the ranks have to agree on beside the configuration.
+        claim: takes what the run must have for itself, its folder, and returns the configuration
+            with its name; raises ConfigError. None if that is done.
+    """
+
+    config: Config
+    job: Job
+    facts: Mapping[str, Any]
+    claim: Callable[[Config], Config] | None = None
+
+    def claimed(self) -> Prepared:
+        """This run with its claim made; nothing is claimed before it is sure to start."""
+        if self.claim is None:
+            return self
+        return replace(self, config=self.claim(self.config), claim=None)
+
+
+def own_machine(config: Config) -> Machine:
+    """This machine, for ranks that `launch` will start on it."""
+    gpus = torch.cuda.device_count()
+    return Machine(0, config.world_size, min(gpus, config.world_size), 0 if gpus else None)
+
+
+def choose_device(config: Config, machine: Machine) -> tuple[str, str]:
     """`cpu` or `cuda` for the ranks of this machine, and a phrase that says why.
 
     Raises:
         ConfigError: `--device cuda` with fewer GPUs than ranks.
     """
-    gpus = torch.cuda.device_count()
-    asked = config.parallel.device
+    asked, gpus, local_ranks = config.parallel.device, machine.gpus, machine.local_size
     ranks = f"{local_ranks} rank" + ("s" if local_ranks > 1 else "")
     found = f"{gpus} GPU{'' if gpus == 1 else 's'} for {ranks} on this machine"
     if asked == "cuda" and gpus < local_ranks:
@@ -71,40 +102,52 @@ def choose_device(config: Config, local_ranks: int) -> tuple[str, str]:
         )
     if asked == "cpu":
         return "cpu", f"CPU (gloo), as asked; {_cores(local_ranks)}"
-    if gpus >= local_ranks:
-        back_end = "NCCL" if local_ranks > 1 else "one rank"
-        return "cuda", f"{torch.cuda.get_device_name(0)} ({back_end}): {found}"
+    if gpus == local_ranks:
+        back_end = "NCCL" if config.world_size > 1 else "one rank"
+        return "cuda", f"{torch.cuda.get_device_name(machine.gpu)} ({back_end}): {found}"
     return "cpu", f"CPU (gloo): {found}; {_cores(local_ranks)}"
 
 
-def launch(config: Config, job: Job, facts: Mapping[str, Any]) -> int:
+def launch(prepared: Prepared) -> int:
     """Start all ranks of the layout on this machine and wait for them.
 
     One rank runs in this process. More run under torchelastic, with rendezvous on loopback.
 
-    Args:
-        config: resolved, device included.
-        job: what each rank runs.
-        facts: what the ranks have to agree on beside the configuration.
-
     Returns:
         Exit code: 0, 2 if a rank found bad input, 128 + the signal that stopped us, else 1.
     """
-    if config.world_size == 1:
-        job(Rank(config, ParallelGroups.solo(), _rank_device(config, 0)))
-        return 0
-    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(config.world_size)))
+    prepared = prepared.claimed()
+    if prepared.config.world_size == 1:
+        return _run_alone(prepared)
+    try:
+        _launch_ranks(prepared)
+    except ChildFailedError as error:
+        return report_failure(error)
+    except (SignalException, KeyboardInterrupt) as stop:
+        for rank in multiprocessing.active_children():
+            rank.kill()
+            rank.join()
+        number = stop.sigval if isinstance(stop, SignalException) else signal.SIGINT
+        print(f"megalite: stopped by {number.name}", file=sys.stderr)
+        return 128 + number
+    return 0
+
+
+def _launch_ranks(prepared: Prepared) -> None:
+    """Start the ranks under torchelastic and wait for them; raises what it raises."""
+    ranks = prepared.config.world_size
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(ranks)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     _silence_torchelastic()
     start_method = _start_method()
     # The read end goes to every rank; it ends when this process does, however that happens.
     watched, alive = multiprocessing.get_context(start_method).Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
+    with alive, tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
         elastic = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
-            nproc_per_node=config.world_size,
+            nproc_per_node=ranks,
             run_id="megalite",
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
@@ -114,89 +157,127 @@ def launch(config: Config, job: Job, facts: Mapping[str, Any]) -> int:
             start_method=start_method,
             logs_specs=DefaultLogsSpecs(log_dir=scratch),
         )
-        try:
-            elastic_launch(elastic, _launched_rank)(config, job, facts, watched)
-        except ChildFailedError as error:
-            return _report_failure(error)
-        except SignalException as stop:
-            print(f"megalite: stopped by {stop.sigval.name}", file=sys.stderr)
-            return 128 + stop.sigval
-        finally:
-            alive.close()
-    return 0
+        elastic_launch(elastic, _launched_rank)(prepared, watched)
 
 
-def join(
-    config: Config,
-    world: World,
-    job: Job,
-    facts: Mapping[str, Any],
-    problems: Sequence[str] = (),
-) -> int:
+def join(world: World, prepare: Callable[[Machine], Prepared]) -> int:
     """Run this process's rank of a world that a launcher started; see `launch`.
 
-    If this rank has `problems`, all ranks are told and none starts the job.
+    Args:
+        world: of this rank.
+        prepare: called once this rank's machine is known. If it raises on any rank, all ranks are
+            told and none starts the job.
     """
     os.environ.update(
         RANK=str(world.rank),
         WORLD_SIZE=str(world.size),
-        LOCAL_RANK=str(world.local_rank),
         MASTER_ADDR=world.master_addr,
         MASTER_PORT=str(world.master_port),
     )
-    return run_rank(config, world, job, facts, problems)
+    return run_rank(world, prepare)
 
 
-def run_rank(
-    config: Config,
-    world: World,
-    job: Job,
-    facts: Mapping[str, Any],
-    problems: Sequence[str] = (),
-) -> int:
-    """Rendezvous, agree, create the groups, run the job.
+def run_rank(world: World, prepare: Callable[[Machine], Prepared]) -> int:
+    """Rendezvous, prepare, agree, create the groups, run the job.
 
     Returns:
         0; 2 if a rank found bad input; 1 if the job failed. Both are printed once for all ranks.
     """
-    device = _rank_device(config, world.local_rank)
-    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    store.set_timeout(timeout)
-    everything = {**_comparable(config), **facts, "torch": torch.__version__}
+    store = None
+    who = f"rank {world.rank} of {world.size}"
     try:
-        agree(dist.PrefixStore("agree", store), rank, size, everything, problems)
-    except ConfigError as error:
-        if rank == 0:
-            print(error.message(), file=sys.stderr, flush=True)
-        return 2
-    try:
-        if rank == 0:
-            store.set("run name", config.run.name)
-        config = config.replace(name=store.get("run name").decode())
+        store = next(iter(dist.rendezvous("env://", timeout=RENDEZVOUS_LIMIT)))[0]
+        store = dist.PrefixStore(world.job, store)
+        machine = find_machine(store, world)
+        prepared = _agreed(store, world, machine, prepare)
+        if prepared is None:
+            return 2
+        config = prepared.config
+        layout = config.parallel
+        who = f"rank {world.rank} of tp {layout.tp} x pp {layout.pp} x dp {layout.dp}"
+        device = _rank_device(config, machine)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=dist.PrefixStore("default", store),
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
             device_id=device if device.type == "cuda" else None,
         )
-        job(Rank(config, ParallelGroups.create(config, device), device))
+        prepared.job(Rank(config, ParallelGroups.create(config, device), device))
         dist.destroy_process_group()
     except ConfigError as error:
-        if _claim_report(store):
+        if claim_report(store):
             print(error.message(), file=sys.stderr, flush=True)
         return 2
+    except MissingRanksError as error:
+        if world.rank == 0:
+            print(f"megalite: {error}", file=sys.stderr, flush=True)
+        return 1
     except Exception as error:
-        _report_once(config, rank, store, error)
+        report_once(who, store, error)
         return 1
     return 0
 
 
-def _launched_rank(
-    config: Config, job: Job, facts: Mapping[str, Any], launcher: Connection
-) -> None:
+def _agreed(
+    store: dist.Store, world: World, machine: Machine, prepare: Callable[[Machine], Prepared]
+) -> Prepared | None:
+    """What all ranks are ready to run alike; None if they are not, which rank 0 says."""
+    prepared, failure, problems = None, None, list[str]()
+    facts: dict[str, Any] = {}
+    limit_s = RENDEZVOUS_LIMIT.total_seconds()
+    try:
+        prepared = prepare(machine)
+    except ConfigError as error:
+        problems = error.violations
+    except Exception as error:
+        # The other ranks may be fine, and would wait for this one.
+        failure, problems = error, [f"{type(error).__name__}: {error}"]
+    if prepared is not None:
+        limit_s = 60 * prepared.config.parallel.distributed_timeout_minutes
+        facts = {
+            **_comparable(prepared.config),
+            **prepared.facts,
+            "megalite": megalite.__version__,
+            "torch": torch.__version__,
+        }
+    try:
+        agree(dist.PrefixStore("run", store), world.rank, world.size, facts, problems, limit_s)
+        assert prepared is not None, "a rank without a run has problems"
+        if world.rank == 0:
+            try:
+                prepared = prepared.claimed()
+            except ConfigError as error:
+                problems = error.violations
+        agree(dist.PrefixStore("claim", store), world.rank, world.size, {}, problems, limit_s)
+    except ConfigError as error:
+        if failure is not None:
+            raise failure from None
+        if world.rank == 0:
+            print(error.message(), file=sys.stderr, flush=True)
+        return None
+    if world.rank == 0:
+        store.set("name", prepared.config.run.name)
+    named = prepared.config.replace(name=store.get("name").decode())
+    return replace(prepared, config=named)
+
+
+def _run_alone(prepared: Prepared) -> int:
+    """The only rank, in this process."""
+    machine = own_machine(prepared.config)
+    try:
+        device = _rank_device(prepared.config, machine)
+        prepared.job(Rank(prepared.config, ParallelGroups.solo(), device))
+    except ConfigError:
+        raise
+    except Exception as error:
+        report_once("the run", None, error)
+        return 1
+    return 0
+
+
+def _launched_rank(prepared: Prepared, launcher: Connection) -> None:
     """Body of a rank that `launch` started; leaves the process on any failure."""
     # The default actions end the process at once, also in the middle of a collective.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -204,7 +285,7 @@ def _launched_rank(
     threading.Thread(target=_die_with, args=(launcher,), daemon=True).start()
     world = detect_world(os.environ)
     assert world is not None, "torchelastic sets RANK and WORLD_SIZE"
-    leave(run_rank(config, world, job, facts))
+    leave(run_rank(world, lambda _: prepared))
 
 
 def leave(code: int) -> None:
@@ -222,44 +303,6 @@ def _die_with(launcher: Connection) -> None:
         launcher.poll(None)
     finally:
         os._exit(1)
-
-
-def _claim_report(store: dist.Store) -> bool:
-    """Whether this rank is the first to report a failure; so each is shown once."""
-    try:
-        return store.add("failures", 1) == 1
-    except Exception:  # the rank that hosts the store is gone, so nobody else can report
-        return True
-
-
-def _report_once(config: Config, rank: int, store: dist.Store, error: Exception) -> None:
-    """Print the traceback of the rank that failed first."""
-    if _is_lost_peer(error):
-        # Not the cause: the peer reports itself, or the launcher names the signal it died of.
-        time.sleep(LOST_PEER_PATIENCE_S)
-    if _claim_report(store):
-        topology = config.parallel
-        print(
-            f"megalite: rank {rank} of tp {topology.tp} x pp {topology.pp} x dp {topology.dp} "
-            "failed:",
-            file=sys.stderr,
-        )
-        traceback.print_exception(error, file=sys.stderr)
-        sys.stderr.flush()
-
-
-def _is_lost_peer(error: Exception) -> bool:
-    words = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def _report_failure(error: ChildFailedError) -> int:
-    """Say which rank a signal killed; a rank that failed otherwise has said so itself."""
-    rank, failure = min(error.failures.items())
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        print(f"megalite: rank {rank} was killed by {name}; all are stopped", file=sys.stderr)
-    return 2 if failure.exitcode == 2 else 1
 
 
 def _silence_torchelastic() -> None:
@@ -284,13 +327,27 @@ def _start_method() -> str:
     if sys.platform != "linux":
         return "spawn"
     multiprocessing.set_forkserver_preload(["megalite.trainer", "megalite.parallel.launch"])
+    # The server would answer Ctrl-C with a traceback of its imports; it ends with this process.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, previous)
+    # Once a first process has run, the imports are done and the ranks start without a wait in which
+    # one of them could be left half started.
+    first = multiprocessing.get_context("forkserver").Process(target=_nothing)
+    first.start()
+    first.join()
     return "forkserver"
 
 
-def _rank_device(config: Config, local_rank: int) -> torch.device:
+def _nothing() -> None:
+    """Body of the first process."""
+
+
+def _rank_device(config: Config, machine: Machine) -> torch.device:
     if config.parallel.device != "cuda":
         return torch.device("cpu")
-    device = torch.device("cuda", local_rank)
+    assert machine.gpu is not None, "choose_device counted the GPUs"
+    device = torch.device("cuda", machine.gpu)
     torch.cuda.set_device(device)
     return device
 

@@ -95,6 +95,10 @@ class TensorGroup(AxisGroup):
         """
         return x if self.size == 1 else _SplitSequence.apply(x, self)
 
+    def first_position(self, length: int) -> int:
+        """Place in the sequence of this rank's first hidden state, of `length` here."""
+        return self.rank * length if self.sequence_parallel else 0
+
     def local_part(self, x: Tensor) -> Tensor:
         """This rank's contiguous part of dim 0, without a gradient rule of its own."""
         length = x.shape[0] // self.size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from itertools import zip_longest
 from types import MappingProxyType
 
 from megalite.pipeline.actions import COMPUTE, Action, Exchange, Op, Plan, PlanError, Program
@@ -62,6 +63,7 @@ def check_program(program: Program) -> None:
         PlanError: naming the ranks that would hang and the action each of them waits in.
     """
     check_plan(program.plan)
+    _check_steps(program)
     _check_inputs(program)
     _check_channels(program)
     stuck = find_deadlock(program)
@@ -108,6 +110,37 @@ def find_deadlock(program: Program) -> list[tuple[int, Action]]:
             assert isinstance(step, Exchange), "computation never blocks"
             stuck.append((rank, next(m for m in step.messages if m not in done)))
     return stuck
+
+
+def _check_steps(program: Program) -> None:
+    """Each rank computes what the plan says, and each message stands once, on its own rank."""
+    plan, problems = program.plan, []
+    seen: Counter[Action] = Counter()
+    for rank, (order, steps) in enumerate(zip(plan.ranks, program.ranks, strict=True)):
+        computed = tuple(step for step in steps if isinstance(step, Action))
+        if computed != order:
+            a, b = next((a, b) for a, b in zip_longest(order, computed) if a != b)
+            problems.append(f"rank {rank}: {a or 'nothing'} is planned where {b or 'nothing'} runs")
+        for message in (m for s in steps if isinstance(s, Exchange) for m in s.messages):
+            seen[message] += 1
+            if not _is_message(plan, message):
+                problems.append(f"rank {rank}: {message} has no rank at its other end")
+            elif plan.stage_rank[message.stage] != rank:
+                owner = plan.stage_rank[message.stage]
+                problems.append(f"rank {rank}: {message} belongs to rank {owner}")
+    problems += [f"{message} stands {n} times" for message, n in seen.items() if n > 1]
+    if problems:
+        raise PlanError(f"plan {plan.name}: " + "; ".join(problems))
+
+
+def _is_message(plan: Plan, action: Action) -> bool:
+    """Whether both ends exist, on two ranks."""
+    if action.op not in _COUNTERPART:
+        return False
+    ends = (action.stage, counterpart(action).stage)
+    if not all(0 <= stage < plan.num_stages for stage in ends):
+        return False
+    return plan.stage_rank[ends[0]] != plan.stage_rank[ends[1]]
 
 
 def _check_inputs(program: Program) -> None:

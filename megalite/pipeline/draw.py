@@ -22,16 +22,14 @@ def draw_timeline(timeline: Timeline, unit: float = 1.0, width: int = 100) -> st
     def column(time: float) -> int:
         return round(time / unit) * cell
 
-    lines = []
-    for rank in range(len(timeline.peak_live)):
-        row = ""
-        for span in timeline.spans:
-            if span.rank == rank:
-                row = row.ljust(column(span.start), "·")
-                room = column(span.end) - column(span.start)
-                row += _label(span.action.op, span.action.micro_batch, room)
-        row = row.ljust(column(timeline.makespan), "·")
-        lines.append(f"rank {rank:<3d} {row}")
+    rows = [""] * len(timeline.peak_live)
+    for span in timeline.spans:
+        if len(rows[span.rank]) < width:
+            row = rows[span.rank].ljust(column(span.start), "·")
+            room = column(span.end) - column(span.start)
+            rows[span.rank] = row + _label(span.action.op, span.action.micro_batch, room)
+    end = min(width, column(timeline.makespan))
+    lines = [f"rank {rank:<3d} {row.ljust(end, '·')}" for rank, row in enumerate(rows)]
     return "\n".join(line if len(line) <= width else line[: width - 1] + "…" for line in lines)
 
 

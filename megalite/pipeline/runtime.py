@@ -5,8 +5,7 @@ It knows stages, messages and autograd, and no schedule. Nothing here waits for 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -55,7 +54,7 @@ class _Flight:
         outgoing: what a send will take: outputs and input gradients.
         graphs: for each backward to come, the stage's input and the edge of its output; the output
             itself is not kept.
-        sends: messages on their way, with the tensors they read.
+        sends: messages on their way; their tensors are kept until they are waited for.
         results: what the head returned, by micro-batch.
     """
 
@@ -63,7 +62,7 @@ class _Flight:
     gradients: dict[Place, Tensor] = field(default_factory=dict)
     outgoing: dict[Action, Tensor] = field(default_factory=dict)
     graphs: dict[Place, tuple[Tensor, GradientEdge, Tensor | None]] = field(default_factory=dict)
-    sends: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
+    sends: list[dist.Work] = field(default_factory=list)
     results: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -114,8 +113,7 @@ class Executor:
                 if last_backward[step.stage] == index:
                     self._before_last_backward(step.stage)
                 self._backward(program, step, flight)
-        for work, _ in flight.sends:
-            work.wait()
+        _wait(flight.sends)
         return flight.results
 
     def _forward(
@@ -180,18 +178,15 @@ class Executor:
                 flight.activations[place] = message.tensor
             elif action.op is Op.RECV_BACKWARD:
                 flight.gradients[place] = message.tensor
-        if len(works) == len(messages):
-            # One handle each: only what arrives is waited for, sends finish on their own.
-            for work, message in zip(works, messages, strict=True):
-                if message.is_send:
-                    flight.sends.append((work, message.tensor))
-                else:
-                    work.wait()
-        else:
-            for work in works:
-                work.wait()
-        while flight.sends and flight.sends[0][0].is_completed():
-            flight.sends.popleft()
+        # Those of the exchange before: a plan is checked as if every exchange waited for its own.
+        _wait(flight.sends)
+        if len(works) < len(messages):
+            flight.sends = []
+            _wait(works)
+            return
+        # One handle each: only what arrives is waited for now.
+        _wait(work for work, m in zip(works, messages, strict=True) if not m.is_send)
+        flight.sends = [work for work, m in zip(works, messages, strict=True) if m.is_send]
 
     def _message(
         self, program: Program, action: Action, batch: Sequence[MicroBatch], flight: _Flight
@@ -205,3 +200,8 @@ class Executor:
             stage.hidden_shape(length, samples), dtype=stage.dtype, device=stage.device
         )
         return Message(buffer, peer, is_send=False)
+
+
+def _wait(works: Iterable[dist.Work]) -> None:
+    for work in works:
+        work.wait()

@@ -20,8 +20,8 @@ LAYERS = [
     {"trainer"},
     {"metrics", "report", "estimate", "optim", "checkpoint", "data", "pipeline", "check"},
     {"models", "cli"},
-    {"layers"},
-    {"parallel", "megalite_kernels"},
+    {"layers", "config_file"},
+    {"parallel", "megalite_kernels", "field_values"},
     {"presets", "megatron_flags", "config", "tokenizer", "errors"},
 ]
 
@@ -29,6 +29,8 @@ NO_TORCH = [
     "megalite.check",
     "megalite.cli",
     "megalite.config",
+    "megalite.config_file",
+    "megalite.field_values",
     "megalite.data.indexed",
     "megalite.data.corpus",
     "megalite.data.source",

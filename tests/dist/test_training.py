@@ -194,6 +194,42 @@ def test_ranks_with_different_configurations_say_which_field_differs(
     ]
 
 
+def invalid_job(flags: list[str], wrong: dict[int, list[str]]) -> int:
+    import os
+
+    return pretrain.main([*flags, *wrong.get(int(os.environ["RANK"]), [])])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentences"),
+    [
+        (
+            {1: ["--seq-length", "127"]},
+            ["--seq-length 127 is not a multiple of --tp 2", "(rank 1)"],
+        ),
+        ({0: ["--bogus"]}, ["unknown flag --bogus; see --help (rank 0)"]),
+        ({1: ["--data", "/no/such/file.txt"]}, ["there is no file /no/such/file.txt", "(rank 1)"]),
+        (
+            {0: ["--pp", "3"], 1: ["--lr", "x"]},
+            ["torchrun started 2 ranks, but --tp 2 x --pp 3", "--lr x: expected a number (rank 1)"],
+        ),
+        ({0: ["--device", "cuda"], 1: ["--device", "cuda"]}, ["--device cuda: 0 GPUs for 2 ranks"]),
+    ],
+    ids=str,
+)
+def test_all_ranks_learn_what_is_wrong_with_one(
+    pool: RankPool, tmp_path: Path, wrong: dict[int, list[str]], sentences: list[str]
+) -> None:
+    flags = [*SMALL, "--tp", "2", "--runs", str(tmp_path)]
+    outcomes = pool.run(2, invalid_job, flags, wrong, timeout=60)
+    assert [outcome.value for outcome in outcomes] == [2, 2]
+    assert outcomes[1].stderr == ""
+    assert "Traceback" not in outcomes[0].stderr
+    for sentence in sentences:
+        assert sentence in outcomes[0].stderr
+    assert not list(tmp_path.iterdir()), "no folder is left behind"
+
+
 def skipped_step_job() -> dict[str, Any]:
     trainer = make_trainer(tp=2, pp=2)
     trainer.train_step(0)

@@ -11,7 +11,7 @@ import torch
 
 from megalite.config import Config, resolve, resolve_device
 from megalite.parallel.environment import detect_world
-from megalite.parallel.launch import Rank, join, launch, leave
+from megalite.parallel.launch import Prepared, Rank, join, launch, leave
 
 
 def _wait_for_all(rank: Rank) -> None:
@@ -42,10 +42,38 @@ def waits(rank: Rank) -> None:
     _wait_for_all(rank)
 
 
+def leaves_early(rank: Rank) -> None:
+    """Rank 1 ends without a word while the others are in a collective."""
+    if rank.groups.world_rank == 1:
+        os._exit(7)
+    _wait_for_all(rank)
+
+
+class CannotArrive:
+    """A job that fails on its way to the rank, before anything of ours runs there."""
+
+    def __reduce__(self) -> tuple:
+        return _refuse_in_a_rank, ()
+
+
+def _refuse_in_a_rank() -> CannotArrive:
+    raise LookupError("planted before the rank's own code")
+
+
+cannot_arrive = CannotArrive()
+
+
+def no_device(rank: Rank) -> None:
+    """Never called: there is no GPU for any rank."""
+    raise AssertionError("never called")
+
+
 if __name__ == "__main__":
     # Under its own name, so that the ranks can import the job.
     import jobs
 
-    config = resolve_device(resolve(Config().replace(tp=2, pp=2, steps=1)), "cpu")
+    device = "cuda" if sys.argv[1] == "no_device" else "cpu"
+    config = resolve_device(resolve(Config().replace(tp=2, pp=2, steps=1)), device)
     world, job = detect_world(os.environ), getattr(jobs, sys.argv[1])
-    leave(join(config, world, job, {}) if world else launch(config, job, {}))
+    prepared = Prepared(config, job, {})
+    leave(join(world, lambda _: prepared) if world else launch(prepared))

@@ -117,6 +117,37 @@ def test_a_rank_that_is_killed_is_named() -> None:
     assert result.stderr == "megalite: rank 1 was killed by SIGKILL; all are stopped\n"
 
 
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        ("no_device", "AssertionError: choose_device counted the GPUs"),
+        ("cannot_arrive", "LookupError: planted before the rank's own code"),
+        ("leaves_early", "megalite: rank 1 ended with exit code 7"),
+    ],
+)
+def test_no_rank_ends_without_a_word(job: str, words: str) -> None:
+    result = launch([sys.executable, str(JOBS), job], env={"CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 1
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize("delay_s", [1.0, 2.0, 3.0, 4.0])
+def test_ctrl_c_while_ranks_are_starting_is_quiet(tmp_path: Path, delay_s: float) -> None:
+    process = subprocess.Popen(
+        pretrain_command("--tp", "2", "--pp", "2", "--device", "cpu", "--runs", str(tmp_path)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(delay_s)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert stderr.strip() == "megalite: stopped by SIGINT"
+    wait_until_session_is_empty(process.pid)
+
+
 def test_one_rank_stops_quietly_too(tmp_path: Path) -> None:
     command = pretrain_command(*SMALL, "--steps", "100000", "--runs", str(tmp_path))
     process = subprocess.Popen(

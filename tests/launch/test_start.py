@@ -2,46 +2,68 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import resource
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pool import free_port
 from runs import SMALL, Run, launch, pretrain_command, read_run, worst
 
+FLAGS = [*SMALL, "--steps", "20", "--lr-warmup-steps", "5"]
+BOUNDS = {"fp32": (1e-5, 1e-4, 1e-5), "fp64": (1e-11, 1e-10, 1e-11)}
+"""(relative loss, relative gradient norm, absolute weight) by precision."""
+
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    runs = tmp_path_factory.mktemp("one")
-    command = pretrain_command(*SMALL, "--runs", str(runs), "--name", "one", "--device", "cpu")
-    result = launch(command)
-    assert result.returncode == 0, result.stderr
-    return read_run(runs / "one", result.stdout)
+def one_rank_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """The one-rank run in a precision, launched once."""
+
+    @functools.cache
+    def run(precision: str) -> Run:
+        runs = tmp_path_factory.mktemp(precision)
+        flags = [*FLAGS, "--precision", precision, "--runs", str(runs), "--name", "one"]
+        result = launch(pretrain_command(*flags, "--device", "cpu"))
+        assert result.returncode == 0, result.stderr
+        return read_run(runs / "one", result.stdout)
+
+    return run
 
 
-def equals(run: Run, other: Run) -> None:
-    assert worst(run.losses, other.losses) <= 1e-5
-    assert worst(run.grad_norms, other.grad_norms) <= 1e-4
+@pytest.fixture
+def one_rank(one_rank_in: Callable[[str], Run]) -> Run:
+    return one_rank_in("fp32")
+
+
+def equals(run: Run, other: Run, precision: str = "fp32") -> None:
+    loss_bound, norm_bound, weight_bound = BOUNDS[precision]
+    assert len(run.losses) == 20
+    assert worst(run.losses, other.losses) <= loss_bound
+    assert worst(run.grad_norms, other.grad_norms) <= norm_bound
     for name, weight in other.weights.items():
-        assert (run.weights[name] - weight).abs().max() <= 1e-5
+        assert (run.weights[name] - weight).abs().max() <= weight_bound
 
 
-@pytest.mark.parametrize("layout", ["--tp 2 --pp 2", "--dp 2 --tp 2"])
-def test_self_launch_equals_one_rank(one_rank: Run, tmp_path: Path, layout: str) -> None:
-    flags = [*SMALL, *layout.split(), "--runs", str(tmp_path), "--name", "many"]
-    result = launch(pretrain_command(*flags, "--device", "cpu"))
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("layout", ["--tp 2 --pp 2", "--dp 2 --tp 2", "--pp 4"])
+def test_self_launch_equals_one_rank(
+    one_rank_in: Callable[[str], Run], tmp_path: Path, layout: str, precision: str
+) -> None:
+    flags = [*FLAGS, "--precision", precision, *layout.split(), "--name", "many"]
+    result = launch(pretrain_command(*flags, "--runs", str(tmp_path), "--device", "cpu"))
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    equals(read_run(tmp_path / "many"), one_rank)
+    equals(read_run(tmp_path / "many"), one_rank_in(precision), precision)
 
 
 def test_two_torchrun_agents_equal_one_rank(one_rank: Run, tmp_path: Path) -> None:
     """Two 'machines' of two ranks each: tp 2 on each, pp 2 across."""
     port = free_port()
-    flags = [*SMALL, "--tp", "2", "--pp", "2", "--runs", str(tmp_path), "--device", "cpu"]
+    flags = [*FLAGS, "--tp", "2", "--pp", "2", "--runs", str(tmp_path), "--device", "cpu"]
     agents = [
         subprocess.Popen(
             [
@@ -66,12 +88,11 @@ def test_two_torchrun_agents_equal_one_rank(one_rank: Run, tmp_path: Path) -> No
 
 def test_srun_equals_one_rank(one_rank: Run, tmp_path: Path) -> None:
     """Two tasks with the variables that srun sets, and none of torchrun's."""
-    flags = [*SMALL, "--dp", "2", "--runs", str(tmp_path), "--device", "cpu"]
+    flags = [*FLAGS, "--dp", "2", "--runs", str(tmp_path), "--device", "cpu"]
     slurm = {
         "SLURM_JOB_ID": str(free_port()),
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_NODEID": "0",
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
@@ -100,7 +121,7 @@ def test_the_opening_says_what_runs(one_rank: Run) -> None:
         "parameters  memory per rank",
         "source text of Python's standard library",
         "entropy",
-        "step 5/5  loss",
+        "step 20/20  loss",
         "final train loss",
         "weights/",
         "next:",
@@ -145,7 +166,7 @@ def test_a_run_that_exists_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_saved_configuration_runs_again(one_rank: Run, tmp_path: Path) -> None:
-    first = pretrain_command(*SMALL, "--runs", str(tmp_path), "--name", "a", "--device", "cpu")
+    first = pretrain_command(*FLAGS, "--runs", str(tmp_path), "--name", "a", "--device", "cpu")
     assert launch(first).returncode == 0
     again = pretrain_command("--config", str(tmp_path / "a" / "config.json"), "--name", "b")
     assert launch(again).returncode == 0
@@ -162,13 +183,14 @@ def test_a_saved_configuration_runs_again(one_rank: Run, tmp_path: Path) -> None
     ],
 )
 def test_planning_is_quick_and_needs_no_torch(flags: list[str], limit_s: float) -> None:
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     result = launch(pretrain_command(*flags))
-    seconds = time.monotonic() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert result.returncode == 0
     assert result.stdout
-    # Generous for a loaded machine: the figure itself is in docs/performance.md.
-    assert seconds < 10 * limit_s
+    # Time on a core, which other work on the machine does not stretch.
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < limit_s
     code = (
         "import sys; from megalite import pretrain\n"
         f"try: pretrain.main({flags!r})\n"

@@ -180,6 +180,34 @@ def test_a_program_without_one_of_its_messages_is_refused(
         check_program(without(lower(one_f_one_b(3, 4)), rank, message))
 
 
+def with_steps(program: Program, rank: int, *steps: Action | Exchange) -> Program:
+    """The program with steps appended to one rank."""
+    ranks = list(program.ranks)
+    ranks[rank] = (*ranks[rank], *steps)
+    return Program(program.plan, tuple(ranks))
+
+
+def exchange(*messages: str) -> Exchange:
+    return Exchange(tuple(map(Action.parse, messages)))
+
+
+def test_a_program_that_is_not_its_plan_is_refused() -> None:
+    program = lower(one_f_one_b(3, 4))
+    missing = Program(program.plan, (program.ranks[0][:-1], *program.ranks[1:]))
+    twice = with_steps(with_steps(program, 0, exchange("0SEND_F1")), 1, exchange("1RECV_F1"))
+    for wrong, complaint in (
+        (missing, "rank 0: 0B3 is planned where nothing runs"),
+        (with_steps(program, 1, Action.parse("1F0")), "rank 1: nothing is planned where 1F0 runs"),
+        (twice, "0SEND_F1 stands 2 times; 1RECV_F1 stands 2 times"),
+        (with_steps(program, 2, exchange("2SEND_F1")), "2SEND_F1 has no rank at its other end"),
+        (with_steps(program, 0, exchange("0SEND_B1")), "0SEND_B1 has no rank at its other end"),
+        (with_steps(program, 0, exchange("1SEND_B1")), "rank 0: 1SEND_B1 belongs to rank 1"),
+        (with_steps(program, 0, Exchange((Action(0, Op.FORWARD, 1),))), "0F1 has no rank"),
+    ):
+        with pytest.raises(PlanError, match=complaint):
+            check_program(wrong)
+
+
 def test_all_ranks_of_a_step_against_an_independent_simulation() -> None:
     """Start times by the longest-path recurrence, written anew."""
     plan = one_f_one_b(4, 7)

@@ -9,30 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import run, violations
 
-from megalite import cli
-from megalite.check import check
-from megalite.config import Config, DataConfig, resolve
+from megalite.config import DataConfig
 from megalite.data.corpus import prepare_corpus
 from megalite.data.indexed import IndexedReader, IndexedWriter
-from megalite.errors import ConfigError, DataError
+from megalite.errors import DataError
 from megalite.parallel.groups import ParallelGroups
 from megalite.trainer import Trainer
-
-
-def run(*argv: str) -> Config:
-    """Parse, resolve and check, as `pretrain` does."""
-    command = cli.parse(argv, prog="megalite", description="A test.")
-    config = resolve(command.config)
-    check(config, None)
-    return config
-
-
-def violations(*argv: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        run(*argv)
-    return caught.value.violations
-
 
 # Numbers
 

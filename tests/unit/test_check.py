@@ -8,32 +8,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from commands import run, violations
 
 from megalite import check as check_module
-from megalite import cli
-from megalite.check import check
-from megalite.config import Config, resolve
-from megalite.errors import ConfigError
 from megalite.parallel.environment import World
 from megalite.presets import PRESETS
 
 
 def world(size: int, launcher: str = "torchrun") -> World:
-    return World(0, size, 0, size, "127.0.0.1", 29500, launcher)
-
-
-def run(*argv: str, ranks: World | None = None) -> Config:
-    """Parse, resolve and check, as `pretrain` does."""
-    command = cli.parse(argv, prog="megalite", description="A test.")
-    config = resolve(command.config, ranks.size if ranks else None)
-    check(config, ranks)
-    return config
-
-
-def violations(*argv: str, ranks: World | None = None) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        run(*argv, ranks=ranks)
-    return caught.value.violations
+    return World(0, size, "", "127.0.0.1", 29500, "", launcher)
 
 
 POSITIVE = """num-layers hidden-size num-attention-heads ffn-hidden-size seq-length micro-batch-size
@@ -82,6 +65,34 @@ def test_what_must_be_a_share(name: str, value: str) -> None:
 )
 def test_numbers_that_are_not_finite_are_refused(name: str, value: str) -> None:
     assert any(f"--{name} {value} " in sentence for sentence in violations(f"--{name}", value))
+
+
+@pytest.mark.parametrize(
+    ("argv", "starts"),
+    [
+        (
+            "--bogus --tp 3",
+            ["unknown flag --bogus", "--tp 3 does not divide --num-attention-heads"],
+        ),
+        ("--lr 0 --tp 3", ["--lr 0.0 must be above 0", "--tp 3 does not divide --num-att"]),
+        ("--lr x --tp 3", ["--lr x: expected a number", "--tp 3 does not divide --num-att"]),
+        # What a wrong value leaves open is not judged.
+        ("--num-layers x --pp 8", ["--num-layers x: expected"]),
+        ("--num-layer 8 --pp 8", ["unknown flag --num-layer; did you mean --num-layers?"]),
+        ("--num-layers 0 --pp 8", ["--num-layers 0 must be above 0"]),
+        ("--num-layers 8 --num-layers= --pp 8", ["--num-layers : expected"]),
+        ("--model gpt --pp 8", ["--model gpt is not a preset"]),
+        ("--config /no/such.toml --pp 8", ["--config /no/such.toml cannot be read"]),
+        ("--tp", ["--tp needs a value"]),
+        ("--micro-batch-size -2 --global-batch-size 33", ["--micro-batch-size -2 must be above 0"]),
+        ("--hidden-size -5 --lr 0", ["--hidden-size -5 must be", "--lr 0.0 must be above 0"]),
+    ],
+)
+def test_words_and_values_are_judged_together(argv: str, starts: list[str]) -> None:
+    found = [v for v in violations(*argv.split()) if "--ffn" not in v and "--seq-length" not in v]
+    assert len(found) == len(starts), found
+    for sentence, start in zip(found, starts, strict=True):
+        assert sentence.startswith(start)
 
 
 RULES = {
@@ -324,22 +335,25 @@ def test_presets_pass(preset: str, layout: str) -> None:
         (
             "--tp 2 --dp 2",
             world(8),
-            "torchrun started 8 ranks, but tp 2 x pp 1 x dp 2 = 4: give --dp 4 or leave it out",
+            "torchrun started 8 ranks, but --tp 2 x --pp 1 x --dp 2 = 4: "
+            "give --dp 4 or leave it out",
         ),
         (
             "--pp 3",
             world(8, "srun"),
-            "srun started 8 ranks, but tp 1 x pp 3 x dp 2 = 6: tp x pp = 3 must divide 8",
+            "srun started 8 ranks, but --tp 1 x --pp 3 x --dp 2 = 6: --tp x --pp = 3 must divide 8",
         ),
         (
             "--tp 4 --pp 4",
             world(8),
-            "torchrun started 8 ranks, but tp 4 x pp 4 x dp 1 = 16: tp x pp = 16 must divide 8",
+            "torchrun started 8 ranks, but --tp 4 x --pp 4 x --dp 1 = 16: "
+            "--tp x --pp = 16 must divide 8",
         ),
         (
             "--dp 2",
             world(1),
-            "torchrun started 1 ranks, but tp 1 x pp 1 x dp 2 = 2: give --dp 1 or leave it out",
+            "torchrun started 1 ranks, but --tp 1 x --pp 1 x --dp 2 = 2: "
+            "give --dp 1 or leave it out",
         ),
     ],
 )

@@ -12,24 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import parse, word_violations
 
-from megalite import cli
-from megalite.config import Config, FieldSpec, fields, resolve
+from megalite.config import Config, FieldSpec, fields, resolve, resolve_device
+from megalite.config_file import to_toml
 from megalite.errors import ConfigError
 from megalite.presets import PRESETS
 
 SPECS = {spec.name: spec for spec in fields()}
 BOOLS = [name for name, spec in SPECS.items() if "bool" in str(spec.type)]
-
-
-def parse(*argv: str) -> cli.Command:
-    return cli.parse(argv, prog="megalite", description="A test.")
-
-
-def violations(*argv: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        parse(*argv)
-    return caught.value.violations
 
 
 def value(config: Config, name: str) -> Any:
@@ -169,8 +160,10 @@ def test_bool_flags(name: str) -> None:
     flag = SPECS[name].flag
     no = f"--no-{flag[2:]}"
     assert value(parse().config, name) == SPECS[name].default
-    for argv, want in (((flag,), True), ((no,), False), ((flag, no), False), ((no, flag), True)):
-        assert value(parse(*argv).config, name) is want
+    assert value(parse(flag).config, name) is True
+    assert value(parse(no).config, name) is False
+    for argv in ((flag, no), (no, flag)):
+        assert word_violations(*argv) == [f"{flag} and {no} contradict: give one"]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +183,7 @@ def test_bool_flags(name: str) -> None:
 def test_a_wrong_value_names_the_flag_the_value_and_what_is_expected(
     flag: str, text: str, expected: str
 ) -> None:
-    assert violations(f"{flag}={text}") == [f"{flag} {text}: expected {expected}"]
+    assert word_violations(f"{flag}={text}") == [f"{flag} {text}: expected {expected}"]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +211,7 @@ def test_a_value_of_the_wrong_type_in_a_file_is_reported(
     tmp_path: Path, line: str, name: str
 ) -> None:
     (tmp_path / "a.toml").write_text(line)
-    (found,) = violations("--config", str(tmp_path / "a.toml"))
+    (found,) = word_violations("--config", str(tmp_path / "a.toml"))
     assert "a.toml" in found
     assert re.search(rf"\b{name} =", found)
     assert "expected" in found
@@ -250,11 +243,11 @@ def test_a_value_of_the_wrong_type_in_a_file_is_reported(
     ],
 )
 def test_unknown_words(argv: str, sentence: str) -> None:
-    assert violations(*argv.split()) == [sentence]
+    assert word_violations(*argv.split()) == [sentence]
 
 
 def test_a_preset_unlike_any_lists_them_all() -> None:
-    (found,) = violations("--model", "gpt")
+    (found,) = word_violations("--model", "gpt")
     assert found == "--model gpt is not a preset; there are " + ", ".join(PRESETS)
 
 
@@ -263,7 +256,7 @@ def test_a_preset_unlike_any_lists_them_all() -> None:
 
 def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
     file = write(tmp_path / "a.toml", tp="x", hidden_sise=3, model="tinny", pp_layers=4)
-    found = violations(
+    found = word_violations(
         *("stray", "--config", file, "--bogus", "1", "--steps", "x", "--schedule", "zero"),
         *("--fp16", "--normalization", "LayerNorm", "--pp", "2"),
         *("--pipeline-model-parallel-size", "4"),
@@ -296,7 +289,7 @@ def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
     ],
 )
 def test_misuse_of_one_flag_does_not_hide_the_other_problems(argv: str, parts: list[str]) -> None:
-    text = "\n".join(violations(*argv.split()))
+    text = "\n".join(word_violations(*argv.split()))
     assert [part for part in parts if part not in text] == []
 
 
@@ -353,16 +346,59 @@ def test_the_changed_configuration_changes_everything() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_toml_round_trip(tmp_path: Path, name: str) -> None:
     config = CONFIGS[name]()
-    (tmp_path / "a.toml").write_text(cli.to_toml(config), encoding="utf-8")
-    assert parse("--config", str(tmp_path / "a.toml")).config == config
+    (tmp_path / "a.toml").write_text(to_toml(config), encoding="utf-8")
+    assert parse("--config", str(tmp_path / "a.toml")).config == config.given()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_json_round_trip(tmp_path: Path, name: str) -> None:
     """A run's own config.json."""
     config = CONFIGS[name]()
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
-    assert parse("--config", str(tmp_path / "config.json")).config == config
+    (tmp_path / "config.json").write_text(json.dumps(config.to_saved()), encoding="utf-8")
+    assert parse("--config", str(tmp_path / "config.json")).config == config.given()
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+@pytest.mark.parametrize(
+    ("first", "again", "want"),
+    [
+        ("", "--steps 500", dict(lr_decay_steps=500, lr_warmup_steps=50)),
+        ("--tokens 409600", "--steps 500", dict(tokens=0, steps=500, lr_decay_steps=500)),
+        ("--tokens 409600", "--tokens 819200", dict(steps=200, lr_decay_steps=200)),
+        ("--lr-decay-steps 90", "--steps 500", dict(lr_decay_steps=90, lr_warmup_steps=9)),
+        ("--lr-warmup-steps 7", "--steps 500", dict(lr_decay_steps=500, lr_warmup_steps=7)),
+        ("", "--num-attention-heads 8", dict(num_kv_heads=8, head_dim=16)),
+        ("--num-kv-heads 2", "--num-attention-heads 8", dict(num_kv_heads=2, head_dim=16)),
+        ("", "--tp 2", dict(sequence_parallel=True)),
+        ("", "", dict(device="auto", precision="auto", dp=1)),
+        ("--device cpu --precision bf16", "", dict(device="cpu", precision="bf16")),
+    ],
+)
+def test_what_followed_from_others_follows_anew_when_a_saved_file_is_read(
+    tmp_path: Path, suffix: str, first: str, again: str, want: dict[str, Any]
+) -> None:
+    ran = resolve_device(resolve(parse(*first.split()).config), "cpu")
+    file = tmp_path / f"saved.{suffix}"
+    file.write_text(to_toml(ran) if suffix == "toml" else json.dumps(ran.to_saved()))
+    config = resolve(parse("--config", str(file), *again.split()).config)
+    assert {name: value(config, name) for name in want} == want
+
+
+def test_a_saved_run_of_one_model_under_another_name_is_refused(tmp_path: Path) -> None:
+    """Its sizes would stay those of the first."""
+    file = tmp_path / "saved.toml"
+    file.write_text(to_toml(resolve(parse().config)))
+    (found,) = word_violations("--config", str(file), "--model", "125m")
+    assert found.startswith(f"--model 125m: {file} holds every value of a run of tiny")
+    assert parse("--config", str(file), "--model", "tiny").config == parse().config
+
+
+def test_a_file_must_not_contradict_itself(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.toml", steps=3, tokens=100, data="x.txt", mock_data=True)
+    assert word_violations("--config", file) == [
+        f"--config {file}: steps and tokens contradict: give one",
+        f"--config {file}: data and mock_data contradict: give one",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -393,7 +429,7 @@ def test_files_that_cannot_be_used(
         path.mkdir()
     elif isinstance(content, bytes):
         path.write_bytes(content)
-    found = violations("--config", str(path), "--bogus")
+    found = word_violations("--config", str(path), "--bogus")
     assert len(found) == 2, "the unknown flag is reported too"
     assert found[0] == "unknown flag --bogus; see --help"
     assert found[1].startswith(f"--config {path}")

@@ -50,9 +50,9 @@ def derived(world_size: int | None = None, **values: Any) -> dict[str, Any]:
         (6, dict(global_batch_size=7), dict(global_batch_size=7)),
         # steps
         (None, dict(steps=9), dict(steps=9, tokens=0)),
-        (None, dict(tokens=4 * 128), dict(steps=1, tokens=0)),
-        (None, dict(tokens=4 * 128 + 1), dict(steps=2, tokens=0)),
-        (None, dict(tokens=1), dict(steps=1, tokens=0)),
+        (None, dict(tokens=4 * 128), dict(steps=1, tokens=512)),
+        (None, dict(tokens=4 * 128 + 1), dict(steps=2, tokens=513)),
+        (None, dict(tokens=1), dict(steps=1, tokens=1)),
         (4, dict(tokens=10_000, seq_length=50), dict(steps=13)),  # 16 x 50 tokens a step
         (None, {}, dict(steps=0)),
         # learning rate
@@ -88,7 +88,7 @@ def test_derived_values(
 
 DERIVED = {
     *("dp", "num_kv_heads", "head_dim", "vocab_size", "sequence_parallel", "global_batch_size"),
-    *("steps", "tokens", "lr_decay_steps", "lr_warmup_steps", "lr_wsd_decay_steps"),
+    *("steps", "lr_decay_steps", "lr_warmup_steps", "lr_wsd_decay_steps"),
 }
 
 
@@ -101,6 +101,8 @@ def test_resolve_changes_nothing_that_is_given_and_is_done_after_once(preset: st
     after = {n: v for part in once.to_dict().values() for n, v in part.items()}
     changed = {name for name in before if before[name] != after[name]}
     assert changed <= DERIVED
+    assert once.derived == changed
+    assert once.given() == config
     assert {before[name] for name in changed} <= {0, -1, None}
 
 
@@ -135,6 +137,7 @@ def test_resolve_device(precision: str, device: str, want: str) -> None:
     after = resolve_device(before, device)
     assert (after.parallel.device, after.train.precision) == (device, want)
     assert after.replace(device="auto", precision=precision) == before
+    assert after.given() == before.given(), "what was derived on one machine is open on another"
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@ is wrong with a text or a cache is named; the entropies are those of the tokens.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import random
+import resource
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -18,10 +21,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.config import DataConfig
+from megalite.config import Config, DataConfig, resolve
 from megalite.data import corpus as corpus_module
 from megalite.data.corpus import STDLIB_CAP_BYTES, Corpus, prepare_corpus, stdlib_files
 from megalite.data.indexed import IndexedReader, IndexedWriter
+from megalite.data.samples import open_samples
 from megalite.errors import DataError
 
 EOD = 256
@@ -83,6 +87,7 @@ def jsonl(*texts: str) -> str:
         "".join(f"line {i}\r\n" for i in range(2000)) + "no end",
         "\n" * 10_000,
         "z" * 20_000 + "\n" + "short\n" * 2000,
+        "one long line, 1.2 MB, no end " * 40_000,
         "Ünïcode 中文 😀\n" * 500,
     ],
     ids=lambda text: repr(text[:12]),
@@ -96,10 +101,13 @@ def test_a_text_file_is_one_document_cut_at_line_ends(
     assert tokens == [*text.encode(), EOD]
     longest_line = max(len(line) for line in text.encode().splitlines(keepends=True))
     cut = [sequence for sequence in sequences if sequence != [EOD]]
+    size = max(256, min(4096, len(text.encode()) // 64))
     for sequence in cut[:-1]:
-        assert sequence[-1] == ord("\n")
-        assert 4096 <= len(sequence) <= 4096 + longest_line
-    assert len(cut[-1]) <= 4096 + longest_line + 1, "the end of the document counts too"
+        assert sequence[-1] == ord("\n") or longest_line > 2 * size
+        assert size <= len(sequence) <= size + min(longest_line, 2 * size)
+    assert len(cut[-1]) <= 3 * size + 1, "the end of the document counts too"
+    if len(tokens) > 64 * 256 and longest_line < size:
+        assert len(cut) >= 32, "a share of a twentieth is not empty"
     assert (corpus.documents, corpus.tokens) == (1, len(tokens))
     assert corpus.text_bytes == len(text.encode())
     assert corpus.max_token == EOD
@@ -337,7 +345,7 @@ _RACER = """
 import json, sys, time
 from dataclasses import asdict
 from pathlib import Path
-from megalite.config import DataConfig
+from megalite.config import Config, DataConfig, resolve
 from megalite.data import corpus
 
 tokenize = corpus._tokenize
@@ -542,3 +550,41 @@ def test_a_foreign_dataset_with_a_negative_token_is_refused(tmp_path: Path) -> N
     writer.close()
     with pytest.raises(DataError, match=r"p\.bin holds a negative token id, -7"):
         prepare_corpus(DataConfig(data=f"{tmp_path}/p"))
+
+
+@pytest.mark.parametrize("text", ["a line of 40 kB\n" * 2500, "all in one line " * 75_000])
+def test_a_text_of_any_shape_can_be_split(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    config = resolve(Config().replace(data=str(tmp_path / "a.txt"), data_cache_path=str(tmp_path)))
+    train, valid = open_samples(config, prepare_corpus(config.data))
+    share = valid.num_samples / (train.num_samples + valid.num_samples)
+    assert 0.02 < share < 0.08
+
+
+def test_a_disk_that_fills_up_keeps_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a line of text\n" * 20_000)
+    cache = tmp_path / "cache"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        with pytest.raises(DataError, match="cannot write the tokenized corpus"):
+            prepare_corpus(DataConfig(data=str(tmp_path / "a.txt"), data_cache_path=str(cache)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_a_file_system_without_locks_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    (tmp_path / "a.txt").write_text("a line of text\n" * 100)
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    corpus = prepare_corpus(DataConfig(data=str(tmp_path / "a.txt"), data_cache_path=str(tmp_path)))
+    assert corpus.text_bytes == 1500

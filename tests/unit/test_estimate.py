@@ -11,8 +11,8 @@ import torch
 from megalite.config import Config, resolve
 from megalite.estimate import (
     flops_per_token,
-    rank_estimate,
     rank_parameters,
+    stage_estimates,
     whole_parameters,
 )
 from megalite.layers.shard import named_shards
@@ -126,7 +126,7 @@ def test_bytes_of_a_parameter(name: str, tp: int, pp: int) -> None:
     ]
     config = settings("two kv heads", tp=tp, pp=pp, precision=name)
     for spec in stage_specs(config):
-        memory = rank_estimate(config, spec)
+        memory = stage_estimates(config)[spec.stage]
         count = rank_parameters(config, spec)
         assert memory.parameters == count
         assert memory.weights == weights * count
@@ -140,7 +140,7 @@ def test_bytes_of_a_parameter(name: str, tp: int, pp: int) -> None:
 def test_precision_must_be_known() -> None:
     config = settings("multi-head")
     with pytest.raises(KeyError, match="auto"):
-        rank_estimate(config, stage_specs(config)[0])
+        stage_estimates(config)[0]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_activations_of_the_micro_batches_that_are_alive(
     # 8 heads of 6 features, 2 key/value heads.
     per_token = 4 * (4 * 48 + (48 + 2 * 12) + (48 + 12 + 48) + 48 + 4 * 80)
     specs = stage_specs(config)
-    got = [rank_estimate(config, spec).activations for spec in specs]
+    got = [stage_estimates(config)[spec.stage].activations for spec in specs]
     assert got[:3] == [n * tokens * per_token for n in live[:3]]
     assert got[3] == live[3] * tokens * (per_token + 4 * 2 * 48)
 
@@ -191,7 +191,7 @@ def test_activations_of_a_layer(
         **dict(num_layers=2, pp=2, precision="bf16", micro_batch_size=1, global_batch_size=1),
     )
     first = stage_specs(config)[0]
-    assert rank_estimate(config, first).activations == 16 * per_token
+    assert stage_estimates(config)[first.stage].activations == 16 * per_token
 
 
 @pytest.mark.parametrize(("name", "per_element"), [("bf16", 16), ("fp32", 20), ("fp64", 40)])
@@ -201,7 +201,7 @@ def test_logits_are_on_the_last_stage(name: str, per_element: int) -> None:
         "multi-head", **dict(tp=2, pp=2, precision=name, micro_batch_size=3, seq_length=16)
     )
     assert config.model.padded_vocab_size(2) == 112
-    first, last = (rank_estimate(config, spec) for spec in stage_specs(config))
+    first, last = stage_estimates(config)
     assert first.logits == 0
     assert last.logits == 3 * 16 * 56 * per_element
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config, resolve
-from megalite.estimate import flops_per_token, rank_estimate, whole_parameters
+from megalite.estimate import flops_per_token, stage_estimates, whole_parameters
 from megalite.layers.shard import named_shards
 from megalite.models.llama import EMBEDDING, LlamaStage
 from megalite.models.stage import StageSpec, stage_specs
@@ -148,8 +148,8 @@ def test_activations_are_what_autograd_saves(recompute: str, shape: dict[str, in
         }
     )
     config = config.replace(global_batch_size=2)
-    for spec in stage_specs(config):
-        measured, estimated = saved_bytes(config, spec), rank_estimate(config, spec).activations
+    for spec, estimate in zip(stage_specs(config), stage_estimates(config), strict=True):
+        measured, estimated = saved_bytes(config, spec), estimate.activations
         assert 0.97 < measured / estimated < 7 / 6, (spec, measured / estimated)
 
 
@@ -159,9 +159,9 @@ def test_tensor_ranks_share_the_activations(recompute: str) -> None:
     one = configure(precision="bf16", recompute=recompute, num_kv_heads=8)
     eight = one.replace(tp=8, sequence_parallel=True)
     (spec,) = stage_specs(one)
-    whole = rank_estimate(one, spec).activations
-    assert rank_estimate(eight, spec).activations == pytest.approx(whole / 8, rel=1e-9)
-    without = rank_estimate(eight.replace(sequence_parallel=False), spec).activations
+    whole = stage_estimates(one)[spec.stage].activations
+    assert stage_estimates(eight)[spec.stage].activations == pytest.approx(whole / 8, rel=1e-9)
+    without = stage_estimates(eight.replace(sequence_parallel=False))[spec.stage].activations
     assert without > 1.5 * whole / 8
     if recompute == "full":
         assert without == whole
@@ -172,7 +172,7 @@ def test_recomputation_keeps_less() -> None:
     for recompute in ("none", "selective", "full"):
         config = configure(precision="bf16", recompute=recompute)
         (spec,) = stage_specs(config)
-        kept.append(rank_estimate(config, spec).activations)
+        kept.append(stage_estimates(config)[spec.stage].activations)
     assert kept[0] > kept[1] > kept[2]
     # Whole layers: the input of each, and the inputs of the final norm and the head.
     assert kept[2] == (3 + 2) * 32 * 2 * 16 * config.train.micro_batch_size

@@ -184,7 +184,7 @@ def test_validation_uses_each_sample_once(dp: int, rows: int, available: int) ->
     used: list[int] = []
     counted = 0
     for loader in loaders(dp, rows, valid=Numbered(available), eval_steps=3):
-        batches = loader.validation_batches()
+        batches = list(loader.validation_batches())
         assert len(batches) == min(3, -(-available // BATCH)), "all ranks run as many forwards"
         for batch in batches:
             assert len(batch.micro_batches) == BATCH // dp // rows
@@ -211,7 +211,7 @@ def test_validation_is_the_same_each_time() -> None:
 
 def test_validation_masks_ends_of_documents_too() -> None:
     (loader,) = loaders(1, 4, valid=WithEnds(), eod_mask_loss=True, eval_steps=2)
-    batches = loader.validation_batches()
+    batches = list(loader.validation_batches())
     masks = torch.cat([mb.mask for batch in batches for mb in batch.micro_batches])
     tokens = torch.cat([mb.tokens for batch in batches for mb in batch.micro_batches])
     assert (masks == (tokens != EOD)).all()

@@ -19,6 +19,7 @@ TRAIN = TrainConfig(
     lr_warmup_steps=20,
     lr_decay_steps=120,
     lr_wsd_decay_steps=30,
+    lr_wsd_decay_style="linear",
 )
 
 
@@ -76,6 +77,21 @@ def test_closed_form_at_every_step(style: str) -> None:
 )
 def test_rates_by_hand(style: str, step: int, want: float) -> None:
     assert rate(style, step) == pytest.approx(want, rel=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("decay", "want"),
+    [
+        ("linear", [1.0, 2 / 3, 0.5, 0.0]),
+        ("cosine", [1.0, 0.75, 0.5, 0.0]),
+        ("exponential", [1.0, 2 ** (2 / 3) - 1, 2**0.5 - 1, 0.0]),
+        ("minus_sqrt", [1.0, 1 - 1 / math.sqrt(3), 1 - math.sqrt(0.5), 0.0]),
+    ],
+)
+def test_shapes_of_the_final_decay(decay: str, want: list[float]) -> None:
+    steps = (90, 100, 105, 120)
+    rates = [rate("WSD", step, lr_wsd_decay_style=decay) for step in steps]
+    assert rates == pytest.approx([1e-3 + 9e-3 * share for share in want], rel=1e-12)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -6,26 +6,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from commands import parse, word_violations
 
-from megalite import cli
 from megalite.config import Config, fields
-from megalite.errors import ConfigError
-from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Refused
+from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Refused, With
 
 SPECS = {spec.name: spec for spec in fields()}
 ALIASES = {flag: m for flag, m in MEGATRON_FLAGS.items() if isinstance(m, Alias)}
 ALWAYS = {flag: m for flag, m in MEGATRON_FLAGS.items() if isinstance(m, Always)}
+WITH = {flag: m for flag, m in MEGATRON_FLAGS.items() if isinstance(m, With)}
 REFUSED = {flag: m for flag, m in MEGATRON_FLAGS.items() if isinstance(m, Refused)}
-
-
-def parse(*argv: str) -> Config:
-    return cli.parse(argv, prog="megalite", description="A test.").config
-
-
-def violations(*argv: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        parse(*argv)
-    return caught.value.violations
 
 
 def value(config: Config, name: str) -> Any:
@@ -33,7 +23,7 @@ def value(config: Config, name: str) -> Any:
 
 
 def test_the_table_is_whole() -> None:
-    assert len(ALIASES) + len(ALWAYS) + len(REFUSED) == len(MEGATRON_FLAGS)
+    assert len(ALIASES) + len(ALWAYS) + len(WITH) + len(REFUSED) == len(MEGATRON_FLAGS)
     assert min(len(ALIASES), len(ALWAYS), len(REFUSED)) > 15
     ours = {spec.flag for spec in SPECS.values()} | {"--config", "--dry-run", "--print-config"}
     ours |= {f"--no-{flag[2:]}" for flag in ours}
@@ -59,18 +49,20 @@ def text_for(name: str) -> str:
 def test_an_alias_with_a_value_equals_our_flag(flag: str) -> None:
     spec = SPECS[ALIASES[flag].field]
     text = text_for(spec.name)
-    config = parse(flag, text)
-    assert config == parse(spec.flag, text) == parse(f"{flag}={text}")
+    config = parse(flag, text).config
+    assert config == parse(spec.flag, text).config == parse(f"{flag}={text}").config
     assert value(config, spec.name) == spec.type(text) != spec.default
-    assert config.replace(**{spec.name: value(parse(), spec.name)}) == parse(), "and nothing else"
+    assert config.replace(**{spec.name: value(parse().config, spec.name)}) == parse().config, (
+        "and nothing else"
+    )
 
 
 @pytest.mark.parametrize("flag", [f for f, m in ALIASES.items() if m.value is not None])
 def test_an_alias_without_a_value_equals_our_flag(flag: str) -> None:
     spec, text = SPECS[ALIASES[flag].field], ALIASES[flag].value
     ours = [f"--no-{spec.flag[2:]}"] if text == "false" else [spec.flag, str(text)]
-    assert parse(flag) == parse(*ours)
-    assert violations(flag, "stray") == [
+    assert parse(flag).config == parse(*ours).config
+    assert word_violations(flag, "stray") == [
         "'stray' stands alone: values follow a flag, as in --data stray"
     ]
 
@@ -100,7 +92,7 @@ def test_an_alias_without_a_value_equals_our_flag(flag: str) -> None:
     ],
 )
 def test_meaning(argv: str, name: str, want: Any) -> None:
-    assert value(parse(*argv.split()), name) == want
+    assert value(parse(*argv.split()).config, name) == want
 
 
 def test_the_meanings_above_are_those_of_all_aliases() -> None:
@@ -139,7 +131,7 @@ def test_the_meanings_above_are_those_of_all_aliases() -> None:
     ],
 )
 def test_two_flags_for_one_field_must_agree(argv: str, sentence: str) -> None:
-    assert violations(*argv.split()) == [sentence]
+    assert word_violations(*argv.split()) == [sentence]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +147,7 @@ def test_two_flags_for_one_field_must_agree(argv: str, sentence: str) -> None:
     ],
 )
 def test_two_flags_for_one_field_may_agree(argv: str, name: str, want: Any) -> None:
-    assert value(parse(*argv.split()), name) == want
+    assert value(parse(*argv.split()).config, name) == want
 
 
 @pytest.mark.parametrize(
@@ -167,7 +159,7 @@ def test_two_flags_for_one_field_may_agree(argv: str, name: str, want: Any) -> N
     ],
 )
 def test_a_wrong_value_is_reported_under_the_flag_that_was_given(argv: str, flag: str) -> None:
-    (found,) = violations(*argv.split())
+    (found,) = word_violations(*argv.split())
     assert found.startswith(f"{flag} {argv.split()[1]}: expected ")
 
 
@@ -176,8 +168,8 @@ def test_a_wrong_value_is_reported_under_the_flag_that_was_given(argv: str, flag
 
 @pytest.mark.parametrize("flag", [f for f, m in ALWAYS.items() if not m.values])
 def test_always_without_a_value_changes_nothing(flag: str) -> None:
-    assert parse(flag, "--seed", "5") == parse("--seed", "5")
-    assert violations(flag, "stray") == [
+    assert parse(flag, "--seed", "5").config == parse("--seed", "5").config
+    assert word_violations(flag, "stray") == [
         "'stray' stands alone: values follow a flag, as in --data stray"
     ]
 
@@ -186,13 +178,21 @@ def test_always_without_a_value_changes_nothing(flag: str) -> None:
     ("flag", "text"), [(f, text) for f, m in ALWAYS.items() for text in m.values]
 )
 def test_always_with_its_value_changes_nothing(flag: str, text: str) -> None:
-    assert parse(flag, text) == parse(f"{flag}={text}") == parse()
+    assert parse(flag, text).config == parse(f"{flag}={text}").config == parse().config
+
+
+def test_a_flag_that_needs_another_is_refused_alone() -> None:
+    with_number = parse("--group-query-attention", "--num-query-groups", "2").config
+    assert with_number == parse("--num-kv-heads", "2").config
+    (found,) = word_violations("--group-query-attention")
+    assert found.startswith("--group-query-attention alone is not in megalite: ")
+    assert "--num-query-groups" in found
 
 
 @pytest.mark.parametrize("flag", [f for f, m in ALWAYS.items() if m.values])
 @pytest.mark.parametrize("text", ["2", "other", ""])
 def test_always_refuses_other_values(flag: str, text: str) -> None:
-    assert violations(flag, text) == [f"{flag} {text} is not in megalite: {ALWAYS[flag].why}"]
+    assert word_violations(flag, text) == [f"{flag} {text} is not in megalite: {ALWAYS[flag].why}"]
 
 
 # What is refused
@@ -202,14 +202,14 @@ def test_always_refuses_other_values(flag: str, text: str) -> None:
 @pytest.mark.parametrize("flag", REFUSED)
 def test_a_refused_flag_gives_one_sentence(flag: str, values: list[str]) -> None:
     sentence = f"{flag} is not in megalite: {REFUSED[flag].why}"
-    assert violations(flag, *values) == [sentence]
-    assert violations("--tp", "2", flag, *values, "--pp", "2") == [sentence]
+    assert word_violations(flag, *values) == [sentence]
+    assert word_violations("--tp", "2", flag, *values, "--pp", "2") == [sentence]
     if len(values) == 1:
-        assert violations(f"{flag}={values[0]}") == [sentence]
+        assert word_violations(f"{flag}={values[0]}") == [sentence]
 
 
 def test_all_refused_flags_at_once_give_a_sentence_each() -> None:
-    found = violations(*(word for flag in REFUSED for word in (flag, "1")))
+    found = word_violations(*(word for flag in REFUSED for word in (flag, "1")))
     assert len(found) == len(REFUSED)
     for flag, sentence in zip(REFUSED, found, strict=True):
         assert sentence.startswith(f"{flag} is not in megalite: ")
