@@ -103,8 +103,7 @@ def sharing_ranks(layout: str) -> list[dict[str, str]]:
         {
             "RANK": str(rank),
             "WORLD_SIZE": str(world_size),
-            "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": "1",
+            "GROUP_RANK": str(rank),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "NCCL_HOSTID": f"machine-{rank}",

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]

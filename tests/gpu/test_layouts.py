@@ -1,13 +1,15 @@
-"""Two GPUs over NCCL: every two-rank layout trains as one GPU does."""
+"""NCCL: every two-rank layout trains as one GPU does, on two GPUs or with both ranks on one."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from compare_layouts import sharing_ranks
 from runs import SMALL, Run, launch, pretrain_command, read_run, worst
 
 FLAGS = [*SMALL, "--steps", "20", "--lr-warmup-steps", "5", "--device", "cuda"]
@@ -15,12 +17,16 @@ BOUNDS = {"fp32": (1e-5, 1e-4, 1e-5), "fp64": (1e-11, 1e-10, 1e-11)}
 LAYOUTS = ["--tp 2", "--tp 2 --no-sequence-parallel", "--pp 2", "--pp 2 --schedule gpipe", "--dp 2"]
 
 
-def run(folder: Path, *flags: str) -> Run:
-    name = "run" + "".join(flags).replace(" ", "")
-    command = pretrain_command(*FLAGS, *flags, "--runs", str(folder), "--name", name)
-    result = launch(command, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "NCCL" in result.stdout or "one rank" in result.stdout
+def run(folder: Path, *flags: str, layout: str = "") -> Run:
+    name = "run" + "".join([*flags, layout]).replace(" ", "")
+    command = pretrain_command(*FLAGS, *flags, *layout.split())
+    command += ["--runs", str(folder), "--name", name]
+    together = layout and torch.cuda.device_count() < 2
+    processes = sharing_ranks(layout) if together else [{}]
+    with ThreadPoolExecutor(len(processes)) as pool:
+        results = list(pool.map(lambda env: launch(command, env=env, timeout=120), processes))
+    assert [result.returncode for result in results] == [0] * len(results), results
+    assert ("NCCL" if layout else "one rank") in results[0].stdout
     return read_run(folder / name)
 
 
@@ -30,7 +36,6 @@ def one_gpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     return functools.cache(lambda *flags: run(folder, *flags))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("tied", [(), ("--tie-embeddings",)], ids=["untied", "tied"])
 @pytest.mark.parametrize("precision", BOUNDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -42,7 +47,7 @@ def test_layout(
     tied: tuple[str, ...],
 ) -> None:
     want = one_gpu("--precision", precision, *tied)
-    got = run(tmp_path, "--precision", precision, *tied, *layout.split())
+    got = run(tmp_path, "--precision", precision, *tied, layout=layout)
     loss_bound, norm_bound, weight_bound = BOUNDS[precision]
     assert worst(got.losses, want.losses) <= loss_bound
     assert worst(got.grad_norms, want.grad_norms) <= norm_bound
