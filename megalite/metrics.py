@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
+from megalite.data.corpus import Corpus
 from megalite.estimate import flops_per_token
 
 PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
@@ -114,12 +115,13 @@ class RunLog:
 
     Args:
         config: the run.
+        corpus: what it reads.
         folder: of the run; created.
         device: for the peak rate and the memory.
     """
 
-    def __init__(self, config: Config, folder: Path, device: torch.device):
-        self._config, self._device = config, device
+    def __init__(self, config: Config, corpus: Corpus, folder: Path, device: torch.device):
+        self._config, self._corpus, self._device = config, corpus, device
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
         self._board = _open_tensorboard(config, folder)
@@ -169,8 +171,9 @@ class RunLog:
             self.say(self._line(record))
         self._draw_bar(step)
 
-    def validation(self, step: int, loss: float, bits_per_byte: float | None) -> None:
+    def validation(self, step: int, loss: float) -> None:
         """Record a validation after `step` steps."""
+        bits_per_byte = self._corpus.bits_per_byte(loss)
         record = {"step": step, "valid_loss": loss}
         text = f"valid {step:>6d}  loss {loss:.4f}"
         if bits_per_byte is not None:

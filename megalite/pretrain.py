@@ -174,6 +174,7 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> None:
     """One rank's whole run: train, sample, save, say how it went."""
     from contextlib import nullcontext
 
+    from megalite.data.samples import open_samples
     from megalite.layers.sdpa import fastest_attention
     from megalite.metrics import RunLog
     from megalite.trainer import Trainer
@@ -183,11 +184,11 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> None:
     first = rank.groups.world_rank == 0
     if first:
         _open_run(config, corpus, rank.device, device_line, folder)
-    trainer = Trainer(config, corpus, rank.groups, rank.device)
-    record = RunLog(config, folder, rank.device) if first else nullcontext()
+    trainer = Trainer(config, open_samples(config, corpus), rank.groups, rank.device)
+    record = RunLog(config, corpus, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
         result = trainer.fit(log)
-        sample = _sample(trainer)
+        sample = _sample(trainer) if corpus.text_bytes else None
         if config.run.save_weights:
             trainer.save(folder / "weights")
         if first:
@@ -219,15 +220,15 @@ def _open_run(
 
 
 def _sample(trainer: Trainer) -> tuple[str, str] | None:
-    """(prompt, continuation) as text; None if there is no text to show."""
+    """(prompt, continuation) as text; None if none was asked for."""
     from megalite.sampling import generate
     from megalite.tokenizer.byte import ByteTokenizer
 
     count = trainer.config.run.sample_length
-    if not count or not trainer.corpus.text_bytes:
+    if not count:
         return None
     tokenizer = ByteTokenizer()
-    prompt = trainer.prompt(PROMPT_TOKENS)
+    prompt = trainer.loader.prompt(PROMPT_TOKENS)
     return tokenizer.decode(prompt), tokenizer.decode(generate(trainer, prompt, count))
 
 
@@ -245,7 +246,7 @@ def _closing(
         lines += [f"sample, continuing {sample[0]!r}:", sample[1], ""]
     lines.append(f"final train loss {result.train_loss:.4f} nats per token")
     if result.valid_loss is not None:
-        bits = trainer.bits_per_byte(result.valid_loss)
+        bits = corpus.bits_per_byte(result.valid_loss)
         lines.append(
             f"final valid loss {result.valid_loss:.4f} nats per token"
             + (f" = {bits:.4f} bits per byte" if bits is not None else "")

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from megalite.checkpoint.weights import save_weights
 from megalite.config import Config
-from megalite.data.corpus import Corpus
 from megalite.data.loader import Batch, Loader
-from megalite.data.samples import open_samples
+from megalite.data.samples import Samples
 from megalite.layers.batch import MicroBatch
 from megalite.layers.shard import initialize
 from megalite.metrics import DelayedScalars, Reading, RunLog
@@ -53,15 +52,19 @@ class Trainer:
 
     Args:
         config: fully resolved.
-        corpus: prepared.
+        samples: of the training and of the validation split.
         groups: of this rank.
         device: of this rank.
     """
 
     def __init__(
-        self, config: Config, corpus: Corpus, groups: ParallelGroups, device: torch.device
+        self,
+        config: Config,
+        samples: tuple[Samples, Samples],
+        groups: ParallelGroups,
+        device: torch.device,
     ):
-        self.config, self.corpus, self.groups, self.device = config, corpus, groups, device
+        self.config, self.groups, self.device = config, groups, device
         dtype = DTYPES[config.train.precision]
         plan = SCHEDULES[config.parallel.schedule](config.parallel.pp, config.num_micro_batches)
         self.program = _checked(lower(plan))
@@ -76,8 +79,7 @@ class Trainer:
             self.stages, groups.pp, lambda number: self.flats[number].begin_last_backward()
         )
         self.optimizer = Optimizer(list(self.flats.values()), groups, config.train)
-        self._train, self._valid = open_samples(config, corpus)
-        self.loader = Loader(config, self._train, self._valid, groups.dp, device)
+        self.loader = Loader(config, *samples, groups.dp, device)
         self._last_stage = self.stages.get(plan.num_stages - 1)
 
     def train_step(self, step: int) -> Tensor:
@@ -86,6 +88,16 @@ class Trainer:
         Returns:
             fp64 [2] on the device: gradient norm before clipping, loss [nats per token]. Equal on
             all ranks.
+        """
+        return self.update(step, self.accumulate(step))
+
+    def accumulate(self, step: int) -> Tensor:
+        """Forward and backward of all micro-batches of a step.
+
+        Afterwards the flat buffers hold the reduced gradients of the step's mean loss.
+
+        Returns:
+            fp64 [1] on the device: the loss, on the last stage's ranks; zero on the others.
         """
         batch = self.loader.train_batch(step)
         scale = 1.0 / self._global_tokens(batch)
@@ -99,7 +111,10 @@ class Trainer:
         losses = self.executor.run(self.program, batch.micro_batches, head)
         for flat in self.flats.values():
             flat.finish_reduction()
-        loss = self.groups.dp.all_reduce(self._sum(losses))
+        return self.groups.dp.all_reduce(self._sum(losses))
+
+    def update(self, step: int, loss: Tensor) -> Tensor:
+        """Clip and move the weights by the gradients of `accumulate`; returns as `train_step`."""
         return self.optimizer.clip_and_step(learning_rate(self.config.train, step), loss)
 
     @torch.no_grad()
@@ -168,20 +183,8 @@ class Trainer:
                 if train.eval_steps:
                     valid_loss = self.validate()
                     if log is not None:
-                        log.validation(step, valid_loss, self.bits_per_byte(valid_loss))
+                        log.validation(step, valid_loss)
         return Result(loss, valid_loss)
-
-    def prompt(self, length: int) -> list[int]:
-        """The first tokens of the validation samples, or of the training ones if there are none."""
-        samples = self._valid if self._valid.num_samples else self._train
-        return samples.read(0)[:length].tolist()
-
-    def bits_per_byte(self, loss: float) -> float | None:
-        """A loss per token as bits per byte of text; None if the text's size is unknown."""
-        corpus = self.corpus
-        if not corpus.text_bytes:
-            return None
-        return loss / torch.log(torch.tensor(2.0)).item() * corpus.tokens / corpus.text_bytes
 
     def save(self, folder: Path) -> None:
         """Write the final weights; returns when all ranks have."""

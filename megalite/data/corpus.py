@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -67,6 +68,12 @@ class Corpus:
     text_bytes: int = 0
     unigram_nats: float = 0.0
     bigram_nats: float = 0.0
+
+    def bits_per_byte(self, loss: float) -> float | None:
+        """A loss [nats per token] as bits per byte of text; None if the text's size is unknown."""
+        if not self.text_bytes:
+            return None
+        return loss / math.log(2.0) * self.tokens / self.text_bytes
 
     def describe(self) -> str:
         """One line for the opening of a run."""

@@ -85,6 +85,11 @@ class Loader:
             samples = np.where(exists, order, -1)
             yield self._load(self._valid, samples, numbers, None)
 
+    def prompt(self, length: int) -> list[int]:
+        """The first tokens of the validation samples, or of the training ones if there are none."""
+        samples = self._valid if self._valid.num_samples else self._train
+        return samples.read(0)[:length].tolist()
+
     def _own_numbers(self) -> np.ndarray:
         """Numbers j of this rank's samples in a global batch, int64 [micro-batches, B]."""
         config = self._config

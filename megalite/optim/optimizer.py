@@ -40,10 +40,10 @@ class Optimizer:
         self, stages: Sequence[FlatParameters], groups: ParallelGroups, train: TrainConfig
     ):
         self._stages, self._groups, self._train = stages, groups, train
-        self._masters = [flat.parameters.to(flat.gradients.dtype) for flat in stages]
+        self.masters = [flat.parameters.to(flat.gradients.dtype) for flat in stages]
         decaying: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
-        for flat, master in zip(stages, self._masters, strict=True):
+        for flat, master in zip(stages, self.masters, strict=True):
             cut = flat.decaying
             decaying += _leaves(master[:cut], flat.gradients[:cut])
             others += _leaves(master[cut:], flat.gradients[cut:])
@@ -83,7 +83,7 @@ class Optimizer:
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._adam.step()
-        for flat, master in zip(self._stages, self._masters, strict=True):
+        for flat, master in zip(self._stages, self.masters, strict=True):
             if master is not flat.parameters:
                 flat.parameters.copy_(master)
         return torch.cat([norm[None], totals[1:]])
@@ -92,7 +92,7 @@ class Optimizer:
         """This rank's share of the squared global norm, fp64 [1]; every element counts once."""
         slices = [part for flat in self._stages for part in flat.counted_slices()]
         if not slices:
-            return torch.zeros(1, dtype=torch.float64, device=self._masters[0].device)
+            return torch.zeros(1, dtype=torch.float64, device=self.masters[0].device)
         return torch.stack([_square_sum(part) for part in slices]).sum()[None]
 
 

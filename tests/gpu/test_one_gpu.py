@@ -7,6 +7,7 @@ import torch
 
 from megalite.config import Config, resolve
 from megalite.data.corpus import prepare_corpus
+from megalite.data.samples import open_samples
 from megalite.layers.batch import DropoutPlace
 from megalite.layers.dropout import attention_keep, hidden_dropout
 from megalite.layers.sdpa import fastest_attention
@@ -34,7 +35,8 @@ def make_trainer(device: torch.device, **values: object) -> Trainer:
         device=device.type,
     )
     config = resolve(Config().replace(**{**small, **values}))
-    return Trainer(config, prepare_corpus(config.data), ParallelGroups.solo(), device)
+    samples = open_samples(config, prepare_corpus(config.data))
+    return Trainer(config, samples, ParallelGroups.solo(), device)
 
 
 def train(trainer: Trainer, steps: int) -> list[float]:

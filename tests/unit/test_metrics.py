@@ -14,9 +14,12 @@ import pytest
 import torch
 
 from megalite.config import Config, resolve
+from megalite.data.corpus import Corpus
 from megalite.metrics import DelayedScalars, Reading, RunLog, peak_flops, peak_memory_bytes
 
 CPU = torch.device("cpu")
+RANDOM = Corpus("", "random tokens", "mock", 0, 0, 0)
+TEXT = Corpus("x", "a text", "abc", 1, 100, 256, text_bytes=200)
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_ms", "memory_bytes"]
 
 
@@ -43,7 +46,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def test_one_record_a_step(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "deep"
-    with RunLog(settings(log_interval=10), folder, CPU) as log:
+    with RunLog(settings(log_interval=10), RANDOM, folder, CPU) as log:
         for step in (1, 2, 3):
             log.step(step, Reading([0.5 * step, 3.0 - step], 0.25 * step), 1e-3 * step)
             assert len(records(folder)) == step, "each is on disk when its step is done"
@@ -63,9 +66,9 @@ def test_numbers_that_json_does_not_have_are_text(
     tmp_path: Path, capsys: pytest.CaptureFixture, place: str, value: float
 ) -> None:
     values = {"grad_norm": 0.5, "loss": 2.0, place: value}
-    with RunLog(settings(), tmp_path, CPU) as log:
+    with RunLog(settings(), TEXT, tmp_path, CPU) as log:
         log.step(7, Reading([values["grad_norm"], values["loss"]], 0.5), 1e-3)
-        log.validation(7, value, value)
+        log.validation(7, value)
     train, valid = records(tmp_path)
     assert train[place] == str(value)
     assert float(train[place]) == value or math.isnan(value)
@@ -76,31 +79,35 @@ def test_numbers_that_json_does_not_have_are_text(
     assert ("gradient not finite: step skipped" in line) == (place == "grad_norm")
 
 
-@pytest.mark.parametrize("bits", [None, 1.25])
-def test_validations(tmp_path: Path, capsys: pytest.CaptureFixture, bits: float | None) -> None:
-    with RunLog(settings(), tmp_path, CPU) as log:
-        log.validation(15, 2.5, bits)
+@pytest.mark.parametrize("corpus", [RANDOM, TEXT])
+def test_validations(tmp_path: Path, capsys: pytest.CaptureFixture, corpus: Corpus) -> None:
+    with RunLog(settings(), corpus, tmp_path, CPU) as log:
+        log.validation(15, 2.5)
     want = {"step": 15, "valid_loss": 2.5}
-    assert records(tmp_path) == [want if bits is None else {**want, "valid_bits_per_byte": bits}]
     out = capsys.readouterr().out
-    assert out == "valid     15  loss 2.5000" + ("  1.2500 bits per byte\n" if bits else "\n")
+    if corpus is TEXT:  # two bytes a token
+        want["valid_bits_per_byte"] = pytest.approx(2.5 / math.log(2) / 2, rel=1e-14)
+        assert out == "valid     15  loss 2.5000  1.8034 bits per byte\n"
+    else:
+        assert out == "valid     15  loss 2.5000\n"
+    assert records(tmp_path) == [want]
 
 
 def test_a_new_run_starts_a_new_record(tmp_path: Path) -> None:
-    log = RunLog(settings(), tmp_path, CPU)
+    log = RunLog(settings(), RANDOM, tmp_path, CPU)
     with log:
-        log.validation(1, 2.5, None)
+        log.validation(1, 2.5)
     assert [record["step"] for record in records(tmp_path)] == [1]
     with pytest.raises(ValueError, match="closed"):
-        log.validation(2, 2.5, None)
-    with RunLog(settings(), tmp_path, CPU) as log:
-        log.validation(3, 2.5, None)
+        log.validation(2, 2.5)
+    with RunLog(settings(), RANDOM, tmp_path, CPU) as log:
+        log.validation(3, 2.5)
     assert [record["step"] for record in records(tmp_path)] == [3]
 
 
 def test_without_tensorboard_only_the_record_is_written(tmp_path: Path) -> None:
-    with RunLog(settings(), tmp_path, CPU) as log:
-        log.validation(1, 2.5, None)
+    with RunLog(settings(), RANDOM, tmp_path, CPU) as log:
+        log.validation(1, 2.5)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -111,7 +118,7 @@ def line(
     capsys: pytest.CaptureFixture, folder: Path, seconds: float, step: int = 1, **values: Any
 ) -> str:
     config = settings(**values)
-    with RunLog(config, folder, CPU) as log:
+    with RunLog(config, RANDOM, folder, CPU) as log:
         log.step(step, Reading([0.12345, 2.34567], seconds), 1.23e-4)
     return capsys.readouterr().out
 
@@ -164,7 +171,7 @@ def test_durations(
 
 
 def test_time_left_follows_the_mean_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with RunLog(settings(steps=102), tmp_path, CPU) as log:
+    with RunLog(settings(steps=102), RANDOM, tmp_path, CPU) as log:
         log.step(1, Reading([1.0, 1.0], 9.0), 1e-3)
         log.step(2, Reading([1.0, 1.0], 1.0), 1e-3)
     lines = capsys.readouterr().out.splitlines()
@@ -178,7 +185,7 @@ def test_time_left_follows_the_mean_step(tmp_path: Path, capsys: pytest.CaptureF
 def test_lines_at_the_interval_and_at_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture, interval: int, shown: list[int]
 ) -> None:
-    with RunLog(settings(log_interval=interval, steps=10), tmp_path, CPU) as log:
+    with RunLog(settings(log_interval=interval, steps=10), RANDOM, tmp_path, CPU) as log:
         for step in range(1, 11):
             log.step(step, Reading([1.0, 1.0], 0.1), 1e-3)
     out = capsys.readouterr().out
@@ -259,7 +266,7 @@ def test_mfu(
     monkeypatch.setattr("megalite.metrics.peak_flops", lambda _: 1e9)
     monkeypatch.setattr("megalite.metrics.flops_per_token", lambda _: 5e6)
     config = settings(tp=2, pp=2, global_batch_size=4)
-    with RunLog(config, tmp_path, CPU) as log:
+    with RunLog(config, RANDOM, tmp_path, CPU) as log:
         log.step(1, Reading([1.0, 1.0], 2.0), 1e-3)
     (record,) = records(tmp_path)
     assert record["mfu"] == pytest.approx(5e6 * 400 / 2.0 / 4 / 1e9, rel=1e-12)

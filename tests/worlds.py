@@ -9,16 +9,23 @@ import torch.distributed as dist
 
 from megalite.config import Config, resolve
 from megalite.data.corpus import prepare_corpus
+from megalite.data.samples import open_samples
 from megalite.parallel.groups import ParallelGroups
 from megalite.trainer import Trainer
 
 
 def make_groups(**values: object) -> ParallelGroups:
     """Groups of the configuration with these fields, on gloo. All ranks of the world call it."""
+    config = resolve(Config().replace(**values), int(os.environ["WORLD_SIZE"]))
+    return world_groups(config)
+
+
+def world_groups(config: Config) -> ParallelGroups:
+    """Groups of a resolved configuration on the world of this job."""
+    if config.world_size == 1:
+        return ParallelGroups.solo()
     dist.init_process_group("gloo")
-    return ParallelGroups.create(
-        resolve(Config().replace(**values), dist.get_world_size()), torch.device("cpu")
-    )
+    return ParallelGroups.create(config, torch.device("cpu"))
 
 
 def random_like(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -44,9 +51,6 @@ def make_trainer(**values: object) -> Trainer:
         device="cpu",
     )
     config = resolve(Config().replace(**{**small, **values}), size)
-    groups = ParallelGroups.solo()
-    if size > 1:
-        dist.init_process_group("gloo")
-        groups = ParallelGroups.create(config, torch.device("cpu"))
+    groups = world_groups(config)
     corpus = prepare_corpus(config.data)
-    return Trainer(config, corpus, groups, torch.device("cpu"))
+    return Trainer(config, open_samples(config, corpus), groups, torch.device("cpu"))

@@ -1,0 +1,170 @@
+"""A run step by step, with everything a rank holds on the way: for comparison, not for training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalite.config import Config
+from megalite.layers.shard import Piece
+from megalite.optim.flat import FlatParameters
+from megalite.parallel.groups import ParallelGroups
+from megalite.parallel.rng import make_key
+from megalite.tokenizer.byte import ByteTokenizer
+from megalite.trainer import Trainer
+from megalite.verification.sites import watch_stage
+
+Samples_of = tuple[int, ...]
+"""Numbers of a micro-batch's samples in the global batch."""
+
+
+class VerificationSamples:
+    """Random tokens, of which some end a document: how many differs from sample to sample.
+
+    Args:
+        config: sequence length, vocabulary and seed.
+    """
+
+    num_samples = 1 << 20
+
+    def __init__(self, config: Config):
+        self._length, self._vocab_size = config.model.seq_length + 1, config.model.vocab_size
+        self._seed = config.train.seed
+
+    def read(self, index: int) -> np.ndarray:
+        """Tokens of one sample, int64 [seq + 1]."""
+        key = make_key(self._seed, "verification", index) & ((1 << 63) - 1)
+        generator = np.random.Generator(np.random.Philox(key=key))
+        tokens = generator.integers(0, self._vocab_size, self._length, dtype=np.int64)
+        ends = generator.random(self._length) < 0.4 * generator.random()
+        tokens[ends] = ByteTokenizer.eod
+        return tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank holds of a whole tensor.
+
+    Attributes:
+        name: of the whole tensor.
+        dim, start: where the slice begins in it.
+        counts: whether it is the copy that is saved and counts in the norm.
+        value: on the CPU.
+    """
+
+    name: str
+    dim: int
+    start: int
+    counts: bool
+    value: Tensor
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The same slice of another whole tensor."""
+        return whole.narrow(self.dim, self.start, self.value.shape[self.dim])
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """What one rank saw in a step.
+
+    Attributes:
+        loss, norm: as reported.
+        gradients: reduced, before clipping.
+        weights: after the step.
+        activations: by site and samples, if they were watched.
+    """
+
+    loss: float
+    norm: float
+    gradients: list[Part]
+    weights: list[Part]
+    activations: dict[tuple[str, Samples_of], Tensor] = field(default_factory=dict)
+
+
+class Recorder:
+    """Takes the steps of a run on one rank.
+
+    Args:
+        config: resolved, device and precision included.
+        groups, device: of this rank.
+        watch: record activations too.
+    """
+
+    def __init__(
+        self, config: Config, groups: ParallelGroups, device: torch.device, *, watch: bool
+    ):
+        samples = VerificationSamples(config)
+        self.trainer = Trainer(config, (samples, samples), groups, device)
+        self._watch = watch
+
+    def weights(self) -> list[Part]:
+        """The weights as they are: of bf16 runs the master weights."""
+        masters = self.trainer.optimizer.masters
+        flats = self.trainer.flats.values()
+        return [p for f, m in zip(flats, masters, strict=True) for p in _parts(f, m)]
+
+    def step(self, step: int, *, poisoned: bool = False) -> RankStep:
+        """Take a step.
+
+        Args:
+            step: number, 0 first.
+            poisoned: the last rank of the world gets a gradient that is not finite.
+        """
+        groups = self.trainer.groups
+        activations: dict[tuple[str, Samples_of], Tensor] = {}
+        is_last = groups.world_rank == groups.topology.world_size - 1
+        with self._watched(activations), self._poisoned(poisoned and is_last):
+            loss = self.trainer.accumulate(step)
+        gradients = [p for f in self.trainer.flats.values() for p in _parts(f, f.gradients)]
+        norm, mean_loss = self.trainer.update(step, loss).tolist()
+        return RankStep(mean_loss, norm, gradients, self.weights(), activations)
+
+    @contextmanager
+    def _watched(self, activations: dict[tuple[str, Samples_of], Tensor]) -> Iterator[None]:
+        """Keep what passes the sites. A layer that is computed again in backward is seen once."""
+        handles = []
+        for stage in self.trainer.stages.values() if self._watch else ():
+            current: list[Samples_of] = []
+
+            def begin(_stage: object, inputs: tuple, current: list = current) -> None:
+                current[:] = [tuple(inputs[1].samples.tolist())]
+
+            def seen(site: str, x: Tensor, current: list = current) -> None:
+                activations.setdefault((site, current[0]), x.detach().double().cpu().clone())
+
+            handles.append(stage.register_forward_pre_hook(begin))
+            handles += watch_stage(stage, seen)
+        yield
+        for handle in handles:
+            handle.remove()
+
+    @contextmanager
+    def _poisoned(self, here: bool) -> Iterator[None]:
+        """Make the first gradient that this rank computes infinite or NaN."""
+        if not here:
+            yield
+            return
+        stage = next(iter(self.trainer.stages.values()))
+        handle = next(stage.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+        yield
+        handle.remove()
+
+
+def _parts(flat: FlatParameters, buffer: Tensor) -> Iterator[Part]:
+    """The named slices in a flat buffer."""
+    for slot in flat.slots:
+        whole = slot.of(buffer)
+        for piece in slot.shard.pieces:
+            if piece.length:
+                counts = piece.replica == 0 and slot.shard.tied_copy != 1
+                yield _part(piece, whole, counts)
+
+
+def _part(piece: Piece, parameter: Tensor, counts: bool) -> Part:
+    value = piece.of(parameter).detach().double().cpu().clone()
+    return Part(piece.name, piece.dim, piece.start, counts, value)

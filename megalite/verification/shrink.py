@@ -1,0 +1,134 @@
+"""A user's configuration, made small enough for a laptop, with what can go wrong in it kept.
+
+Kept are all relations that parallel code depends on: the layout; heads and key/value heads against
+tp, and how many query heads share one; which ranks hold vocabulary, a part of it or padding alone;
+which stages have more layers than the smallest; whether tp divides the sequence; micro-batches
+against stages; tied embeddings, dropout, recomputation, schedule, RoPE scaling. No torch import.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megalite.config import Config, resolve
+from megalite.models.stage import stage_specs
+
+MOST_RANKS = 16
+"""Larger layouts get fewer data replicas: two show what many do."""
+
+STEPS = 4
+SKIPPED_STEP = 2
+"""The step of a verification in which one rank's gradient is not finite."""
+
+_HEAD_DIM = 8
+_HIDDEN = 40
+_LEAST_VOCABULARY = 260
+"""Room for the byte tokenizer's tokens, of which the end of a document is masked in the loss."""
+
+
+@dataclass(frozen=True)
+class Small:
+    """A configuration to verify, and what it lost.
+
+    Attributes:
+        config: resolved; valid by `megalite.check`.
+        changes: one phrase for each part of the layout that is not the user's own.
+    """
+
+    config: Config
+    changes: tuple[str, ...]
+
+
+def shrink(config: Config) -> Small:
+    """The smallest configuration with the structure of this one.
+
+    Args:
+        config: resolved and checked.
+    """
+    model, parallel, train = config.model, config.parallel, config.train
+    tp, pp = parallel.tp, parallel.pp
+    changes = []
+    dp = parallel.dp
+    if config.world_size > MOST_RANKS and dp > 2:
+        dp = 2
+        changes.append(f"dp {parallel.dp} -> 2")
+    heads, kv_heads = _heads(model.num_attention_heads, model.num_kv_heads, tp)
+    layers = _layers(config)
+    vocab_size, multiple = _vocabulary(config)
+    micro_batches = _micro_batches(config.num_micro_batches, pp)
+    micro_batch_size = min(2, train.micro_batch_size)
+    small = config.given().replace(
+        num_layers=sum(layers),
+        pp_layers=layers if pp > 1 else (),
+        hidden_size=_HIDDEN,
+        num_attention_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=_HEAD_DIM,
+        # Odd and even widths per rank stay odd and even.
+        ffn_hidden_size=tp * (12 + model.ffn_hidden_size // tp % 2),
+        vocab_size=vocab_size,
+        make_vocab_size_divisible_by=multiple,
+        seq_length=_sequence(model.seq_length, tp),
+        # So that low, high and medium frequencies occur among the few there are.
+        rope_original_seq_length=64,
+        rope_theta=100.0,
+        init_method_std=0.1,
+        dp=dp,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=micro_batches * micro_batch_size * dp,
+        steps=STEPS,
+        tokens=0,
+        # Warm-up, decay and clipping are all active.
+        lr=1e-3,
+        min_lr=1e-4,
+        lr_warmup_steps=2,
+        lr_decay_steps=STEPS + 1,
+        lr_wsd_decay_steps=2 if train.lr_decay_style == "WSD" else 0,
+        weight_decay=train.weight_decay or 0.1,
+        reverse_micro_batches=False,
+        data="",
+        mock_data=False,
+        eod_mask_loss=True,
+        eval_steps=0,
+    )
+    return Small(resolve(small), tuple(changes))
+
+
+def _heads(heads: int, kv_heads: int, tp: int) -> tuple[int, int]:
+    """Few heads in the relation of many: (query heads, key/value heads)."""
+    sharing = heads // kv_heads
+    if kv_heads % tp == 0:
+        small_kv = tp * min(2, kv_heads // tp)
+        return small_kv * min(4, sharing), small_kv
+    # Each key/value head is copied on several ranks, which share its query heads.
+    copies = tp // kv_heads
+    return kv_heads * copies * min(2, sharing // copies), kv_heads
+
+
+def _layers(config: Config) -> tuple[int, ...]:
+    """Layers of each stage: the smallest stage's are few, longer ones have one more."""
+    counts = [spec.num_layers for spec in stage_specs(config)]
+    least = min(counts)
+    few = min(least, 2 if len(counts) <= 2 else 1)
+    return tuple(few + min(1, count - least) for count in counts)
+
+
+def _vocabulary(config: Config) -> tuple[int, int]:
+    """(vocabulary, multiple): the same last rank holds the last token, and as full or not."""
+    model, tp = config.model, config.parallel.tp
+    rows = model.padded_vocab_size(tp) // tp
+    last_rank, on_last = divmod(model.vocab_size - 1, rows)
+    is_full = on_last == rows - 1
+    small_rows = -(-_LEAST_VOCABULARY // (last_rank + 1)) + 3
+    return last_rank * small_rows + (small_rows if is_full else small_rows - 3), small_rows
+
+
+def _sequence(length: int, tp: int) -> int:
+    """A few positions per tensor rank; divisible by tp if the length is."""
+    short = tp * max(3, -(-24 // tp))
+    return short if length % tp == 0 else short + 1
+
+
+def _micro_batches(count: int, pp: int) -> int:
+    """As many as fill a pipeline, twice at most; fewer than stages stay fewer."""
+    return count if count <= 2 * pp else 2 * pp + min(1, count % pp)

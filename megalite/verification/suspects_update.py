@@ -1,0 +1,114 @@
+"""Known ways in which the norm and the update go wrong, and what each leaves behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megalite.optim.lr import learning_rate
+from megalite.verification.compare import Difference
+from megalite.verification.definition import EMBEDDING
+from megalite.verification.evidence import Evidence, common_factor, same, same_number
+from megalite.verification.shrink import SKIPPED_STEP
+
+
+def norm_suspects(evidence: Evidence, first: Difference) -> Iterator[str]:
+    """Of a gradient norm that differs though the gradients are right."""
+    if evidence.step == SKIPPED_STEP:
+        yield "a gradient that is not finite does not reach the norm of every rank"
+        return
+    for sentence, square in _other_squares(evidence, first.world_rank):
+        if same_number(first.ours, math.sqrt(square)):
+            yield sentence
+
+
+def _other_squares(evidence: Evidence, world_rank: int) -> Iterator[tuple[str, float]]:
+    """What the squared norm would be if it were summed otherwise."""
+    held = [(rank, part, part.value.square().sum().item()) for rank, part in evidence.gradients()]
+    replica = [(r, part, square) for r, part, square in held if evidence.place(r).dp == 0]
+    counted = sum(square for _, part, square in replica if part.counts)
+    norms = sum(s for _, part, s in replica if part.name.endswith("norm.weight"))
+    norms_once = sum(
+        s for _, part, s in replica if part.counts and part.name.endswith("norm.weight")
+    )
+    yield "the norm counts each copy of a norm weight", counted - norms_once + norms
+    yield "the norm counts every copy of every weight", sum(s for _, _, s in replica)
+    tied = sum(s for _, part, s in replica if part.name == EMBEDDING and not part.counts)
+    yield "the norm counts the tied embedding twice", counted + tied
+    for axis in ("tp", "pp"):
+        mine = evidence.place(world_rank)
+        kept = sum(
+            s
+            for r, part, s in replica
+            if part.counts and getattr(evidence.place(r), axis) == getattr(mine, axis)
+        )
+        yield f"the norm is not summed over the {axis} axis", kept
+    dp = evidence.config.parallel.dp
+    yield "the norm is summed over the data ranks, which hold equal gradients", counted * dp
+
+
+def weight_suspects(evidence: Evidence, _: Difference) -> Iterator[str]:
+    """Of weights that differ though gradients and norm are right."""
+    names = evidence.wrong_names("weight")
+    if evidence.step == SKIPPED_STEP:
+        yield "a step with a gradient that is not finite moves the weights"
+        return
+    if evidence.step == SKIPPED_STEP + 1:
+        yield (
+            "the step before, which was skipped for a gradient that is not finite, has moved the "
+            "optimizer's moments or its count of steps"
+        )
+        return
+    yield from _decay(evidence, names)
+    yield from _other_rate(evidence, names)
+    yield from _clipping(evidence, names)
+
+
+def _decay(evidence: Evidence, names: set[str]) -> Iterator[str]:
+    """Weight decay where there is none, or none where there is."""
+    train, before, after = evidence.config.train, evidence.defined.before, evidence.defined.weights
+    amount = evidence.defined.lr * train.weight_decay
+    norms = {name for name in after if name.endswith("norm.weight")}
+
+    def all_are(sign: float) -> bool:
+        return all(
+            same(
+                p.value - p.of(before[p.name]),
+                p.of(after[p.name] - (1 + sign * amount) * before[p.name]),
+            )
+            for rank in evidence.ranks
+            for p in rank.weights
+            if p.name in names
+        )
+
+    if names <= norms and all_are(1.0):
+        yield "weight decay is applied to norm weights"
+    if not names & norms and all_are(-1.0):
+        yield "weight decay is not applied"
+
+
+def _other_rate(evidence: Evidence, names: set[str]) -> Iterator[str]:
+    """Every weight moved by the same share of what it should."""
+    before, after = evidence.defined.before, evidence.defined.weights
+    pairs = [
+        (p.value - p.of(before[p.name]), p.of(after[p.name] - before[p.name]))
+        for rank in evidence.ranks
+        for p in rank.weights
+        if p.name in names
+    ]
+    factor = common_factor(pairs)
+    if factor is None:
+        return
+    train = evidence.config.train
+    for step in (*range(evidence.step - 2, evidence.step), *range(evidence.step + 1, train.steps)):
+        if step >= 0 and same_number(factor, learning_rate(train, step) / evidence.defined.lr):
+            yield f"the learning rate is that of step {step}, not of step {evidence.step}"
+            return
+    yield f"every weight moves by {factor:.6g} times what it should"
+
+
+def _clipping(evidence: Evidence, names: set[str]) -> Iterator[str]:
+    """Moments grow from clipped gradients; AdamW hides a constant factor but not its change."""
+    clip = evidence.config.train.clip_grad
+    if clip and evidence.defined.norm > clip and len(names) == len(evidence.defined.weights):
+        yield "the gradients are clipped by another norm than the reported one, or not at all"

@@ -1,0 +1,577 @@
+"""Faults planted into the live code: each is a mistake that somebody made, or could make.
+
+A fault is a function that patches the code of the rank it runs on; `FAULTS` says with which flags
+it shows, what of it is seen first, and how the verdict has to name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalite import trainer
+from megalite.layers import attention, cross_entropy, embedding, linear, norm, shard
+from megalite.layers.batch import MicroBatch
+from megalite.models import llama
+from megalite.optim import flat, optimizer
+from megalite.parallel import data, pipeline, tensor
+from megalite.parallel.group import AxisGroup, Pending
+from megalite.pipeline import runtime
+
+Patch = pytest.MonkeyPatch
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A planted fault.
+
+    Attributes:
+        plant: patches the code on one rank.
+        flags: of a run in which it shows.
+        kind, name: of the first difference; the name may be a part of it.
+        cause: a part of the sentence that names it.
+    """
+
+    plant: Callable[[Patch], None]
+    flags: str
+    kind: str
+    name: str
+    cause: str
+
+
+def norm_gradients_not_reduced(patch: Patch) -> None:
+    """Norm weights under sequence parallelism."""
+    init = norm.RMSNorm.__init__
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.shard = replace(self.shard, pieces=(replace(self.shard.pieces[0], partial=False),))
+
+    patch.setattr(norm.RMSNorm, "__init__", broken)
+
+
+def tied_twice(patch: Patch) -> None:
+    """The pair is summed, and summed again."""
+    add = flat._CopySums.sum
+
+    def broken(self: Any) -> None:
+        add(self)
+        for group, views in self._by_group.items():
+            if group.size == 2 and group.process_group is not None and len(views) == 1:
+                group.all_reduce(views[0])
+
+    patch.setattr(flat._CopySums, "sum", broken)
+
+
+def tied_not_at_all(patch: Patch) -> None:
+    """Each stage keeps its own half."""
+    patch.setattr(flat._CopySums, "sum", lambda self: None)
+
+
+def mean_of_means(patch: Patch) -> None:
+    """Each micro-batch's mean counts alike."""
+
+    def broken(self: Any, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+        losses = self._last_stage.token_losses(logits, micro_batch.labels)
+        mask = micro_batch.mask.t()
+        everywhere = self._global_tokens(self._batch)
+        count = self.config.num_micro_batches * self.groups.dp.size
+        return losses.masked_fill(~mask, 0.0) * (everywhere / (mask.sum() * count)).item()
+
+    accumulate = trainer.Trainer.accumulate
+
+    def remembering(self: Any, step: int) -> Tensor:
+        self._batch = self.loader.train_batch(step)
+        return accumulate(self, step)
+
+    patch.setattr(trainer.Trainer, "accumulate", remembering)
+    # All last-stage ranks take part in the count alike, micro-batch by micro-batch.
+    patch.setattr(trainer.Trainer, "_token_losses", broken)
+
+
+def padding_in_softmax(patch: Patch) -> None:
+    """The padded columns count."""
+    right = llama.vocab_parallel_cross_entropy
+
+    def broken(logits: Tensor, labels: Tensor, vocab_size: int, tp: Any) -> Tensor:
+        return right(logits, labels, logits.shape[-1] * tp.size, tp)
+
+    patch.setattr(llama, "vocab_parallel_cross_entropy", broken)
+
+
+def rope_offset_on_one_rank(patch: Patch) -> None:
+    """Queries of tensor rank 1 stand one position later."""
+    right = attention.rope
+    calls: list[int] = []
+
+    core = attention.Attention._core
+
+    def marked(self: Any, *args: Any) -> Tensor:
+        calls[:] = [0] if self.first_head else [2]
+        return core(self, *args)
+
+    def broken(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] != 1:
+            return right(x, cos, sin)
+        longer = torch.arange(1, len(cos) + 1)
+        angle = torch.atan2(sin[1], cos[1])
+        return right(
+            x,
+            torch.cos(longer[:, None] * angle).to(cos),
+            torch.sin(longer[:, None] * angle).to(sin),
+        )
+
+    patch.setattr(attention.Attention, "_core", marked)
+    patch.setattr(attention, "rope", broken)
+
+
+def accumulation_scaled(patch: Patch) -> None:
+    """The loss is divided by the micro-batches once more."""
+    right = trainer.Trainer._token_losses
+
+    def broken(self: Any, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+        losses = right(self, logits, micro_batch)
+        return _scaled_gradient(losses, 1 / self.config.num_micro_batches)
+
+    patch.setattr(trainer.Trainer, "_token_losses", broken)
+
+
+def _scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient is multiplied on its way back."""
+    return x.detach() + factor * (x - x.detach())
+
+
+def layer_dropped(patch: Patch) -> None:
+    """A stage of an uneven split builds one layer less."""
+    right = llama.LlamaStage.__init__
+
+    def broken(self: Any, config: Any, spec: Any, **kwargs: Any) -> None:
+        if spec.stage == 0 and not spec.has_head:
+            spec = replace(spec, num_layers=spec.num_layers - 1)
+        right(self, config, spec, **kwargs)
+
+    patch.setattr(llama.LlamaStage, "__init__", broken)
+
+
+def label_shift(patch: Patch) -> None:
+    """The last stage has the labels of the position before."""
+    right = trainer.Trainer._token_losses
+
+    def broken(self: Any, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+        shift = 0 if self.groups.pp.is_first else 1
+        return right(self, logits, replace(micro_batch, labels=micro_batch.labels.roll(shift, 1)))
+
+    patch.setattr(trainer.Trainer, "_token_losses", broken)
+
+
+def hidden_dropout_equal_on_tensor_ranks(patch: Patch) -> None:
+    """Under sequence parallelism all ranks take the mask of the first positions."""
+    patch.setattr(tensor.TensorGroup, "first_position", lambda self, length: 0)
+
+
+def attention_dropout_equal_on_tensor_ranks(patch: Patch) -> None:
+    """All ranks take the masks of the first heads."""
+    right = attention.attention_keep
+
+    def broken(drop: float, place: Any, site: str, heads: range, *args: Any) -> Tensor:
+        return right(drop, place, site, range(len(heads)), *args)
+
+    patch.setattr(attention, "attention_keep", broken)
+
+
+def norm_counts_copies(patch: Patch) -> None:
+    """Norm weights count once on each tensor rank."""
+    right = flat.FlatParameters.counted_slices
+
+    def broken(self: Any) -> list[Tensor]:
+        pieces = [
+            slot.of(self.gradients)
+            for slot in self.slots
+            if not slot.shard.decays and slot.shard.pieces[0].replica
+        ]
+        return right(self) + pieces
+
+    patch.setattr(flat.FlatParameters, "counted_slices", broken)
+
+
+def norm_not_summed_over_stages(patch: Patch) -> None:
+    """Each stage clips by its own norm."""
+    right = optimizer.Optimizer._squared_norm
+
+    def broken(self: Any) -> Tensor:
+        return right(self) if self._groups.pp.is_first else torch.zeros(1, dtype=torch.float64)
+
+    patch.setattr(optimizer.Optimizer, "_squared_norm", broken)
+
+
+def decay_on_norms(patch: Patch) -> None:
+    """Weight decay applies to everything."""
+    right = optimizer.Optimizer.__init__
+
+    def broken(self: Any, stages: Any, groups: Any, train: Any) -> None:
+        right(self, stages, groups, train)
+        for group in self._adam.param_groups:
+            group["weight_decay"] = train.weight_decay
+
+    patch.setattr(optimizer.Optimizer, "__init__", broken)
+
+
+def stale_receive_buffer(patch: Patch) -> None:
+    """What is received second is what was received first."""
+    right = runtime.Executor._exchange
+
+    def broken(self: Any, program: Any, step: Any, batch: Any, flight: Any) -> None:
+        right(self, program, step, batch, flight)
+        first = flight.__dict__.setdefault("first", {})
+        for action in step.messages:
+            if action.op is runtime.Op.RECV_FORWARD:
+                place = (action.stage, action.micro_batch)
+                first.setdefault(action.stage, flight.activations[place].clone())
+                flight.activations[place].copy_(first[action.stage])
+
+    patch.setattr(runtime.Executor, "_exchange", broken)
+
+
+def micro_batches_swapped(patch: Patch) -> None:
+    """The first stage reads micro-batch 1 for 0 and 0 for 1; the last one has their labels."""
+    right = runtime.Executor.run
+
+    def broken(self: Any, program: Any, batch: Any, head: Any) -> Any:
+        if self.pp.is_first and not self.pp.is_last:
+            first, second, *others = batch
+            batch = [
+                replace(first, tokens=second.tokens),
+                replace(second, tokens=first.tokens),
+                *others,
+            ]
+        return right(self, program, batch, head)
+
+    patch.setattr(runtime.Executor, "run", broken)
+
+
+def missing_f(patch: Patch) -> None:
+    """The input's gradient of a column-parallel layer is not reduced."""
+    right = linear._ColumnParallel.backward
+
+    class Alone:
+        def __init__(self, tp: Any):
+            self.sequence_parallel = tp.sequence_parallel
+
+        def start_all_reduce(self, x: Tensor) -> Pending:
+            return Pending(x)
+
+    def broken(ctx: Any, dy: Tensor) -> Any:
+        ctx.tp = Alone(ctx.tp)
+        return right(ctx, dy)
+
+    patch.setattr(linear._ColumnParallel, "backward", staticmethod(broken))
+
+
+def missing_g(patch: Patch) -> None:
+    """Row-parallel products are not reduced."""
+    right = linear.RowParallelLinear.forward
+
+    def broken(self: Any, x: Tensor) -> Tensor:
+        reduce = tensor.TensorGroup.reduce
+        tensor.TensorGroup.reduce = lambda tp, x: x  # type: ignore[method-assign]
+        try:
+            return right(self, x)
+        finally:
+            tensor.TensorGroup.reduce = reduce  # type: ignore[method-assign]
+
+    patch.setattr(linear.RowParallelLinear, "forward", broken)
+
+
+def reduced_over_wrong_axis(patch: Patch) -> None:
+    """Gradient buckets are summed over the tensor ranks."""
+    right = flat.FlatParameters.__init__
+
+    def broken(self: Any, stage: Any, groups: Any, *args: Any) -> None:
+        right(self, stage, groups, *args)
+        self._dp = data.DataGroup(groups.tp.rank, groups.tp.size, groups.tp.process_group)
+
+    patch.setattr(flat.FlatParameters, "__init__", broken)
+
+
+def not_reduced_over_data_ranks(patch: Patch) -> None:
+    """Each data rank goes its own way."""
+    patch.setattr(data.DataGroup, "start_gradient_sum", lambda self, bucket: Pending(bucket))
+
+
+def kv_copies_not_summed(patch: Patch) -> None:
+    """Key/value heads that tensor ranks share."""
+    right = linear._pack_pieces
+
+    def broken(*args: Any) -> Any:
+        return tuple(replace(piece, partial=False) for piece in right(*args))
+
+    patch.setattr(linear, "_pack_pieces", broken)
+
+
+def rate_a_step_late(patch: Patch) -> None:
+    """The schedule is read one step late."""
+    right = trainer.learning_rate
+    patch.setattr(trainer, "learning_rate", lambda train, step: right(train, max(0, step - 1)))
+
+
+def skipped_step_moves_moments(patch: Patch) -> None:
+    """A step that is skipped updates the moments with zero gradients."""
+    right = optimizer.Optimizer.clip_and_step
+
+    def broken(self: Any, lr: float, statistics: Tensor) -> Tensor:
+        finite = all(flat.gradients.isfinite().all() for flat in self._stages)
+        agreed = torch.tensor([0.0 if finite else 1.0], dtype=torch.float64)
+        for group in (self._groups.tp, self._groups.pp):
+            group.all_reduce(agreed, maximum=True)
+        result = right(self, lr, statistics)
+        if agreed.item():
+            for state in self._adam.state.values():
+                state["exp_avg"].mul_(self._train.adam_beta1)
+                state["exp_avg_sq"].mul_(self._train.adam_beta2)
+                state["step"] += 1
+        return result
+
+    patch.setattr(optimizer.Optimizer, "clip_and_step", broken)
+
+
+def skipped_step_moves_weights(patch: Patch) -> None:
+    """What is not finite counts as zero."""
+    right = optimizer.Optimizer._squared_norm
+
+    def broken(self: Any) -> Tensor:
+        for stage in self._stages:
+            stage.gradients.nan_to_num_(0.0, 0.0, 0.0)
+        return right(self)
+
+    patch.setattr(optimizer.Optimizer, "_squared_norm", broken)
+
+
+def init_depends_on_layout(patch: Patch) -> None:
+    """Each tensor rank draws its slice as if it were the first."""
+    right = shard.normal_slice
+
+    def broken(key: int, shape: Any, rows: range, columns: range, *args: Any) -> Tensor:
+        return right(key, shape, range(len(rows)), range(len(columns)), *args)
+
+    patch.setattr(shard, "normal_slice", broken)
+
+
+def loss_averaged_over_dp_only(patch: Patch) -> None:
+    """The tokens of the first micro-batch stand for those of all."""
+    right = trainer.Trainer._global_tokens
+
+    def broken(self: Any, batch: Any) -> Tensor:
+        return right(self, batch) / self.config.num_micro_batches
+
+    patch.setattr(trainer.Trainer, "_global_tokens", broken)
+
+
+def last_micro_batch_not_reduced(patch: Patch) -> None:
+    """Buckets are reduced before the last micro-batch's gradients are added."""
+
+    def broken(self: Any) -> None:
+        for bucket in self._buckets:
+            self._dp.all_reduce(self.gradients[bucket.start : bucket.stop])
+        self._launched = len(self._buckets)
+
+    patch.setattr(flat.FlatParameters, "begin_last_backward", broken)
+
+
+def embedding_not_reduced(patch: Patch) -> None:
+    """The vocabulary's parts of the lookup are not added."""
+    patch.setattr(embedding.VocabParallelEmbedding, "forward", _lookup_alone)
+
+
+def _lookup_alone(self: Any, tokens: Tensor) -> Tensor:
+    local = tokens.t() - self.first_token
+    elsewhere = (local < 0) | (local >= self.weight.shape[0])
+    rows = torch.nn.functional.embedding(local.masked_fill(elsewhere, 0), self.weight)
+    return rows.masked_fill(elsewhere[..., None], 0.0)
+
+
+def masked_tokens_count(patch: Patch) -> None:
+    """The mask is forgotten in the sum, and in the count."""
+
+    def broken(self: Any, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+        return self._last_stage.token_losses(logits, micro_batch.labels)
+
+    right = trainer.Trainer._global_tokens
+
+    def counted(self: Any, batch: Any) -> Tensor:
+        tokens = sum(m.mask.numel() for m in batch.micro_batches)
+        return right(self, replace(batch, counted_tokens=tokens))
+
+    patch.setattr(trainer.Trainer, "_token_losses", broken)
+    patch.setattr(trainer.Trainer, "_global_tokens", counted)
+
+
+def not_clipped(patch: Patch) -> None:
+    """The norm is reported, but nothing is clipped by it."""
+    right = optimizer.Optimizer.__init__
+
+    def broken(self: Any, stages: Any, groups: Any, train: Any) -> None:
+        right(self, stages, groups, replace(train, clip_grad=0.0))
+
+    patch.setattr(optimizer.Optimizer, "__init__", broken)
+
+
+def maximum_not_shared(patch: Patch) -> None:
+    """The vocabulary-parallel softmax subtracts each rank's own maximum."""
+    right = AxisGroup.all_reduce
+
+    def broken(self: Any, x: Tensor, *, maximum: bool = False) -> Tensor:
+        return x if maximum else right(self, x)
+
+    patch.setattr(cross_entropy.TensorGroup, "all_reduce", broken)
+
+
+def pipeline_gradient_scaled(patch: Patch) -> None:
+    """What flows back to the first stage is divided by the stages."""
+    right = pipeline.PipelineGroup.exchange
+
+    def broken(self: Any, messages: Any) -> Any:
+        scaled = [
+            replace(m, tensor=m.tensor / self.size) if m.is_send and m.peer < self.rank else m
+            for m in messages
+        ]
+        return right(self, scaled)
+
+    patch.setattr(pipeline.PipelineGroup, "exchange", broken)
+
+
+def dropout_not_scaled(patch: Patch) -> None:
+    """What dropout keeps is not scaled up."""
+    right = llama.hidden_dropout
+
+    def broken(x: Tensor, drop: float, *args: Any) -> Tensor:
+        return right(x, drop, *args) * (1 - drop) if drop else x
+
+    patch.setattr(llama, "hidden_dropout", broken)
+
+
+ALL = "--tp 2 --pp 2 --dp 2"
+TIED = "--tie-embeddings"
+DROPOUT = "--hidden-dropout 0.2 --attention-dropout 0.2"
+NORM, Q = "post_attention_layernorm.weight", "q_proj.weight"
+
+FAULTS: dict[str, Fault] = {
+    "norm gradients not reduced": Fault(
+        norm_gradients_not_reduced, "--tp 2", "gradient", "norm.weight", "norm weights are parts"
+    ),
+    "tied embedding twice": Fault(
+        tied_twice, f"--pp 2 {TIED}", "gradient", "embed_tokens", "counted twice"
+    ),
+    "tied embedding not at all": Fault(
+        tied_not_at_all, f"--pp 2 {TIED}", "gradient", "embed_tokens", "not summed over the first"
+    ),
+    "mean of means": Fault(mean_of_means, "--dp 2", "loss", "loss", "mean of the micro-batches"),
+    "padding in the softmax": Fault(
+        padding_in_softmax, "--tp 2", "loss", "loss", "padding of the vocabulary"
+    ),
+    "RoPE offset": Fault(
+        rope_offset_on_one_rank,
+        "--tp 2",
+        "activation",
+        "layers.0.attention.mixed",
+        "RoPE turns the queries of this rank as if they were 1 positions later",
+    ),
+    "accumulation scaled": Fault(
+        accumulation_scaled, "--pp 2", "gradient", "lm_head", "1 / the number of micro-batches"
+    ),
+    "layer dropped": Fault(
+        layer_dropped, "--pp 2 --pp-layers 3,1", "missing", "model.layers.2.mlp", "on no rank"
+    ),
+    "label shift": Fault(label_shift, "--pp 2", "loss", "loss", "labels are shifted"),
+    "hidden dropout alike": Fault(
+        hidden_dropout_equal_on_tensor_ranks,
+        f"--tp 2 {DROPOUT}",
+        "activation",
+        "layers.0.input",
+        "dropout mask",
+    ),
+    "attention dropout alike": Fault(
+        attention_dropout_equal_on_tensor_ranks,
+        f"--tp 2 {DROPOUT}",
+        "activation",
+        "layers.0.attention.mixed",
+        "heads of tensor rank 1 as those of tensor rank 0",
+    ),
+    "norm counts copies": Fault(
+        norm_counts_copies, "--tp 2", "norm", "norm", "counts each copy of a norm weight"
+    ),
+    "norm of one stage": Fault(
+        norm_not_summed_over_stages, "--pp 2", "norm", "norm", "not summed over the pp axis"
+    ),
+    "decay on norms": Fault(
+        decay_on_norms, "--tp 2", "weight", "norm.weight", "decay is applied to norm weights"
+    ),
+    "stale receive buffer": Fault(
+        stale_receive_buffer, "--pp 2", "activation", "layers.2.input", "stale receive buffer"
+    ),
+    "micro-batches swapped": Fault(
+        micro_batches_swapped, "--pp 2", "activation", "embedding", "are swapped"
+    ),
+    "missing f": Fault(
+        missing_f, "--tp 2 --no-sequence-parallel", "gradient", "model.norm", "(f) is missing"
+    ),
+    "missing g": Fault(
+        missing_g, "--tp 2 --no-sequence-parallel", "activation", "attention.out", "(g) is missing"
+    ),
+    "wrong axis": Fault(
+        reduced_over_wrong_axis, "--tp 2 --dp 2", "gradient", "lm_head", "over the tp axis"
+    ),
+    "not reduced over data ranks": Fault(
+        not_reduced_over_data_ranks, ALL, "gradient", "lm_head", "not summed over the data ranks"
+    ),
+    "kv copies not summed": Fault(
+        kv_copies_not_summed,
+        "--tp 4 --num-kv-heads 2",
+        "gradient",
+        "v_proj",
+        "key/value heads that several tensor ranks share",
+    ),
+    "rate a step late": Fault(
+        rate_a_step_late, "--tp 2", "weight", "", "learning rate is that of step 0, not of step 1"
+    ),
+    "skipped step moves moments": Fault(
+        skipped_step_moves_moments, ALL, "weight", "", "moved the optimizer's moments"
+    ),
+    "skipped step moves weights": Fault(
+        skipped_step_moves_weights, ALL, "norm", "norm", "not finite does not reach the norm"
+    ),
+    "init depends on layout": Fault(
+        init_depends_on_layout, "--tp 2", "initial weight", "", "depend on the layout"
+    ),
+    "loss averaged over dp only": Fault(
+        loss_averaged_over_dp_only, ALL, "loss", "loss", "the number of micro-batches"
+    ),
+    "last micro-batch not reduced": Fault(
+        last_micro_batch_not_reduced, "--dp 2", "gradient", "lm_head", "the last micro-batch"
+    ),
+    "lookup not reduced": Fault(
+        embedding_not_reduced,
+        "--tp 2 --no-sequence-parallel",
+        "activation",
+        "embedding",
+        "(g) is missing",
+    ),
+    "masked tokens count": Fault(
+        masked_tokens_count, "--dp 2", "loss", "loss", "tokens that are masked count too"
+    ),
+    "not clipped": Fault(not_clipped, "--tp 2", "weight", "", "clipped by another norm"),
+    "maximum not shared": Fault(
+        maximum_not_shared, "--tp 2", "loss", "loss", "the logits are right, the loss"
+    ),
+    "pipeline gradient scaled": Fault(
+        pipeline_gradient_scaled, "--pp 2", "gradient", "layers.1", "every gradient of stage 0"
+    ),
+    "dropout not scaled": Fault(
+        dropout_not_scaled, f"--tp 2 {DROPOUT}", "activation", "layers.0.input", "0.8 times"
+    ),
+}
