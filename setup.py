@@ -26,6 +26,7 @@ setup(
         "megalite.parallel",
         "megalite.pipeline",
         "megalite.tokenizer",
+        "megalite.verification",
         "megalite_kernels",
     ],
     package_dir={"megalite": "megalite", "megalite_kernels": "kernels/megalite_kernels"},
@@ -42,7 +43,12 @@ setup(
         "test": ["pytest>=8", "transformers>=4.45", "ruff>=0.9", "mypy>=1.14"],
         "log": ["tensorboard"],
     },
-    entry_points={"console_scripts": ["megalite-pretrain=megalite.pretrain:cli_main"]},
+    entry_points={
+        "console_scripts": [
+            "megalite-pretrain=megalite.pretrain:cli_main",
+            "megalite-verify=megalite.verify:cli_main",
+        ]
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

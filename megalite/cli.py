@@ -38,31 +38,36 @@ class Command:
 
     Attributes:
         config: preset, file and flags merged; derived values are still open.
-        dry_run: describe the run and start nothing.
-        print_config: print the resolved configuration and start nothing.
+        switches: of the program's own that were given, as `--dry-run`.
         problems: what is wrong with the words: unknown, misused or contradicting flags, a file that
             cannot be read, values of the wrong type.
         unread: fields that somebody meant to set, but whose values a problem left open.
     """
 
     config: Config
-    dry_run: bool
-    print_config: bool
+    switches: frozenset[str] = frozenset()
     problems: tuple[str, ...] = ()
     unread: frozenset[str] = frozenset()
 
 
-def parse(argv: Sequence[str], *, prog: str, description: str) -> Command:
+def parse(
+    argv: Sequence[str], *, prog: str, description: str, switches: Mapping[str, str]
+) -> Command:
     """Parse flags and the file they may name; what is wrong with them is in the result.
+
+    Args:
+        argv: words of the command line.
+        prog, description: of the program, for its help.
+        switches: flags of its own, without a value, with their help.
 
     Raises:
         SystemExit: after printing `--help`.
     """
     if "-h" in argv or "--help" in argv:
-        _help_parser(prog, description).print_help()
+        _help_parser(prog, description, switches).print_help()
         raise SystemExit(0)
     problems = Problems()
-    words = _scan(argv, problems)
+    words = _scan(argv, switches, problems)
     specs = {spec.name: spec for spec in fields()}
     flags = _flag_values(words, specs, problems)
     file: dict[str, Any] = {}
@@ -84,19 +89,21 @@ def parse(argv: Sequence[str], *, prog: str, description: str) -> Command:
         _lay_over(values, layer)
     return Command(
         config=Config().replace(**values),
-        dry_run="--dry-run" in words,
-        print_config="--print-config" in words,
+        switches=frozenset(words).intersection(switches),
         problems=tuple(problems.sentences),
         unread=frozenset(problems.unread),
     )
 
 
-def _scan(argv: Sequence[str], problems: Problems) -> dict[str, list[str]]:
+def _scan(
+    argv: Sequence[str], switches: Mapping[str, str], problems: Problems
+) -> dict[str, list[str]]:
     """The flags given, each with its values. Of a flag given twice the last counts.
 
     argparse would stop at the first problem; here every word is looked at.
     """
-    arities, fields_of = _arities(), _fields_of_flags()
+    arities = _arities() | dict.fromkeys(switches, 0)
+    fields_of = dict.fromkeys(arities, ()) | _fields_of_flags()
     found: dict[str, list[str]] = {}
     queue = deque(argv)
 
@@ -145,7 +152,7 @@ def _opposite(flag: str) -> str:
 
 def _arities() -> dict[str, int | None]:
     """How many values each flag takes; None for any number, of flags that are refused anyway."""
-    arities: dict[str, int | None] = {"--config": 1, "--dry-run": 0, "--print-config": 0}
+    arities: dict[str, int | None] = {"--config": 1}
     for spec in fields():
         if is_bool(spec):
             arities |= {spec.flag: 0, _opposite(spec.flag): 0}
@@ -165,7 +172,7 @@ def _arities() -> dict[str, int | None]:
 
 def _fields_of_flags() -> dict[str, tuple[str, ...]]:
     """The field that each flag sets, if it sets one."""
-    owners: dict[str, tuple[str, ...]] = dict.fromkeys(_arities(), ())
+    owners: dict[str, tuple[str, ...]] = {}
     for spec in fields():
         owners[spec.flag] = (spec.name,)
         if is_bool(spec):
@@ -238,7 +245,9 @@ def _lay_over(values: dict[str, Any], layer: Mapping[str, Any]) -> None:
     values.update(layer)
 
 
-def _help_parser(prog: str, description: str) -> argparse.ArgumentParser:
+def _help_parser(
+    prog: str, description: str, switches: Mapping[str, str]
+) -> argparse.ArgumentParser:
     """The flags as argparse lays them out; it only prints the help."""
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -252,12 +261,8 @@ def _help_parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
     parser._optionals.title = "general"
     parser.add_argument("--config", metavar="FILE", help="Read values from a .toml or .json file.")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="Describe the run, its memory and its pipeline."
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", help="Print the resolved values as TOML."
-    )
+    for switch, doc in switches.items():
+        parser.add_argument(switch, action="store_true", help=doc)
     groups = {group: parser.add_argument_group(title) for group, title in _TITLES.items()}
     for spec in fields():
         extra: dict[str, Any] = {"metavar": spec.metavar or None}

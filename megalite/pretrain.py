@@ -8,21 +8,20 @@ srun --ntasks 16 python -m megalite.pretrain --tp 8 --dp 2 --data corpus
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NoReturn
 
 import megalite
 from megalite import cli, report
-from megalite.check import check
-from megalite.config import Config, resolve, resolve_device
+from megalite.config import Config, resolve_device
 from megalite.config_file import to_toml
 from megalite.errors import ConfigError
-from megalite.parallel.environment import World, detect_world
+from megalite.parallel.environment import World
+from megalite.program import Program, checked
 
 if TYPE_CHECKING:
     import torch
@@ -36,70 +35,17 @@ PROMPT_TOKENS = 40
 """Length of the piece of validation text that the closing sample continues."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: flags; default: of this process.
-
-    Returns:
-        Exit code: 0 done, 2 bad input, 128 + signal when stopped, else 1.
-    """
-    try:
-        world = detect_world(os.environ)
-        command = cli.parse(
-            sys.argv[1:] if argv is None else argv,
-            prog="python -m megalite.pretrain",
-            description="Pretrain a LLaMA-family model, on one rank or on many.",
-        )
-        if command.print_config or command.dry_run:
-            if world is None or world.rank == 0:
-                _show(command, world)
-            return 0
-        if world is None:
-            return _start_ranks(command)
-    except ConfigError as error:
-        print(error.message(), file=sys.stderr)
-        return 2
-    from megalite.parallel.launch import join
-
-    # Whatever is wrong with this rank's flags or files, the others have to know.
-    return join(world, partial(_prepare, command, world))
-
-
-def cli_main() -> None:
-    """Entry point of the console script."""
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        print("\nmegalite: stopped by SIGINT", file=sys.stderr)
-        code = 130
-    dist = sys.modules.get("torch.distributed")
-    if code and dist is not None and dist.is_initialized():
-        from megalite.parallel.launch import leave
-
-        leave(code)
-    sys.exit(code)
-
-
-def _checked(command: cli.Command, world: World | None) -> Config:
-    """The resolved configuration.
-
-    Raises:
-        ConfigError: all that is wrong with the words and the values.
-    """
-    config = resolve(command.config, world.size if world else None)
-    check(config, world, command.problems, command.unread)
-    return config
-
-
-def _show(command: cli.Command, world: World | None) -> None:
-    """What was asked for instead of a run."""
-    config = _checked(command, world)
-    if command.print_config:
-        print(to_toml(config), end="")
-    else:
-        _describe(config)
+def _show(command: cli.Command, world: World | None) -> bool:
+    """Describe the run or print its configuration, if that is what was asked for."""
+    if not command.switches:
+        return False
+    if world is None or world.rank == 0:
+        config = checked(command, world)
+        if "--print-config" in command.switches:
+            print(to_toml(config), end="")
+        else:
+            _describe(config)
+    return True
 
 
 def _describe(config: Config) -> None:
@@ -117,12 +63,12 @@ def _describe(config: Config) -> None:
     print("\n" + report.timeline(config))
 
 
-def _start_ranks(command: cli.Command) -> int:
-    """Start the ranks on this machine."""
-    config = _checked(command, None)
-    from megalite.parallel.launch import launch, own_machine
+def _machine(command: cli.Command) -> Machine:
+    """This machine, once there is nothing wrong with flags and files."""
+    config = checked(command, None)
+    from megalite.parallel.launch import own_machine
 
-    return launch(_prepare(command, None, own_machine(config)))
+    return own_machine(config)
 
 
 def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Prepared:
@@ -131,7 +77,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     Raises:
         ConfigError: all that is wrong with flags, files or devices.
     """
-    config = _checked(command, world)
+    config = checked(command, world)
     from megalite.data.corpus import prepare_corpus
     from megalite.data.samples import open_samples
     from megalite.parallel.launch import Prepared, choose_device
@@ -170,8 +116,8 @@ def _claim_folder(config: Config) -> Config:
             raise ConfigError(f"--runs {config.run.runs}: {folder}: {error.strerror}") from None
 
 
-def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> None:
-    """One rank's whole run: train, sample, save, say how it went."""
+def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> int:
+    """One rank's whole run: train, sample, save, say how it went; returns 0."""
     from contextlib import nullcontext
 
     from megalite.data.samples import open_samples
@@ -194,6 +140,7 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> None:
         if first:
             assert log is not None
             log.say(_closing(corpus, result, sample, folder, trainer))
+    return 0
 
 
 def _open_run(
@@ -271,6 +218,31 @@ def _closing(
     lines.append("  python -m megalite.pretrain --tp 2 --pp 2 --data my.txt --steps 500")
     lines.append("  python -m megalite.pretrain --model llama3-8b --tp 4 --pp 2 --dry-run")
     return "\n".join(lines)
+
+
+PROGRAM = Program(
+    name="python -m megalite.pretrain",
+    description="Pretrain a LLaMA-family model, on one rank or on many.",
+    switches=MappingProxyType(
+        {
+            "--dry-run": "Describe the run, its memory and its pipeline.",
+            "--print-config": "Print the resolved values as TOML.",
+        }
+    ),
+    show=_show,
+    machine=_machine,
+    prepare=_prepare,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in this process; returns its exit code."""
+    return PROGRAM.main(argv)
+
+
+def cli_main() -> NoReturn:
+    """Entry point of the console script."""
+    PROGRAM.exit()
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from megalite.check import check
 from megalite.config import Config, resolve
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World
+from megalite.pretrain import PROGRAM
 
 
 def parse(*argv: str) -> cli.Command:
     """The words alone; raises what is wrong with them."""
-    command = cli.parse(argv, prog="megalite", description="A test.")
+    command = cli.parse(argv, prog="megalite", description="A test.", switches=PROGRAM.switches)
     if command.problems:
         raise ConfigError(command.problems)
     return command
@@ -28,7 +29,7 @@ def word_violations(*argv: str) -> list[str]:
 
 def run(*argv: str, ranks: World | None = None) -> Config:
     """Parse, resolve and check; raises all that is wrong."""
-    command = cli.parse(argv, prog="megalite", description="A test.")
+    command = cli.parse(argv, prog="megalite", description="A test.", switches=PROGRAM.switches)
     config = resolve(command.config, ranks.size if ranks else None)
     check(config, ranks, command.problems, command.unread)
     return config

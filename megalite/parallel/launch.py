@@ -1,7 +1,7 @@
 """Starting ranks on this machine, or joining those that torchrun or srun started.
 
-A *job* is a picklable callable that one rank runs: `job(Rank) -> None`. Every way to start ends in
-`run_rank`: rendezvous, agreement, groups, the job.
+A *job* is a picklable callable that one rank runs: `job(Rank)` returns an exit code. Every way to
+start ends in `run_rank`: rendezvous, agreement, groups, the job.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Rank:
     device: torch.device
 
 
-Job = Callable[[Rank], None]
+Job = Callable[[Rank], int]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def launch(prepared: Prepared) -> int:
     One rank runs in this process. More run under torchelastic, with rendezvous on loopback.
 
     Returns:
-        Exit code: 0, 2 if a rank found bad input, 128 + the signal that stopped us, else 1.
+        Exit code: the job's, 2 if a rank found bad input, 128 + the signal that stopped us, else 1.
     """
     prepared = prepared.claimed()
     if prepared.config.world_size == 1:
@@ -181,7 +181,8 @@ def run_rank(world: World, prepare: Callable[[Machine], Prepared]) -> int:
     """Rendezvous, prepare, agree, create the groups, run the job.
 
     Returns:
-        0; 2 if a rank found bad input; 1 if the job failed. Both are printed once for all ranks.
+        The job's exit code; 2 if a rank found bad input, 1 if the job raised: both are printed once
+        for all ranks.
     """
     store = None
     who = f"rank {world.rank} of {world.size}"
@@ -204,7 +205,7 @@ def run_rank(world: World, prepare: Callable[[Machine], Prepared]) -> int:
             timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
             device_id=device if device.type == "cuda" else None,
         )
-        prepared.job(Rank(config, ParallelGroups.create(config, device), device))
+        code = prepared.job(Rank(config, ParallelGroups.create(config, device), device))
         dist.destroy_process_group()
     except ConfigError as error:
         if claim_report(store):
@@ -217,7 +218,7 @@ def run_rank(world: World, prepare: Callable[[Machine], Prepared]) -> int:
     except Exception as error:
         report_once(who, store, error)
         return 1
-    return 0
+    return code
 
 
 def _agreed(
@@ -268,13 +269,12 @@ def _run_alone(prepared: Prepared) -> int:
     machine = own_machine(prepared.config)
     try:
         device = _rank_device(prepared.config, machine)
-        prepared.job(Rank(prepared.config, ParallelGroups.solo(), device))
+        return prepared.job(Rank(prepared.config, ParallelGroups.solo(), device))
     except ConfigError:
         raise
     except Exception as error:
         report_once("the run", None, error)
         return 1
-    return 0
 
 
 def _launched_rank(prepared: Prepared, launcher: Connection) -> None:

@@ -39,17 +39,18 @@ class Small:
     changes: tuple[str, ...]
 
 
-def shrink(config: Config) -> Small:
+def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
     """The smallest configuration with the structure of this one.
 
     Args:
         config: resolved and checked.
+        most_ranks: more than these lose data replicas.
     """
     model, parallel, train = config.model, config.parallel, config.train
     tp, pp = parallel.tp, parallel.pp
     changes = []
     dp = parallel.dp
-    if config.world_size > MOST_RANKS and dp > 2:
+    if config.world_size > most_ranks and dp > 2:
         dp = 2
         changes.append(f"dp {parallel.dp} -> 2")
     heads, kv_heads = _heads(model.num_attention_heads, model.num_kv_heads, tp)

@@ -15,8 +15,8 @@ PACKAGES = {"megalite": ROOT / "megalite", "megalite_kernels": ROOT / "kernels/m
 
 # Each room may import the rooms of its own line and of the lines below it.
 LAYERS = [
-    {"pretrain"},
-    {"sampling"},
+    {"pretrain", "verify"},
+    {"sampling", "verification", "program"},
     {"trainer"},
     {"metrics", "report", "estimate", "optim", "checkpoint", "data", "pipeline", "check"},
     {"models", "cli"},
@@ -46,7 +46,11 @@ NO_TORCH = [
     "megalite.pipeline.schedules",
     "megalite.pipeline.simulate",
     "megalite.pretrain",
+    "megalite.program",
     "megalite.report",
+    "megalite.verification.bounds",
+    "megalite.verification.shrink",
+    "megalite.verify",
 ]
 
 

@@ -14,39 +14,39 @@ from megalite.parallel.environment import detect_world
 from megalite.parallel.launch import Prepared, Rank, join, launch, leave
 
 
-def _wait_for_all(rank: Rank) -> None:
+def _wait_for_all(rank: Rank) -> int:
     while True:
         rank.groups.tp.all_reduce(torch.ones(1))
         rank.groups.pp.all_reduce(torch.ones(1))
 
 
-def fails(rank: Rank) -> None:
+def fails(rank: Rank) -> int:
     """Rank 2 raises while the others are in a collective."""
     if rank.groups.world_rank == 2:
         time.sleep(0.5)
         raise ZeroDivisionError("planted on rank 2")
-    _wait_for_all(rank)
+    return _wait_for_all(rank)
 
 
-def killed(rank: Rank) -> None:
+def killed(rank: Rank) -> int:
     """Rank 1 is killed while the others are in a collective."""
     if rank.groups.world_rank == 1:
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
-    _wait_for_all(rank)
+    return _wait_for_all(rank)
 
 
-def waits(rank: Rank) -> None:
+def waits(rank: Rank) -> int:
     """All ranks say who they are and wait in collectives until somebody stops them."""
     print(f"pid {os.getpid()}", flush=True)
-    _wait_for_all(rank)
+    return _wait_for_all(rank)
 
 
-def leaves_early(rank: Rank) -> None:
+def leaves_early(rank: Rank) -> int:
     """Rank 1 ends without a word while the others are in a collective."""
     if rank.groups.world_rank == 1:
         os._exit(7)
-    _wait_for_all(rank)
+    return _wait_for_all(rank)
 
 
 class CannotArrive:
@@ -63,7 +63,7 @@ def _refuse_in_a_rank() -> CannotArrive:
 cannot_arrive = CannotArrive()
 
 
-def no_device(rank: Rank) -> None:
+def no_device(rank: Rank) -> int:
     """Never called: there is no GPU for any rank."""
     raise AssertionError("never called")
 

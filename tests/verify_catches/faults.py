@@ -485,7 +485,7 @@ FAULTS: dict[str, Fault] = {
         accumulation_scaled, "--pp 2", "gradient", "lm_head", "1 / the number of micro-batches"
     ),
     "layer dropped": Fault(
-        layer_dropped, "--pp 2 --pp-layers 3,1", "missing", "model.layers.2.mlp", "on no rank"
+        layer_dropped, "--pp 2 --pp-layers 3,1", "missing", "model.layers.1.mlp", "on no rank"
     ),
     "label shift": Fault(label_shift, "--pp 2", "loss", "loss", "labels are shifted"),
     "hidden dropout alike": Fault(

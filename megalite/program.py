@@ -1,0 +1,105 @@
+"""What the programs share: from the command line to ranks that run a job, and back to an exit code.
+
+No torch import: a program's `--help` and `--dry-run` need none.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+from megalite import cli
+from megalite.check import check
+from megalite.config import Config, resolve
+from megalite.errors import ConfigError
+from megalite.parallel.environment import World, detect_world
+
+if TYPE_CHECKING:
+    from megalite.parallel.launch import Prepared
+    from megalite.parallel.machine import Machine
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program whose flags are those of a run.
+
+    Attributes:
+        name: as people start it.
+        description: for `--help`.
+        switches: flags of its own, without a value, with their help.
+        show: does what a switch asks for in place of a run; returns whether one was given.
+        machine: this machine, for ranks that will be started on it.
+        prepare: what each rank runs; raises ConfigError for all that is wrong with flags, files or
+            devices. Called once the machine is known.
+    """
+
+    name: str
+    description: str
+    switches: Mapping[str, str]
+    show: Callable[[cli.Command, World | None], bool]
+    machine: Callable[[cli.Command], Machine]
+    prepare: Callable[[cli.Command, World | None, Machine], Prepared]
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        """Run the command.
+
+        Args:
+            argv: flags; default: of this process.
+
+        Returns:
+            Exit code: 0 done, 2 bad input, 128 + signal when stopped, else 1.
+        """
+        words = sys.argv[1:] if argv is None else argv
+        try:
+            world = detect_world(os.environ)
+            command = cli.parse(
+                words, prog=self.name, description=self.description, switches=self.switches
+            )
+            if self.show(command, world):
+                return 0
+            if world is None:
+                prepared = self.prepare(command, None, self.machine(command))
+                from megalite.parallel.launch import launch
+
+                return launch(prepared)
+        except ConfigError as error:
+            print(error.message(), file=sys.stderr)
+            return 2
+        from megalite.parallel.launch import join
+
+        # Whatever is wrong with this rank's flags or files, the others have to know.
+        return join(world, partial(self.prepare, command, world))
+
+    def exit(self) -> NoReturn:
+        """Run this process's command and end the process."""
+        try:
+            code = self.main()
+        except KeyboardInterrupt:
+            print("\nmegalite: stopped by SIGINT", file=sys.stderr)
+            code = 130
+        dist = sys.modules.get("torch.distributed")
+        if code and dist is not None and dist.is_initialized():
+            from megalite.parallel.launch import leave
+
+            leave(code)
+        sys.exit(code)
+
+
+def checked(command: cli.Command, world: World | None, config: Config | None = None) -> Config:
+    """The resolved configuration.
+
+    Args:
+        command: parsed.
+        world: ranks that a launcher has started, if any.
+        config: in place of the command's.
+
+    Raises:
+        ConfigError: all that is wrong with the words and the values.
+    """
+    config = resolve(config or command.config, world.size if world else None)
+    check(config, world, command.problems, command.unread)
+    return config

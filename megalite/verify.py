@@ -1,0 +1,137 @@
+"""Is a layout right? Run it small, beside one rank and beside the definition.
+
+python -m megalite.verify --model llama3-8b --tp 4 --pp 2
+python -m megalite.verify --tp 2 --pp 2 --dp 2 --tie-embeddings --schedule gpipe
+
+The flags are those of the run that one means to start. The configuration is shrunk to what a laptop
+runs in seconds, with its structure kept, and trained for a few steps with warm-up, decay, clipping,
+uneven token counts and a step that has to be skipped. Every loss, named gradient, gradient norm and
+weight on every rank is compared with a definition of the run in plain torch, and so is the one-rank
+run. Exit code 0: equal up to rounding; 1: not, and what differs first is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NoReturn
+
+from megalite import cli
+from megalite.config_file import to_toml
+from megalite.parallel.environment import World
+from megalite.program import Program, checked
+from megalite.verification.shrink import MOST_RANKS, Small, shrink
+
+if TYPE_CHECKING:
+    from megalite.parallel.launch import Prepared, Rank
+    from megalite.parallel.machine import Machine
+
+
+def _small(command: cli.Command, world: World | None) -> Small:
+    """What will run.
+
+    Raises:
+        ConfigError: all that is wrong with the user's own configuration.
+    """
+    # The data stays where it is: random tokens serve.
+    given = command.config.replace(data="", mock_data=True, eod_mask_loss=False)
+    config = checked(command, world, given)
+    if config.parallel.device == "auto":
+        config = config.replace(device="cpu")
+    return shrink(config, max(MOST_RANKS, world.size if world else 0))
+
+
+def _show(command: cli.Command, world: World | None) -> bool:
+    """Print the small configuration, if that is what was asked for."""
+    if "--print-config" not in command.switches:
+        return False
+    if world is None or world.rank == 0:
+        print(to_toml(_small(command, world).config), end="")
+    return True
+
+
+def _machine(command: cli.Command) -> Machine:
+    """This machine, once there is nothing wrong with the flags."""
+    small = _small(command, None)
+    from megalite.parallel.launch import own_machine
+
+    return own_machine(small.config)
+
+
+def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Prepared:
+    """The small configuration, and the comparison as a job."""
+    small = _small(command, world)
+    from megalite.parallel.launch import Prepared, choose_device
+
+    device, _ = choose_device(small.config, machine)
+    precisions = _precisions(command.config.train.precision, device)
+    job = partial(
+        _compare,
+        name=command.config.model.model,
+        changes=small.changes,
+        precisions=precisions,
+        watch="--activations" in command.switches,
+    )
+    config = small.config.replace(device=device, precision=precisions[0])
+    return Prepared(config, job, {})
+
+
+def _precisions(asked: str, device: str) -> tuple[str, ...]:
+    """fp64 for the mathematics; then what the run itself computes in."""
+    usual = {"cpu": "fp32", "cuda": "bf16"}[device]
+    wanted = ["fp64", usual if asked == "auto" else asked]
+    if device == "cpu":
+        wanted.insert(1, "fp32")
+    return tuple(dict.fromkeys(wanted))
+
+
+def _compare(
+    rank: Rank, *, name: str, changes: tuple[str, ...], precisions: tuple[str, ...], watch: bool
+) -> int:
+    """One rank's part; returns the exit code, the same on all ranks."""
+    from megalite.layers.sdpa import fastest_attention
+    from megalite.verification.run import verify
+    from megalite.verification.tell import failure, success, what
+
+    first = rank.groups.world_rank == 0
+    if first:
+        print(what(rank.config, name, changes, precisions), flush=True)
+    with fastest_attention(rank.device):
+        verdict = verify(rank.config, rank.groups, rank.device, precisions=precisions, watch=watch)
+    failed = verdict.failed
+    if first:
+        print(success(verdict) if failed is None else failure(failed), flush=True)
+    # The launcher stops all ranks when the first one ends with a failure.
+    rank.groups.wait_for_all(rank.device)
+    return 0 if failed is None else 1
+
+
+PROGRAM = Program(
+    name="python -m megalite.verify",
+    description="Prove on this machine that a layout trains as one rank does. The flags are those "
+    "of the run; the configuration is shrunk, its structure kept.",
+    switches=MappingProxyType(
+        {
+            "--activations": "Compare the activations of every layer too.",
+            "--print-config": "Print the shrunk configuration as TOML.",
+        }
+    ),
+    show=_show,
+    machine=_machine,
+    prepare=_prepare,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in this process; returns its exit code."""
+    return PROGRAM.main(argv)
+
+
+def cli_main() -> NoReturn:
+    """Entry point of the console script."""
+    PROGRAM.exit()
+
+
+if __name__ == "__main__":
+    cli_main()
