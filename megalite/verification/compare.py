@@ -37,6 +37,7 @@ class Difference:
         index: of that element in the rank's tensor.
         error: at that element, as the bound is meant.
         bound: the most that rounding explains.
+        largest: absolute difference of any element.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Difference:
     index: tuple[int, ...]
     error: float
     bound: float
+    largest: float
 
     @property
     def ratio(self) -> float:
@@ -190,6 +192,7 @@ class Comparison:
         flat = int(ratio.nan_to_num(nan=math.inf).argmax()) if ratio.numel() else 0
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ours.shape))
         error, limit = errors[index].item(), bounds[index].item()
+        largest = errors.max().item() if errors.numel() else 0.0
         if self._config.train.precision == "bf16" and kind != "weight":
             # Root mean squares, on the scale of the bound, which is that of the largest value.
             scale = limit / theirs.abs().max().clamp(min=1e-30).item()
@@ -205,6 +208,7 @@ class Comparison:
             index,
             error,
             limit,
+            largest,
         )
 
     def _scalars(
@@ -213,15 +217,16 @@ class Comparison:
         self.compared += len(ours)
         limit = bound * abs(theirs)
         return [
-            Difference(step, kind, kind, rank, (), value, theirs, (), abs(value - theirs), limit)
+            Difference(step, kind, kind, rank, (), value, theirs, (), error, limit, error)
             for rank, value in enumerate(ours)
+            for error in (abs(value - theirs),)
         ]
 
     def _not_finite(self, step: int, ranks: Sequence[RankStep]) -> list[Difference]:
         """Ranks that did not notice that a gradient is not finite."""
         nan = math.nan
         return [
-            Difference(step, "norm", "norm", rank, (), seen.norm, nan, (), math.inf, 1.0)
+            Difference(step, "norm", "norm", rank, (), seen.norm, nan, (), math.inf, 1.0, math.inf)
             for rank, seen in enumerate(ranks)
             if math.isfinite(seen.norm)
         ]

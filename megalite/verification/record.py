@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megalite.config import Config
 from megalite.layers.shard import Piece
+from megalite.models.llama import DecoderLayer
 from megalite.optim.flat import FlatParameters
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.rng import make_key
@@ -145,12 +146,13 @@ class Recorder:
 
     @contextmanager
     def _poisoned(self, here: bool) -> Iterator[None]:
-        """Make the first gradient that this rank computes infinite or NaN."""
+        """Make a gradient that only this rank computes infinite or NaN."""
         if not here:
             yield
             return
-        stage = next(iter(self.trainer.stages.values()))
-        handle = next(stage.parameters()).register_hook(lambda gradient: gradient * torch.inf)
+        layer = next(iter(self.trainer.stages.values())).layers[0]
+        assert isinstance(layer, DecoderLayer)
+        handle = layer.mlp.down.weight.register_hook(lambda gradient: gradient * torch.inf)
         yield
         handle.remove()
 

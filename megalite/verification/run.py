@@ -43,13 +43,18 @@ class Pass:
 
     Attributes:
         config: of the run.
+        losses, norms: by step, as rank 0 saw them.
         worst: what is closest to its bound, or farthest beyond.
+        worst_weight: largest absolute difference of a weight after any step.
         compared: tensors.
         failure: None if all of them are within their bounds.
     """
 
     config: Config
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
     worst: Difference
+    worst_weight: float
     compared: int
     failure: Failure | None
 
@@ -163,7 +168,10 @@ class _Judge:
         self._config = config
         self._definition = Definition(config, VerificationSamples(config), device)
         self._comparison = Comparison(config, self._definition)
+        self._losses: list[float] = []
+        self._norms: list[float] = []
         self._worst: Difference | None = None
+        self._worst_weight = 0.0
         self._failure: Failure | None = None
 
     def initial(self, ranks: Sequence[Any]) -> None:
@@ -184,11 +192,23 @@ class _Judge:
             # Without the activations it is not known whether something went wrong before.
             return likely_cause(evidence) if watch else ""
 
+        self._losses.append(ranks[0].loss)
+        self._norms.append(ranks[0].norm)
+        moved = (d.largest for d in found if d.kind == "weight")
+        self._worst_weight = max(self._worst_weight, *moved)
         self._take(found, cause)
 
     def result(self) -> Pass:
         assert self._worst is not None, "at least one step was compared"
-        return Pass(self._config, self._worst, self._comparison.compared, self._failure)
+        return Pass(
+            self._config,
+            tuple(self._losses),
+            tuple(self._norms),
+            self._worst,
+            self._worst_weight,
+            self._comparison.compared,
+            self._failure,
+        )
 
     def _take(self, found: Sequence[Difference], cause: Callable[[list[Difference]], str]) -> None:
         """Keep the worst, and of the first step that differs the first difference."""

@@ -1,7 +1,9 @@
-"""Whatever the layout, the losses, gradient norms and final weights are those of one rank.
+"""Whatever the layout, it trains as one rank does.
 
-The public entry point is called with flags on pooled ranks. The full tier runs every combination;
-the quick tier a pairwise sample of it.
+Every tensor of every step is compared with the definition (`megalite.verification`), for one rank
+and for the layout; losses, gradient norms and weights of the two keep the figures of `BOUNDS` too.
+The full tier runs every combination, the quick tier a pairwise sample of it. And the public entry
+point, called with flags on pooled ranks, writes the losses and weights of the one-rank run.
 """
 
 from __future__ import annotations
@@ -9,13 +11,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from pool import RankPool
-from runs import Run, run_in_pool
+from runs import Run, run_in_pool, worst
+from worlds import world_groups
+
+from megalite.config import Config
+from megalite.verification.run import Verdict, verify
 
 LAYOUTS = [
     (2, 1, 1),
@@ -63,6 +71,7 @@ class Case:
     def flags(self) -> list[str]:
         tp, pp, dp = self.layout
         flags = [*self.model_flags(), "--tp", str(tp), "--pp", str(pp), "--dp", str(dp)]
+        flags += ["--device", "cpu"]
         flags += ["--micro-batch-size", "1" if self.many_micro_batches else str(8 // dp)]
         flags += ["--schedule", self.schedule]
         if not self.sequence_parallel:
@@ -137,13 +146,49 @@ def pairwise(cases: list[Case]) -> list[Case]:
     return chosen
 
 
+def verify_job(config: Config) -> Verdict:
+    precision = config.train.precision
+    return verify(config, world_groups(config), torch.device("cpu"), precisions=[precision])
+
+
+def check(case: Case, pool: RankPool) -> None:
+    config = run(*case.flags()).replace(eod_mask_loss=True)
+    verdict = pool.run(case.world_size, verify_job, config)[0].value
+    assert verdict.failed is None, verdict.failed
+    one, many = verdict.passes
+    loss_bound, norm_bound, weight_bound = BOUNDS[case.precision]
+    finite = [step for step in range(20) if math.isfinite(one.norms[step])]
+    assert len(one.losses) == len(many.losses) == 20 and len(finite) == 19
+    assert worst(list(many.losses), list(one.losses)) <= loss_bound
+    norms = [[run.norms[step] for step in finite] for run in (many, one)]
+    assert worst(*norms) <= norm_bound
+    if case.precision == "fp64":
+        # In fp32 AdamW turns the rounding of a gradient near zero into a step of any size up to the
+        # learning rate: `verify` bounds each element by its own moments, no number serves for all.
+        assert one.worst_weight + many.worst_weight <= weight_bound
+
+
+@pytest.mark.parametrize("case", pairwise(all_cases()), ids=str)
+def test_layout_sample(case: Case, pool: RankPool) -> None:
+    check(case, pool)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", full_cases(), ids=str)
+def test_layout(case: Case, pool: RankPool) -> None:
+    check(case, pool)
+
+
+# The public entry point
+
+
 @pytest.fixture(scope="session")
 def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("layout-runs")
 
 
 @pytest.fixture(scope="session")
-def one_rank(pool: RankPool, runs_folder: Path):
+def one_rank(pool: RankPool, runs_folder: Path) -> Callable[[tuple[str, ...]], Run]:
     """The one-rank run of a model, run once."""
 
     @functools.cache
@@ -153,29 +198,41 @@ def one_rank(pool: RankPool, runs_folder: Path):
     return run
 
 
-def check(case: Case, pool: RankPool, one_rank, runs_folder: Path) -> None:
+def entry_cases() -> list[Case]:
+    """Each layout once in each precision; the other options take turns."""
+    cases = []
+    for turn, (layout, precision) in enumerate(itertools.product(LAYOUTS, BOUNDS)):
+        tp, pp, _ = layout
+        uneven, schedule = pp > 1 and turn % 4 == 1, "gpipe" if pp > 1 and turn % 5 == 4 else "1f1b"
+        kv_heads = (4, 2, 1)[turn % 3]
+        cases.append(
+            Case(layout, tp > 1, turn % 2 == 1, kv_heads, uneven, turn % 3 > 0, schedule, precision)
+        )
+    return cases
+
+
+def check_entry(case: Case, pool: RankPool, one_rank: Callable, runs_folder: Path) -> None:
     want = one_rank(tuple(case.model_flags()))
     got = run_in_pool(pool, case.flags(), case.world_size, runs_folder)
     loss_bound, norm_bound, weight_bound = BOUNDS[case.precision]
     assert len(got.losses) == 20 and len(got.valid_losses) == 2
-    for name, bound in (("losses", loss_bound), ("grad_norms", norm_bound)):
-        ours, theirs = (torch.tensor(getattr(run, name)).double() for run in (got, want))
-        error = ((ours - theirs).abs() / theirs).max().item()
-        assert error <= bound, f"{name} differ by {error}: {ours} {theirs}"
-    valid = max(abs(a / b - 1) for a, b in zip(got.valid_losses, want.valid_losses, strict=True))
-    assert valid <= loss_bound
+    assert worst(got.losses, want.losses) <= loss_bound
+    assert worst(got.grad_norms, want.grad_norms) <= norm_bound
+    assert worst(got.valid_losses, want.valid_losses) <= loss_bound
     assert got.weights.keys() == want.weights.keys()
     for name, weight in want.weights.items():
         error = (got.weights[name] - weight).abs().max().item()
         assert error <= weight_bound, f"{name} differs by {error}"
 
 
-@pytest.mark.parametrize("case", pairwise(all_cases()), ids=str)
-def test_layout_sample(case: Case, pool: RankPool, one_rank, runs_folder: Path) -> None:
-    check(case, pool, one_rank, runs_folder)
+@pytest.mark.parametrize("case", [c for c in entry_cases() if c.precision == "fp32"], ids=str)
+def test_entry_point_sample(
+    case: Case, pool: RankPool, one_rank: Callable, runs_folder: Path
+) -> None:
+    check_entry(case, pool, one_rank, runs_folder)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("case", full_cases(), ids=str)
-def test_layout(case: Case, pool: RankPool, one_rank, runs_folder: Path) -> None:
-    check(case, pool, one_rank, runs_folder)
+@pytest.mark.parametrize("case", entry_cases(), ids=str)
+def test_entry_point(case: Case, pool: RankPool, one_rank: Callable, runs_folder: Path) -> None:
+    check_entry(case, pool, one_rank, runs_folder)
