@@ -337,4 +337,4 @@ class DefinedDropout:
         if not drop or self._step is None:
             return None
         key = make_key(self._config.train.seed, self._step, site)
-        return keep_mask(key, index, drop) / (1 - drop)
+        return keep_mask(key, index, drop).double() / (1 - drop)
