@@ -57,7 +57,7 @@ _ABOVE_ZERO = frozenset(
     {"num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size"}
     | {"make_vocab_size_divisible_by", "seq_length", "rope_theta", "rope_scaling_factor"}
     | {"rope_original_seq_length", "norm_epsilon", "tp", "pp", "micro_batch_size", "lr"}
-    | {"distributed_timeout_minutes", "adam_eps", "log_interval"}
+    | {"distributed_timeout_minutes", "start_timeout", "adam_eps", "log_interval"}
 )
 _ABOVE_ZERO_IF_GIVEN = frozenset({"num_kv_heads", "head_dim", "dp", "global_batch_size"})
 """0 asks for the value that follows from others."""

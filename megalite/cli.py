@@ -15,7 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from megalite.config import ALTERNATIVES, Config, FieldSpec, both_given, fields, has_effect
+from megalite.alternatives import ALTERNATIVES, both_given, has_effect
+from megalite.config import Config, FieldSpec, fields
 from megalite.config_file import read_file
 from megalite.field_values import Problems, closest, convert, is_bool, suggest
 from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Refused, With

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
@@ -104,6 +104,14 @@ class ParallelConfig:
     )
     distributed_timeout_minutes: float = option(
         10.0, "Longest wait for other ranks in a collective.", metavar="MINUTES"
+    )
+    start_timeout: float = option(
+        300.0, "Longest start-up, and longest first step; then it is a hang.", metavar="SECONDS"
+    )
+    step_timeout: float = option(
+        0.0,
+        "Longest later step. 0: 100 seconds, or ten times the running median if that is more.",
+        metavar="SECONDS",
     )
 
 
@@ -276,28 +284,6 @@ class Config:
     def world_size(self) -> int:
         """Ranks of the layout."""
         return self.parallel.tp * self.parallel.pp * self.parallel.dp
-
-
-ALTERNATIVES = (
-    ("steps", "tokens"),
-    ("lr_warmup_steps", "lr_warmup_fraction"),
-    ("data", "mock_data"),
-)
-"""Pairs of fields that say the same thing in two ways: only one of a pair is given."""
-
-
-def has_effect(values: Mapping[str, Any], name: str) -> bool:
-    """Whether values hold a field of a pair, and not only to leave it to its alternative."""
-    if name == "lr_warmup_fraction":
-        return name in values
-    return name in values and values[name] != _defaults()[name]
-
-
-def both_given(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Alternatives of which both have an effect."""
-    for pair in ALTERNATIVES:
-        if all(has_effect(values, name) for name in pair):
-            yield pair
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megalite.config import Config, FieldSpec, both_given
+from megalite.alternatives import both_given
+from megalite.config import Config, FieldSpec
 from megalite.field_values import Problems, closest, convert, suggest
 
 

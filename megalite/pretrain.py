@@ -66,7 +66,7 @@ def _describe(config: Config) -> None:
 def _machine(command: cli.Command) -> Machine:
     """This machine, once there is nothing wrong with flags and files."""
     config = checked(command, None)
-    from megalite.parallel.launch import own_machine
+    from megalite.parallel.devices import own_machine
 
     return own_machine(config)
 
@@ -80,7 +80,8 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     config = checked(command, world)
     from megalite.data.corpus import prepare_corpus
     from megalite.data.samples import open_samples
-    from megalite.parallel.launch import Prepared, choose_device
+    from megalite.parallel.devices import choose_device
+    from megalite.parallel.launch import Prepared
 
     corpus = prepare_corpus(config.data)
     open_samples(config, corpus)

@@ -65,6 +65,7 @@ class Trainer:
         device: torch.device,
     ):
         self.config, self.groups, self.device = config, groups, device
+        self._activity = groups.activity
         dtype = DTYPES[config.train.precision]
         plan = SCHEDULES[config.parallel.schedule](config.parallel.pp, config.num_micro_batches)
         self.program = _checked(lower(plan))
@@ -76,7 +77,7 @@ class Trainer:
                 self.stages[spec.stage] = stage
         self.flats = {number: FlatParameters(s, groups) for number, s in self.stages.items()}
         self.executor = Executor(
-            self.stages, groups.pp, lambda number: self.flats[number].begin_last_backward()
+            self.stages, groups, lambda number: self.flats[number].begin_last_backward()
         )
         self.optimizer = Optimizer(list(self.flats.values()), groups, config.train)
         self.loader = Loader(config, *samples, groups.dp, device)
@@ -99,7 +100,9 @@ class Trainer:
         Returns:
             fp64 [1] on the device: the loss, on the last stage's ranks; zero on the others.
         """
+        self._activity.at("reading samples")
         batch = self.loader.train_batch(step)
+        self._activity.at("counting tokens")
         scale = 1.0 / self._global_tokens(batch)
         for flat in self.flats.values():
             flat.zero_gradients()
@@ -109,12 +112,14 @@ class Trainer:
             return losses.sum() * scale.to(losses.dtype)
 
         losses = self.executor.run(self.program, batch.micro_batches, head)
+        self._activity.at("summing gradients")
         for flat in self.flats.values():
             flat.finish_reduction()
         return self.groups.dp.all_reduce(self._sum(losses))
 
     def update(self, step: int, loss: Tensor) -> Tensor:
         """Clip and move the weights by the gradients of `accumulate`; returns as `train_step`."""
+        self._activity.at("updating weights")
         return self.optimizer.clip_and_step(learning_rate(self.config.train, step), loss)
 
     @torch.no_grad()
@@ -125,7 +130,8 @@ class Trainer:
         def head(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
             return self._token_losses(logits, micro_batch).sum()
 
-        for batch in self.loader.validation_batches():
+        for number, batch in enumerate(self.loader.validation_batches(), start=1):
+            self._activity.begin(f"batch {number} of a validation")
             program = self._forward_program(len(batch.micro_batches))
             losses = self.executor.run(program, batch.micro_batches, head)
             totals[0] += self._sum(losses)[0]
@@ -146,6 +152,7 @@ class Trainer:
             [V] on the ranks of the last stage, None on the others. Under sequence parallelism the
             tokens are padded on the right to a multiple of tp, which a causal model does not see.
         """
+        self._activity.begin("generating text")
         last = len(tokens) - 1
         padding = -len(tokens) % (self.groups.tp.size if self.groups.tp.sequence_parallel else 1)
         row = torch.tensor([tokens + [0] * padding], device=self.device)
@@ -176,8 +183,11 @@ class Trainer:
                     log.step(step, reading, learning_rate(train, step - 1))
 
         for step in range(1, train.steps + 1):
+            self._activity.begin(f"step {step}", is_step=True)
             scalars.begin()
-            record(step - 1, scalars.push(self.train_step(step - 1)))
+            statistics = self.train_step(step - 1)
+            self._activity.at("reading the figures of the step before")
+            record(step - 1, scalars.push(statistics))
             if step == train.steps or (train.eval_interval and step % train.eval_interval == 0):
                 record(step, scalars.flush())
                 if train.eval_steps:
@@ -188,6 +198,7 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write the final weights; returns when all ranks have."""
+        self._activity.begin("saving weights")
         save_weights(folder, self.stages.values(), self.groups)
         self.groups.wait_for_all(self.device)
 

@@ -54,7 +54,7 @@ def _show(command: cli.Command, world: World | None) -> bool:
 def _machine(command: cli.Command) -> Machine:
     """This machine, once there is nothing wrong with the flags."""
     small = _small(command, None)
-    from megalite.parallel.launch import own_machine
+    from megalite.parallel.devices import own_machine
 
     return own_machine(small.config)
 
@@ -62,7 +62,8 @@ def _machine(command: cli.Command) -> Machine:
 def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Prepared:
     """The small configuration, and the comparison as a job."""
     small = _small(command, world)
-    from megalite.parallel.launch import Prepared, choose_device
+    from megalite.parallel.devices import choose_device
+    from megalite.parallel.launch import Prepared
 
     device, _ = choose_device(small.config, machine)
     precisions = _precisions(command.config.train.precision, device)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.parallel.activity import CallTrace
+
 # torch 2.13 renamed these two; the old names warn there, the new ones are missing before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -30,11 +32,16 @@ class Pending:
     tensor: Tensor
     work: dist.Work | None = None
     inputs: Tensor | None = None
+    trace: CallTrace | None = None
+    number: int = 0
 
     def wait(self) -> Tensor:
         """The finished tensor."""
         if self.work is not None:
+            assert self.trace is not None, "work under way is a call that was traced"
+            self.trace.waiting = self.number
             self.work.wait()
+            self.trace.waiting = 0
             self.work = self.inputs = None
         return self.tensor
 
@@ -50,6 +57,7 @@ class AxisGroup:
     Attributes:
         rank, size, process_group: as given.
         world_ranks: world rank of each member.
+        trace: the collectives called so far, for whoever explains a hang.
     """
 
     def __init__(
@@ -63,6 +71,7 @@ class AxisGroup:
         self.world_ranks = (
             tuple(dist.get_process_group_ranks(process_group)) if process_group else (0,)
         )
+        self.trace = CallTrace()
 
     @property
     def is_first(self) -> bool:
@@ -83,7 +92,9 @@ class AxisGroup:
         if self.size == 1:
             return Pending(x)
         op = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
-        return Pending(x, dist.all_reduce(x, op, self.process_group, async_op=True))
+        number = self.trace.call("all_reduce")
+        work = dist.all_reduce(x, op, self.process_group, async_op=True)
+        return Pending(x, work, None, self.trace, number)
 
     def start_all_gather(self, x: Tensor) -> Pending:
         """Concatenate the ranks' tensors along dim 0: [n, ...] -> [size n, ...]."""
@@ -91,8 +102,9 @@ class AxisGroup:
             return Pending(x)
         out = torch.empty((self.size * x.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
         x = x.contiguous()
+        number = self.trace.call("all_gather")
         work = _all_gather_single(out, x, group=self.process_group, async_op=True)
-        return Pending(out, work, x)
+        return Pending(out, work, x, self.trace, number)
 
     def start_reduce_scatter(self, x: Tensor) -> Pending:
         """Sum over the ranks, of which each keeps its part of dim 0: [size n, ...] -> [n, ...]."""
@@ -100,11 +112,15 @@ class AxisGroup:
             return Pending(x)
         out = torch.empty((x.shape[0] // self.size, *x.shape[1:]), dtype=x.dtype, device=x.device)
         x = x.contiguous()
+        number = self.trace.call("reduce_scatter")
         work = _reduce_scatter_single(out, x, group=self.process_group, async_op=True)
-        return Pending(out, work, x)
+        return Pending(out, work, x, self.trace, number)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """Copy `x` of the rank `source` of this group to all its ranks, in place."""
-        if self.size > 1:
-            dist.broadcast(x, self.world_ranks[source], self.process_group)
-        return x
+        if self.size == 1:
+            return x
+        number = self.trace.call("broadcast")
+        root = self.world_ranks[source]
+        work = dist.broadcast(x, root, self.process_group, async_op=True)
+        return Pending(x, work, None, self.trace, number).wait()

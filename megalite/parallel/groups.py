@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from megalite.config import Config
+from megalite.parallel.activity import Activity, CallTrace
 from megalite.parallel.data import DataGroup
 from megalite.parallel.group import AxisGroup
 from megalite.parallel.pipeline import PipelineGroup
@@ -26,6 +27,7 @@ class ParallelGroups:
         topology: the grid.
         world_rank: this rank.
         tp, pp, dp: the manager of each axis.
+        activity: what this rank is doing, for whoever explains a hang.
     """
 
     topology: Topology
@@ -33,14 +35,18 @@ class ParallelGroups:
     tp: TensorGroup
     pp: PipelineGroup
     dp: DataGroup
+    activity: Activity = field(default_factory=Activity)
 
     @classmethod
-    def solo(cls) -> ParallelGroups:
+    def solo(cls, activity: Activity | None = None) -> ParallelGroups:
         """The groups of a run of one rank; needs no process group."""
-        return cls(Topology(), 0, TensorGroup(), PipelineGroup(), DataGroup())
+        alone = (TensorGroup(), PipelineGroup(), DataGroup())
+        return cls(Topology(), 0, *alone, activity or Activity())
 
     @classmethod
-    def create(cls, config: Config, device: torch.device) -> ParallelGroups:
+    def create(
+        cls, config: Config, device: torch.device, activity: Activity | None = None
+    ) -> ParallelGroups:
         """Create every group of the layout. All ranks call it, after `init_process_group`.
 
         The order is fixed: the mesh with its axes, then embedding pairs, then key/value copies.
@@ -48,7 +54,7 @@ class ParallelGroups:
         parallel = config.parallel
         topology = Topology(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp)
         if topology.world_size == 1:
-            return cls.solo()
+            return cls.solo(activity)
         world_rank = dist.get_rank()
         sizes = tuple(getattr(topology, axis) for axis in AXES)
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
@@ -75,9 +81,21 @@ class ParallelGroups:
                 place.pp, topology.pp, axis_group["pp"], embedding_group=embedding_group
             ),
             dp=DataGroup(place.dp, topology.dp, axis_group["dp"]),
+            activity=activity or Activity(),
         )
         groups._connect(device)
         return groups
+
+    def calls(self) -> dict[str, tuple[tuple[int, ...], CallTrace]]:
+        """World ranks and collectives of each group of more than one rank."""
+        groups = {
+            "tensor": self.tp,
+            "pipeline": self.pp,
+            "data": self.dp,
+            "embedding": self.pp.embedding_group,
+            "key/value": self.tp.kv_group or AxisGroup(),
+        }
+        return {n: (g.world_ranks, g.trace) for n, g in groups.items() if g.size > 1}
 
     def wait_for_all(self, device: torch.device) -> None:
         """Return when every rank has called this."""

@@ -29,14 +29,21 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import megalite
 from megalite.config import Config
 from megalite.errors import ConfigError
+from megalite.parallel.activity import Activity
 from megalite.parallel.agree import MissingRanksError, agree
+from megalite.parallel.devices import own_machine, rank_device, threads_of_a_rank
 from megalite.parallel.environment import World, detect_world
 from megalite.parallel.failures import claim_report, report_failure, report_once
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.machine import Machine, find_machine
+from megalite.parallel.watchdog import Watchdog
 
 RENDEZVOUS_LIMIT = timedelta(seconds=300)
 """How long ranks wait for the first sign of each other."""
+
+
+WATCH = "watch"
+"""Prefix of what ranks say of themselves in a store."""
 
 
 @dataclass(frozen=True)
@@ -81,33 +88,6 @@ class Prepared:
         return replace(self, config=self.claim(self.config), claim=None)
 
 
-def own_machine(config: Config) -> Machine:
-    """This machine, for ranks that `launch` will start on it."""
-    gpus = torch.cuda.device_count()
-    return Machine(0, config.world_size, min(gpus, config.world_size), 0 if gpus else None)
-
-
-def choose_device(config: Config, machine: Machine) -> tuple[str, str]:
-    """`cpu` or `cuda` for the ranks of this machine, and a phrase that says why.
-
-    Raises:
-        ConfigError: `--device cuda` with fewer GPUs than ranks.
-    """
-    asked, gpus, local_ranks = config.parallel.device, machine.gpus, machine.local_size
-    ranks = f"{local_ranks} rank" + ("s" if local_ranks > 1 else "")
-    found = f"{gpus} GPU{'' if gpus == 1 else 's'} for {ranks} on this machine"
-    if asked == "cuda" and gpus < local_ranks:
-        raise ConfigError(
-            f"--device cuda: {found}, and each rank needs its own; use fewer ranks or --device cpu"
-        )
-    if asked == "cpu":
-        return "cpu", f"CPU (gloo), as asked; {_cores(local_ranks)}"
-    if gpus == local_ranks:
-        back_end = "NCCL" if config.world_size > 1 else "one rank"
-        return "cuda", f"{torch.cuda.get_device_name(machine.gpu)} ({back_end}): {found}"
-    return "cpu", f"CPU (gloo): {found}; {_cores(local_ranks)}"
-
-
 def launch(prepared: Prepared) -> int:
     """Start all ranks of the layout on this machine and wait for them.
 
@@ -120,9 +100,7 @@ def launch(prepared: Prepared) -> int:
     if prepared.config.world_size == 1:
         return _run_alone(prepared)
     try:
-        _launch_ranks(prepared)
-    except ChildFailedError as error:
-        return report_failure(error)
+        return _launch_ranks(prepared)
     except (SignalException, KeyboardInterrupt) as stop:
         for rank in multiprocessing.active_children():
             rank.kill()
@@ -130,19 +108,19 @@ def launch(prepared: Prepared) -> int:
         number = stop.sigval if isinstance(stop, SignalException) else signal.SIGINT
         print(f"megalite: stopped by {number.name}", file=sys.stderr)
         return 128 + number
-    return 0
 
 
-def _launch_ranks(prepared: Prepared) -> None:
-    """Start the ranks under torchelastic and wait for them; raises what it raises."""
+def _launch_ranks(prepared: Prepared) -> int:
+    """Start the ranks under torchelastic and wait for them; returns the exit code."""
     ranks = prepared.config.world_size
-    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_a_rank(ranks)))
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     _silence_torchelastic()
     start_method = _start_method()
     # The read end goes to every rank; it ends when this process does, however that happens.
     watched, alive = multiprocessing.get_context(start_method).Pipe(duplex=False)
+    board = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with alive, tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
         elastic = LaunchConfig(
             min_nodes=1,
@@ -157,7 +135,11 @@ def _launch_ranks(prepared: Prepared) -> None:
             start_method=start_method,
             logs_specs=DefaultLogsSpecs(log_dir=scratch),
         )
-        elastic_launch(elastic, _launched_rank)(prepared, watched)
+        try:
+            elastic_launch(elastic, _launched_rank)(prepared, watched, board.port)
+        except ChildFailedError as error:
+            return report_failure(error, dist.PrefixStore(WATCH, board), ranks)
+    return 0
 
 
 def join(world: World, prepare: Callable[[Machine], Prepared]) -> int:
@@ -177,57 +159,92 @@ def join(world: World, prepare: Callable[[Machine], Prepared]) -> int:
     return run_rank(world, prepare)
 
 
-def run_rank(world: World, prepare: Callable[[Machine], Prepared]) -> int:
+def run_rank(
+    world: World, prepare: Callable[[Machine], Prepared], board: dist.Store | None = None
+) -> int:
     """Rendezvous, prepare, agree, create the groups, run the job.
+
+    Args:
+        world: of this rank.
+        prepare: see `join`.
+        board: where ranks say what they are doing; None: beside the rendezvous.
 
     Returns:
         The job's exit code; 2 if a rank found bad input, 1 if the job raised: both are printed once
         for all ranks.
     """
-    store = None
     who = f"rank {world.rank} of {world.size}"
     try:
         store = next(iter(dist.rendezvous("env://", timeout=RENDEZVOUS_LIMIT)))[0]
-        store = dist.PrefixStore(world.job, store)
-        machine = find_machine(store, world)
-        prepared = _agreed(store, world, machine, prepare)
-        if prepared is None:
-            return 2
-        config = prepared.config
-        layout = config.parallel
-        who = f"rank {world.rank} of tp {layout.tp} x pp {layout.pp} x dp {layout.dp}"
-        device = _rank_device(config, machine)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("default", store),
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
-            device_id=device if device.type == "cuda" else None,
-        )
-        code = prepared.job(Rank(config, ParallelGroups.create(config, device), device))
-        dist.destroy_process_group()
-    except ConfigError as error:
-        if claim_report(store):
-            print(error.message(), file=sys.stderr, flush=True)
-        return 2
-    except MissingRanksError as error:
-        if world.rank == 0:
-            print(f"megalite: {error}", file=sys.stderr, flush=True)
-        return 1
     except Exception as error:
-        report_once(who, store, error)
-        return 1
+        return report_once(who, None, None, error)
+    store = dist.PrefixStore(world.job, store)
+    board = dist.PrefixStore(WATCH, board or store.clone())  # type: ignore[attr-defined]
+    activity = Activity()
+    with Watchdog(board, world.rank, world.size, activity) as watchdog:
+        try:
+            machine = find_machine(store, world)
+            prepared = _agreed(store, world, machine, prepare, activity)
+            if prepared is None:
+                return 2
+            layout = prepared.config.parallel
+            who = f"rank {world.rank} of tp {layout.tp} x pp {layout.pp} x dp {layout.dp}"
+            code = _run_job(store, world, machine, prepared, watchdog, activity)
+        except ConfigError as error:
+            if claim_report(store):
+                print(error.message(), file=sys.stderr, flush=True)
+            return 2
+        except MissingRanksError as error:
+            if world.rank == 0:
+                print(f"megalite: {error}", file=sys.stderr, flush=True)
+            return 1
+        except Exception as error:
+            return report_once(who, store, watchdog, error)
+    return code
+
+
+def _run_job(
+    store: dist.Store,
+    world: World,
+    machine: Machine,
+    prepared: Prepared,
+    watchdog: Watchdog,
+    activity: Activity,
+) -> int:
+    """Create the groups and run the job; returns its exit code."""
+    config = prepared.config
+    device = rank_device(config, machine)
+    activity.begin("start: connecting the ranks")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("default", store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+    groups = ParallelGroups.create(config, device, activity)
+    watchdog.watch(groups.calls())
+    activity.begin("start: building the model")
+    code = prepared.job(Rank(config, groups, device))
+    activity.begin("the end")
+    dist.destroy_process_group()
     return code
 
 
 def _agreed(
-    store: dist.Store, world: World, machine: Machine, prepare: Callable[[Machine], Prepared]
+    store: dist.Store,
+    world: World,
+    machine: Machine,
+    prepare: Callable[[Machine], Prepared],
+    activity: Activity,
 ) -> Prepared | None:
     """What all ranks are ready to run alike; None if they are not, which rank 0 says."""
     prepared, failure, problems = None, None, list[str]()
     facts: dict[str, Any] = {}
     limit_s = RENDEZVOUS_LIMIT.total_seconds()
+    # A corpus may have to be tokenized: that takes as long as it takes, and the others wait.
+    activity.begin("start: preparing the data", patient=True)
     try:
         prepared = prepare(machine)
     except ConfigError as error:
@@ -236,13 +253,16 @@ def _agreed(
         # The other ranks may be fine, and would wait for this one.
         failure, problems = error, [f"{type(error).__name__}: {error}"]
     if prepared is not None:
-        limit_s = 60 * prepared.config.parallel.distributed_timeout_minutes
+        layout = prepared.config.parallel
+        limit_s = 60 * layout.distributed_timeout_minutes
+        activity.start_limit_s, activity.step_limit_s = layout.start_timeout, layout.step_timeout
         facts = {
             **_comparable(prepared.config),
             **prepared.facts,
             "megalite": megalite.__version__,
             "torch": torch.__version__,
         }
+    activity.begin("start: waiting until all ranks are ready")
     try:
         agree(dist.PrefixStore("run", store), world.rank, world.size, facts, problems, limit_s)
         assert prepared is not None, "a rank without a run has problems"
@@ -268,16 +288,15 @@ def _run_alone(prepared: Prepared) -> int:
     """The only rank, in this process."""
     machine = own_machine(prepared.config)
     try:
-        device = _rank_device(prepared.config, machine)
+        device = rank_device(prepared.config, machine)
         return prepared.job(Rank(prepared.config, ParallelGroups.solo(), device))
     except ConfigError:
         raise
     except Exception as error:
-        report_once("the run", None, error)
-        return 1
+        return report_once("the run", None, None, error)
 
 
-def _launched_rank(prepared: Prepared, launcher: Connection) -> None:
+def _launched_rank(prepared: Prepared, launcher: Connection, board_port: int) -> None:
     """Body of a rank that `launch` started; leaves the process on any failure."""
     # The default actions end the process at once, also in the middle of a collective.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -285,7 +304,8 @@ def _launched_rank(prepared: Prepared, launcher: Connection) -> None:
     threading.Thread(target=_die_with, args=(launcher,), daemon=True).start()
     world = detect_world(os.environ)
     assert world is not None, "torchelastic sets RANK and WORLD_SIZE"
-    leave(run_rank(world, lambda _: prepared))
+    board = dist.TCPStore("127.0.0.1", board_port, is_master=False)
+    leave(run_rank(world, lambda _: prepared, board))
 
 
 def leave(code: int) -> None:
@@ -341,31 +361,3 @@ def _start_method() -> str:
 
 def _nothing() -> None:
     """Body of the first process."""
-
-
-def _rank_device(config: Config, machine: Machine) -> torch.device:
-    if config.parallel.device != "cuda":
-        return torch.device("cpu")
-    assert machine.gpu is not None, "choose_device counted the GPUs"
-    device = torch.device("cuda", machine.gpu)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _threads(local_ranks: int) -> int:
-    return max(1, _usable_cores() // local_ranks)
-
-
-def _cores(local_ranks: int) -> str:
-    cores = _usable_cores()
-    threads = os.environ.get("OMP_NUM_THREADS", str(_threads(local_ranks)))
-    text = f"{cores} cores, {threads} thread" + ("s" if threads != "1" else "") + " a rank"
-    if local_ranks > cores:
-        text += " (more ranks than cores: slower than one rank, for learning)"
-    return text
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

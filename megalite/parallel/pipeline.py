@@ -20,11 +20,13 @@ class Message:
         tensor: sent, or received into; contiguous.
         peer: the other's rank on the pipeline axis.
         is_send: the direction.
+        tag: equal on both sides; gloo delivers by it, NCCL by the order alone.
     """
 
     tensor: Tensor
     peer: int
     is_send: bool
+    tag: int = 0
 
 
 class PipelineGroup(AxisGroup):
@@ -75,6 +77,7 @@ class PipelineGroup(AxisGroup):
                 message.tensor,
                 self.world_ranks[message.peer],
                 self.process_group,
+                message.tag,
             )
             for message in messages
         ]

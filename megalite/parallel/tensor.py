@@ -50,7 +50,7 @@ class TensorGroup(AxisGroup):
     ):
         super().__init__(rank, size, process_group)
         self.sequence_parallel = sequence_parallel and size > 1
-        self._kv_group = kv_group
+        self.kv_group = kv_group
 
     @classmethod
     def solo(cls) -> TensorGroup:
@@ -61,8 +61,8 @@ class TensorGroup(AxisGroup):
         """The ranks that hold the same copy of a tensor of which there are `replicas` copies."""
         if replicas == self.size:
             return self
-        assert self._kv_group is not None and self._kv_group.size == replicas, replicas
-        return self._kv_group
+        assert self.kv_group is not None and self.kv_group.size == replicas, replicas
+        return self.kv_group
 
     def enter(self, x: Tensor) -> Tensor:
         """f: hidden states into a block. [S/tp, B, H] or [S, B, H] -> [S, B, H]."""

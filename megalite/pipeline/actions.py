@@ -24,6 +24,7 @@ class Op(StrEnum):
 
 
 COMPUTE = (Op.FORWARD, Op.BACKWARD)
+SENDS = (Op.SEND_FORWARD, Op.SEND_BACKWARD)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Action:
 
     def __str__(self) -> str:
         return f"{self.stage}{self.op}{self.micro_batch}"
+
+    def words(self) -> str:
+        """`stage 1, micro-batch 3, recv_forward`, for people."""
+        return f"stage {self.stage}, micro-batch {self.micro_batch}, {self.op.name.lower()}"
 
     @classmethod
     def parse(cls, text: str) -> Action:
@@ -62,6 +67,10 @@ class Exchange:
 
     def __str__(self) -> str:
         return "{" + " ".join(map(str, self.messages)) + "}"
+
+    def words(self) -> str:
+        """Those of its messages."""
+        return " and ".join(message.words() for message in self.messages)
 
 
 Step = Action | Exchange

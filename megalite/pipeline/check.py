@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from itertools import zip_longest
 from types import MappingProxyType
 
-from megalite.pipeline.actions import COMPUTE, Action, Exchange, Op, Plan, PlanError, Program
+from megalite.parallel.topology import Topology
+from megalite.pipeline.actions import (
+    COMPUTE,
+    SENDS,
+    Action,
+    Exchange,
+    Op,
+    Plan,
+    PlanError,
+    Program,
+)
 
 # The operation at the other end of a message, and how many stages away that end is.
 _COUNTERPART: Mapping[Op, tuple[Op, int]] = MappingProxyType(
@@ -81,6 +91,24 @@ def counterpart(message: Action) -> Action:
     """The same message as its other end names it."""
     op, step = _COUNTERPART[message.op]
     return Action(message.stage + step, op, message.micro_batch)
+
+
+def message_number(plan: Plan, message: Action) -> int:
+    """A number of its own for each message of a plan, the same at both ends."""
+    received = counterpart(message) if message.op in SENDS else message
+    kind = received.stage * 2 + (received.op is Op.RECV_BACKWARD)
+    return kind * plan.num_micro_batches + received.micro_batch
+
+
+def send_positions(program: Program, topology: Topology) -> dict[tuple[int, str], int]:
+    """(world rank, message as its receiver names it) -> index of the step that sends it."""
+    found = {}
+    for world_rank in range(topology.world_size):
+        for index, step in enumerate(program.ranks[topology.coordinates(world_rank).pp]):
+            for message in step.messages if isinstance(step, Exchange) else ():
+                if message.op in SENDS:
+                    found[world_rank, str(counterpart(message))] = index
+    return found
 
 
 def find_deadlock(program: Program) -> list[tuple[int, Action]]:
@@ -188,7 +216,7 @@ def _check_channels(program: Program) -> None:
         for step in steps:
             for message in step.messages if isinstance(step, Exchange) else ():
                 peer = peer_rank(program.plan, message)
-                if message.op in (Op.SEND_FORWARD, Op.SEND_BACKWARD):
+                if message.op in SENDS:
                     sent[rank, peer].append(counterpart(message))
                 else:
                     received[peer, rank].append(message)

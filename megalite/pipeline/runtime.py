@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,9 +17,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megalite.layers.batch import DropoutPlace, MicroBatch
 from megalite.models.stage import StageSpec
-from megalite.parallel.pipeline import Message, PipelineGroup
-from megalite.pipeline.actions import Action, Exchange, Op, Program
-from megalite.pipeline.check import peer_rank
+from megalite.parallel.groups import ParallelGroups
+from megalite.parallel.pipeline import Message
+from megalite.pipeline.actions import SENDS, Action, Exchange, Op, Program, Step
+from megalite.pipeline.check import message_number, peer_rank, send_positions
 
 Head = Callable[[Tensor, MicroBatch], Tensor]
 """What becomes of the last stage's output: a scalar to differentiate, or a result."""
@@ -44,6 +46,19 @@ Place = tuple[int, int]
 """(stage, micro-batch)"""
 
 
+@dataclass(frozen=True, eq=False)
+class _Wait:
+    """A message under way, and the world rank at its other end."""
+
+    work: dist.Work
+    action: Action
+    peer: int
+
+    def __str__(self) -> str:
+        preposition = "to" if self.action.op in SENDS else "from"
+        return f"{self.action.words()}, waiting {preposition} world rank {self.peer}"
+
+
 @dataclass
 class _Flight:
     """What is alive during one run of a program.
@@ -62,7 +77,7 @@ class _Flight:
     gradients: dict[Place, Tensor] = field(default_factory=dict)
     outgoing: dict[Action, Tensor] = field(default_factory=dict)
     graphs: dict[Place, tuple[Tensor, GradientEdge, Tensor | None]] = field(default_factory=dict)
-    sends: list[dist.Work] = field(default_factory=list)
+    sends: list[_Wait] = field(default_factory=list)
     results: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -74,15 +89,17 @@ class Executor:
         pp: the pipeline group.
         before_last_backward: called with a stage's number before its last backward of a run, so
             that its gradients are reduced as they become final.
+        groups: of this rank.
     """
 
     def __init__(
         self,
         stages: Mapping[int, Stage],
-        pp: PipelineGroup,
+        groups: ParallelGroups,
         before_last_backward: Callable[[int], None],
     ):
-        self.stages, self.pp = stages, pp
+        self.stages, self.pp = stages, groups.pp
+        self._topology, self._activity = groups.topology, groups.activity
         self._before_last_backward = before_last_backward
 
     def run(self, program: Program, batch: Sequence[MicroBatch], head: Head) -> dict[int, Tensor]:
@@ -104,7 +121,9 @@ class Executor:
             for index, step in enumerate(steps)
             if isinstance(step, Action) and step.op is Op.BACKWARD
         }
+        self._activity.sends = partial(send_positions, program, self._topology)
         for index, step in enumerate(steps):
+            self._begin(index, step)
             if isinstance(step, Exchange):
                 self._exchange(program, step, batch, flight)
             elif step.op is Op.FORWARD:
@@ -113,8 +132,15 @@ class Executor:
                 if last_backward[step.stage] == index:
                     self._before_last_backward(step.stage)
                 self._backward(program, step, flight)
-        _wait(flight.sends)
+        self._wait(flight.sends)
+        self._activity.at("")
         return flight.results
+
+    def _begin(self, index: int, step: Step) -> None:
+        """Say what is done now, and let the GPU leave a mark when it comes to it."""
+        self._activity.at(step.words(), index)
+        if torch.cuda.is_initialized():
+            self._activity.mark(step.words(), _device_mark)
 
     def _forward(
         self,
@@ -171,7 +197,12 @@ class Executor:
         self, program: Program, step: Exchange, batch: Sequence[MicroBatch], flight: _Flight
     ) -> None:
         messages = [self._message(program, action, batch, flight) for action in step.messages]
-        works = self.pp.exchange(messages)
+        works = [
+            _Wait(work, action, self.pp.world_ranks[message.peer])
+            for work, action, message in zip(
+                self.pp.exchange(messages), step.messages, messages, strict=False
+            )
+        ]
         for action, message in zip(step.messages, messages, strict=True):
             place = (action.stage, action.micro_batch)
             if action.op is Op.RECV_FORWARD:
@@ -179,29 +210,33 @@ class Executor:
             elif action.op is Op.RECV_BACKWARD:
                 flight.gradients[place] = message.tensor
         # Those of the exchange before: a plan is checked as if every exchange waited for its own.
-        _wait(flight.sends)
-        if len(works) < len(messages):
-            flight.sends = []
-            _wait(works)
-            return
-        # One handle each: only what arrives is waited for now.
-        _wait(work for work, m in zip(works, messages, strict=True) if not m.is_send)
-        flight.sends = [work for work, m in zip(works, messages, strict=True) if m.is_send]
+        self._wait(flight.sends)
+        # With one handle for each message, only what arrives is waited for now.
+        later = works if len(works) == len(messages) else []
+        flight.sends = [wait for wait in later if wait.action.op in SENDS]
+        self._wait(wait for wait in works if wait not in flight.sends)
+
+    def _wait(self, waits: Iterable[_Wait]) -> None:
+        for wait in waits:
+            awaits = "" if wait.action.op in SENDS else str(wait.action)
+            self._activity.at(wait, self._activity.position, awaits, wait.peer)
+            wait.work.wait()
 
     def _message(
         self, program: Program, action: Action, batch: Sequence[MicroBatch], flight: _Flight
     ) -> Message:
-        peer = peer_rank(program.plan, action)
-        if action.op in (Op.SEND_FORWARD, Op.SEND_BACKWARD):
-            return Message(flight.outgoing.pop(action).contiguous(), peer, is_send=True)
+        peer, tag = peer_rank(program.plan, action), message_number(program.plan, action)
+        if action.op in SENDS:
+            return Message(flight.outgoing.pop(action).contiguous(), peer, True, tag)
         stage = self.stages[action.stage]
         samples, length = batch[action.micro_batch].tokens.shape
         buffer = torch.empty(
             stage.hidden_shape(length, samples), dtype=stage.dtype, device=stage.device
         )
-        return Message(buffer, peer, is_send=False)
+        return Message(buffer, peer, False, tag)
 
 
-def _wait(works: Iterable[dist.Work]) -> None:
-    for work in works:
-        work.wait()
+def _device_mark() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event

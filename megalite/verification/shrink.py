@@ -21,8 +21,8 @@ SKIPPED_STEP = 2
 """The step of a verification in which one rank's gradient is not finite."""
 
 ADAM_EPS = 1e-3
-"""AdamW divides a gradient by its own size: of one near zero, which is all rounding, a small epsilon
-makes a step of full size. This one is above them and below the others, near 1e-2."""
+"""AdamW divides a gradient by its own size: of one near zero, which is all rounding, a small
+epsilon makes a step of full size. This one is above them and below the others, near 1e-2."""
 
 _HEAD_DIM = 8
 _HIDDEN = 40

@@ -21,11 +21,12 @@ LAYERS = [
     {"metrics", "report", "estimate", "optim", "checkpoint", "data", "pipeline", "check"},
     {"models", "cli"},
     {"layers", "config_file"},
-    {"parallel", "megalite_kernels", "field_values"},
+    {"parallel", "megalite_kernels", "field_values", "alternatives"},
     {"presets", "megatron_flags", "config", "tokenizer", "errors"},
 ]
 
 NO_TORCH = [
+    "megalite.alternatives",
     "megalite.check",
     "megalite.cli",
     "megalite.config",
@@ -37,7 +38,9 @@ NO_TORCH = [
     "megalite.estimate",
     "megalite.models.stage",
     "megalite.optim.lr",
+    "megalite.parallel.activity",
     "megalite.parallel.environment",
+    "megalite.parallel.hang",
     "megalite.parallel.topology",
     "megalite.pipeline.actions",
     "megalite.pipeline.check",

@@ -114,7 +114,10 @@ def test_a_rank_that_raises_is_named_once_and_ends_the_job_at_once() -> None:
 def test_a_rank_that_is_killed_is_named() -> None:
     result = launch([sys.executable, str(JOBS), "killed"])
     assert result.returncode == 1
-    assert result.stderr == "megalite: rank 1 was killed by SIGKILL; all are stopped\n"
+    first, second, *table = result.stderr.splitlines()
+    assert first == "megalite: rank 1 was killed by SIGKILL; all are stopped"
+    assert second == "last heard of the ranks:"
+    assert [line.split(":")[0] for line in table] == [f"  rank {rank}" for rank in range(4)]
 
 
 @pytest.mark.parametrize(

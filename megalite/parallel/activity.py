@@ -1,0 +1,146 @@
+"""What a rank is doing, kept where another thread can read it. No torch import.
+
+The rank's own thread only sets attributes; it never waits and never talks to anybody. The watchdog
+(`megalite.parallel.watchdog`) publishes what it reads here.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+LATER_STEP_LIMIT_S = 100.0
+MEDIANS = 10.0
+"""A later step may take so many times the running median, and at least so long [s]."""
+
+REMEMBERED_STEPS = 50
+REMEMBERED_CALLS = 16
+
+
+class DeviceMark(Protocol):
+    """A point in the GPU's work; `torch.cuda.Event` is one."""
+
+    def query(self) -> bool:
+        """Whether the GPU has reached it."""
+        ...
+
+
+class CallTrace:
+    """The collectives that this rank calls in one group, in order.
+
+    Attributes:
+        called: how many so far.
+        waiting: number of the one that it is waiting for; 0 if for none.
+    """
+
+    def __init__(self) -> None:
+        self.called = self.waiting = 0
+        self._names: deque[str] = deque(maxlen=REMEMBERED_CALLS)
+
+    def call(self, name: str) -> int:
+        """One more; returns its number, 1 first."""
+        self._names.append(name)
+        self.called += 1
+        return self.called
+
+    def names(self) -> dict[int, str]:
+        """The last ones by number."""
+        names = list(self._names)
+        return dict(enumerate(names, start=self.called - len(names) + 1))
+
+
+@dataclass
+class Activity:
+    """One rank's present.
+
+    Attributes:
+        start_limit_s: for everything up to the end of the first step [s].
+        step_limit_s: for a later step [s]; 0: from the steps before.
+        phase: `start`, `step 3`, `validation`, ...
+        since: when the phase began [s, monotonic].
+        patient: no limit applies: the phase takes as long as it takes.
+        doing: what is under way; turned into text by `str` when it is read.
+        position: index of the action under way in this rank's program; -1 outside of one.
+        awaits: the message that the rank is waiting for, as its program names it; or empty.
+        peer: world rank at that message's other end; -1 without one.
+        sends: where in the program of each rank each message is sent; see `hang.explain`.
+    """
+
+    start_limit_s: float = 300.0
+    step_limit_s: float = 0.0
+    phase: str = "start"
+    since: float = field(default_factory=time.monotonic)
+    patient: bool = False
+    doing: Any = ""
+    position: int = -1
+    awaits: str = ""
+    peer: int = -1
+    sends: Callable[[], dict[tuple[int, str], int]] = dict
+    _durations: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_STEPS))
+    _marks: deque[tuple[Any, DeviceMark]] = field(default_factory=deque)
+    _is_step: bool = False
+
+    def begin(self, phase: str, *, is_step: bool = False, patient: bool = False) -> None:
+        """A new phase; the clock of its limit starts.
+
+        Args:
+            phase: its name.
+            is_step: an optimizer step, whose duration sets the limit of those to come.
+            patient: no limit applies.
+        """
+        now = time.monotonic()
+        if self._is_step:
+            self._durations.append(now - self.since)
+        self.phase, self.since, self._is_step = phase, now, is_step
+        self.patient = patient
+        self.at("")
+
+    def at(self, doing: Any, position: int = -1, awaits: str = "", peer: int = -1) -> None:
+        """What is done now; see the attributes."""
+        self.doing, self.position, self.awaits, self.peer = doing, position, awaits, peer
+
+    def mark(self, what: Any, make: Callable[[], DeviceMark]) -> None:
+        """The GPU begins `what` when it reaches this point of its queue."""
+        self._marks.append((what, make()))
+
+    def device(self) -> str:
+        """What the GPU is doing: the last mark it has reached, if it has not reached them all."""
+        reached = ""
+        while self._marks and self._marks[0][1].query():
+            reached = str(self._marks.popleft()[0])
+        if not self._marks:
+            return ""
+        if reached:
+            # It stays first, so that the next reading finds it too.
+            self._marks.appendleft((reached, _REACHED))
+        return reached or "something before the first action of this step"
+
+    def limit_s(self) -> float:
+        """How long the present phase may take [s]."""
+        if not self._durations:
+            return max(self.start_limit_s, self.step_limit_s)
+        if self.step_limit_s:
+            return self.step_limit_s
+        return max(LATER_STEP_LIMIT_S, MEDIANS * statistics.median(self._durations))
+
+    def limit_flag(self) -> str:
+        """The flag that sets the present limit."""
+        return "--step-timeout" if self._durations else "--start-timeout"
+
+    def overdue(self) -> bool:
+        """Whether the present phase takes longer than it may."""
+        return not self.patient and time.monotonic() - self.since > self.limit_s()
+
+
+class _Reached:
+    """A mark that has been reached."""
+
+    def query(self) -> bool:
+        return True
+
+
+_REACHED = _Reached()

@@ -1,0 +1,158 @@
+"""From the ranks' last words to who keeps whom waiting."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megalite.parallel import activity as activity_module
+from megalite.parallel.activity import Activity, CallTrace
+from megalite.parallel.hang import Calls, State, explain
+
+
+def state(rank: int, doing: str = "", **values: Any) -> State:
+    return State(rank=rank, beat=1, phase="step 7", doing=doing, phase_s=100.0, **values)
+
+
+def tensor(called: int, waiting: int = 0, **names: str) -> dict[str, Calls]:
+    numbered = {int(k[1:]): v for k, v in names.items()} or {called: "all_gather"}
+    return {"tensor": Calls((0, 1), called, waiting, numbered)}
+
+
+def test_a_state_survives_its_text_form() -> None:
+    import json
+
+    full = state(3, "x", device="y", awaits="1RECV_F3", peer=2, position=4, calls=tensor(5, 5))
+    assert State.from_json(json.loads(json.dumps(full.to_json()))) == full
+
+
+def test_the_rank_behind_in_a_collective_never_arrived() -> None:
+    found = explain([state(0, calls=tensor(9, 9)), state(1, "asleep", calls=tensor(8))], (), {})
+    assert found.culprits == ("rank 1 never arrived: it is in step 7, asleep; rank 0 waits for it",)
+    assert found.table == (
+        "rank 0: step 7, waiting in all_gather (number 9 of its tensor group) with rank 1; "
+        "for 100 s",
+        "rank 1: step 7, asleep; for 100 s",
+    )
+
+
+def test_different_collectives_under_one_number() -> None:
+    first = state(0, calls=tensor(9, 9, n9="broadcast"))
+    second = state(1, calls=tensor(9, 9, n9="all_reduce"))
+    assert explain([first, second], (), {}).culprits == (
+        "ranks 0 and 1 disagree on collective 9 of their tensor group: broadcast and all_reduce",
+    )
+
+
+def test_a_rank_that_awaits_an_earlier_collective_than_the_other_has_called() -> None:
+    """Asynchronous calls run ahead of the one that is waited for."""
+    ahead = state(0, calls=tensor(12, 9, n9="all_reduce", n12="all_reduce"))
+    behind = state(1, "computing", calls=tensor(8))
+    assert "rank 1 never arrived" in explain([ahead, behind], (), {}).culprits[0]
+    arrived = replace(behind, calls=tensor(9, n9="all_reduce"))
+    assert explain([ahead, arrived], (), {}).culprits == (
+        "no rank waits for another: see the table",
+    )
+
+
+def test_a_forgotten_message_and_one_that_is_still_to_come() -> None:
+    waiting = state(1, awaits="1RECV_F2", peer=0, position=3)
+    sends = {(0, "1RECV_F2"): 6}
+    before, past = state(0, "reading", position=4), state(0, "further on", position=8)
+    assert "rank 0 never arrived" in explain([before, waiting], (), sends).culprits[0]
+    assert (
+        "rank 0 is past the action that sends what rank 1 awaits in 1RECV_F2"
+        in (explain([past, waiting], (), sends).culprits[0])
+    )
+    # In another phase positions say nothing.
+    other = replace(past, phase="step 6")
+    assert "rank 0 never arrived" in explain([other, waiting], (), sends).culprits[0]
+
+
+def test_the_end_of_a_chain_is_the_culprit() -> None:
+    chain = [
+        state(0, awaits="0RECV_B0", peer=1),
+        state(1, awaits="1RECV_B0", peer=2),
+        state(2, "asleep"),
+    ]
+    (culprit,) = explain(chain, (), {}).culprits
+    assert culprit == "rank 2 never arrived: it is in step 7, asleep; rank 1 waits for it"
+
+
+def test_ranks_in_a_circle() -> None:
+    circle = [state(rank, awaits="x", peer=(rank + 1) % 3) for rank in range(3)]
+    assert explain(circle, (), {}).culprits == (
+        "ranks wait for each other: rank 0 for rank 1, rank 1 for rank 2, rank 2 for rank 0",
+    )
+
+
+def test_ranks_that_are_gone() -> None:
+    found = explain([state(0, awaits="x", peer=1), state(1, "backward"), None], (1, 2), {})
+    assert found.culprits == (
+        "rank 1 is dead or stopped: no sign of life since it was in step 7, backward",
+        "rank 2 never arrived: it has said nothing since the start",
+    )
+    assert found.table[1:] == (
+        "rank 1: step 7, backward; no longer heard",
+        "rank 2: nothing heard",
+    )
+
+
+def test_a_rank_that_has_ended() -> None:
+    found = explain([state(0, "backward"), state(1, "the end", ended=True)], (), {})
+    assert found.culprits == ("rank 1 has ended, but others are in step 7, backward",)
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(activity_module.time, "monotonic", lambda: self.now)
+
+
+def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    activity = Activity(since=0.0)
+    assert (activity.limit_s(), activity.limit_flag()) == (300.0, "--start-timeout")
+    for step, seconds in enumerate((50.0, 1.0, 2.0, 3.0)):
+        activity.begin(f"step {step}", is_step=True)
+        assert activity.limit_s() == (
+            300.0 if step == 0 else max(100.0, 10 * [50, 25.5, 2][step - 1])
+        )
+        clock.now += seconds
+    activity.begin("validation")
+    assert activity.limit_s() == 100.0
+    activity.step_limit_s = 7.0
+    assert (activity.limit_s(), activity.limit_flag()) == (7.0, "--step-timeout")
+    clock.now += 8.0
+    assert activity.overdue()
+    activity.begin("tokenizing", patient=True)
+    clock.now += 1e6
+    assert not activity.overdue()
+
+
+def test_the_gpu_is_at_the_last_mark_that_it_has_reached() -> None:
+    class Mark:
+        reached = False
+
+        def query(self) -> bool:
+            return self.reached
+
+    activity, marks = Activity(), [Mark() for _ in range(3)]
+    for number, mark in enumerate(marks):
+        activity.mark(f"action {number}", lambda mark=mark: mark)
+    assert activity.device() == "something before the first action of this step"
+    marks[0].reached = marks[1].reached = True
+    assert [activity.device(), activity.device()] == ["action 1"] * 2
+    marks[2].reached = True
+    assert activity.device() == ""
+
+
+def test_call_traces_remember_the_last_names() -> None:
+    trace = CallTrace()
+    for number in range(1, 40):
+        assert trace.call(f"call {number}") == number
+    names = trace.names()
+    assert names[39] == "call 39" and min(names) > 20
+    assert all(name == f"call {number}" for number, name in names.items())
