@@ -20,6 +20,7 @@ setup(
         "megalite",
         "megalite.checkpoint",
         "megalite.data",
+        "megalite.diagnosis",
         "megalite.layers",
         "megalite.models",
         "megalite.optim",
@@ -47,6 +48,7 @@ setup(
         "console_scripts": [
             "megalite-pretrain=megalite.pretrain:cli_main",
             "megalite-verify=megalite.verify:cli_main",
+            "megalite-doctor=megalite.doctor:cli_main",
         ]
     },
     classifiers=[

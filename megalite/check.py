@@ -8,11 +8,13 @@ starts. No torch import.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from types import MappingProxyType
 
 from megalite.config import Config, fields, resolve
 from megalite.data.source import source_problems
+from megalite.effects import without_effect
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World
 from megalite.tokenizer.byte import ByteTokenizer
@@ -25,6 +27,7 @@ def check(
     world: World | None = None,
     problems: Sequence[str] = (),
     unread: Collection[str] = (),
+    given: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Check a resolved configuration.
 
@@ -33,6 +36,7 @@ def check(
         world: ranks that a launcher has started, if any.
         problems: what is wrong already, to be reported together with what is found here.
         unread: fields whose values are not what was meant; no rule speaks of them.
+        given: fields that flags set, each with the words that did.
 
     Raises:
         ConfigError: with all violations.
@@ -46,6 +50,7 @@ def check(
         usable = resolve(config.given().replace(**defaults), world.size if world else None)
     found = [violation for rule in _RULES for violation in rule(usable)]
     found += _world(usable, world)
+    found += without_effect(usable, {n: typed for n, typed in given.items() if n not in silent})
     names = "|".join(name.replace("_", "-") for name in silent)
     about_them = re.compile(rf"--({names})(?![\w-])")
     found = [v for v in found if not silent or not about_them.search(v)]

@@ -10,7 +10,7 @@ import argparse
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -43,12 +43,14 @@ class Command:
         problems: what is wrong with the words: unknown, misused or contradicting flags, a file that
             cannot be read, values of the wrong type.
         unread: fields that somebody meant to set, but whose values a problem left open.
+        given: fields that flags set, each with the words that did: `--lr 0.1`.
     """
 
     config: Config
     switches: frozenset[str] = frozenset()
     problems: tuple[str, ...] = ()
     unread: frozenset[str] = frozenset()
+    given: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse(
@@ -70,7 +72,7 @@ def parse(
     problems = Problems()
     words = _scan(argv, switches, problems)
     specs = {spec.name: spec for spec in fields()}
-    flags = _flag_values(words, specs, problems)
+    flags, given = _flag_values(words, specs, problems)
     file: dict[str, Any] = {}
     if "--config" in words:
         path = Path(words["--config"][0])
@@ -93,6 +95,7 @@ def parse(
         switches=frozenset(words).intersection(switches),
         problems=tuple(problems.sentences),
         unread=frozenset(problems.unread),
+        given=given,
     )
 
 
@@ -186,28 +189,34 @@ def _fields_of_flags() -> dict[str, tuple[str, ...]]:
 
 def _flag_values(
     words: Mapping[str, list[str]], specs: Mapping[str, FieldSpec], problems: Problems
-) -> dict[str, Any]:
-    """Values of the fields that flags set, ours and Megatron-LM's."""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values of the fields that flags set, ours and Megatron-LM's; and the words that set them."""
     by_field: dict[str, dict[str, Any]] = {}
-    for flag, field, text in _assignments(words, specs, problems):
+    for flag, name, text in _assignments(words, specs, problems):
         try:
-            by_field.setdefault(field, {})[flag] = convert(specs[field], text)
+            by_field.setdefault(name, {})[flag] = convert(specs[name], text)
         except ValueError as error:
-            problems.add(f"{flag} {text}: {error}", field)
-    for field, given in by_field.items():
-        first, *others = given
+            problems.add(f"{flag} {text}: {error}", name)
+    for name, read in by_field.items():
+        first, *others = read
         for flag in others:
-            if given[flag] != given[first]:
-                typed = (" ".join([name, *words[name]]) for name in (first, flag))
-                problems.add(f"{' and '.join(typed)} contradict: give one", field)
+            if read[flag] != read[first]:
+                typed = (_typed(word, words) for word in (first, flag))
+                problems.add(f"{' and '.join(typed)} contradict: give one", name)
     for flag, meaning in MEGATRON_FLAGS.items():
         if flag in words and isinstance(meaning, With) and meaning.field not in by_field:
             problems.add(f"{flag} alone is not in megalite: {meaning.why}", meaning.field)
-    values = {field: list(given.values())[-1] for field, given in by_field.items() if given}
+    values = {name: list(read.values())[-1] for name, read in by_field.items() if read}
+    given = {name: _typed(list(by_field[name])[-1], words) for name in values}
     for names in both_given(values):
         pair = (next(iter(by_field[name])) for name in names)
         problems.add(f"{' and '.join(pair)} contradict: give one", *names)
-    return values
+    return values, given
+
+
+def _typed(flag: str, words: Mapping[str, list[str]]) -> str:
+    """A flag as it stands on the command line, with its value."""
+    return " ".join([flag, *words[flag]])
 
 
 def _assignments(

@@ -19,6 +19,7 @@ import megalite
 from megalite import cli, report
 from megalite.config import Config, resolve_device
 from megalite.config_file import to_toml
+from megalite.effects import notes
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World
 from megalite.program import Program, checked
@@ -44,11 +45,11 @@ def _show(command: cli.Command, world: World | None) -> bool:
         if "--print-config" in command.switches:
             print(to_toml(config), end="")
         else:
-            _describe(config)
+            _describe(config, notes(config, command.given))
     return True
 
 
-def _describe(config: Config) -> None:
+def _describe(config: Config, told: Sequence[str]) -> None:
     """The dry run: everything that follows from the configuration."""
     print(
         report.opening(
@@ -58,6 +59,7 @@ def _describe(config: Config) -> None:
             back_ends=None,
             data=config.data.data or ("random" if config.data.mock_data else "standard library"),
             folder=str(Path(config.run.runs) / (config.run.name or "<date>-<model>-<layout>")),
+            notes=told,
         )
     )
     print("\n" + report.timeline(config))
@@ -86,7 +88,8 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     corpus = prepare_corpus(config.data)
     open_samples(config, corpus)
     device, why = choose_device(config, machine)
-    job = partial(_train, corpus=corpus, device_line=why)
+    told = notes(config, command.given)
+    job = partial(_train, corpus=corpus, device_line=why, told=told)
     facts = {"corpus": corpus.fingerprint}
     return Prepared(resolve_device(config, device), job, facts, _claim_folder)
 
@@ -117,7 +120,7 @@ def _claim_folder(config: Config) -> Config:
             raise ConfigError(f"--runs {config.run.runs}: {folder}: {error.strerror}") from None
 
 
-def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> int:
+def _train(rank: Rank, *, corpus: Corpus, device_line: str, told: tuple[str, ...]) -> int:
     """One rank's whole run: train, sample, save, say how it went; returns 0."""
     from contextlib import nullcontext
 
@@ -130,7 +133,7 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> int:
     folder = Path(config.run.runs) / config.run.name
     first = rank.groups.world_rank == 0
     if first:
-        _open_run(config, corpus, rank.device, device_line, folder)
+        _open_run(config, corpus, rank.device, device_line, told, folder)
     trainer = Trainer(config, open_samples(config, corpus), rank.groups, rank.device)
     record = RunLog(config, corpus, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
@@ -145,7 +148,12 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str) -> int:
 
 
 def _open_run(
-    config: Config, corpus: Corpus, device: torch.device, device_line: str, folder: Path
+    config: Config,
+    corpus: Corpus,
+    device: torch.device,
+    device_line: str,
+    told: Sequence[str],
+    folder: Path,
 ) -> None:
     import json
 
@@ -161,6 +169,7 @@ def _open_run(
             back_ends={"attention": attention_back_end(config, device), **BACK_ENDS},
             data=corpus.describe(),
             folder=str(folder),
+            notes=told,
         )
         + "\n",
         flush=True,

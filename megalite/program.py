@@ -6,6 +6,7 @@ No torch import: a program's `--help` and `--dry-run` need none.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,30 +77,36 @@ class Program:
 
     def exit(self) -> NoReturn:
         """Run this process's command and end the process."""
-        try:
-            code = self.main()
-        except KeyboardInterrupt:
-            print("\nmegalite: stopped by SIGINT", file=sys.stderr)
-            code = 130
-        dist = sys.modules.get("torch.distributed")
-        if code and dist is not None and dist.is_initialized():
-            from megalite.parallel.launch import leave
-
-            leave(code)
-        sys.exit(code)
+        end(self.main)
 
 
-def checked(command: cli.Command, world: World | None, config: Config | None = None) -> Config:
+def end(main: Callable[[], int]) -> NoReturn:
+    """Run a program's `main` and end the process with its exit code."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        # An impatient second Ctrl-C has nothing more to stop.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("\nmegalite: stopped by SIGINT", file=sys.stderr)
+        code = 130
+    dist = sys.modules.get("torch.distributed")
+    if code and dist is not None and dist.is_initialized():
+        from megalite.parallel.launch import leave
+
+        leave(code)
+    sys.exit(code)
+
+
+def checked(command: cli.Command, world: World | None) -> Config:
     """The resolved configuration.
 
     Args:
         command: parsed.
         world: ranks that a launcher has started, if any.
-        config: in place of the command's.
 
     Raises:
         ConfigError: all that is wrong with the words and the values.
     """
-    config = resolve(config or command.config, world.size if world else None)
-    check(config, world, command.problems, command.unread)
+    config = resolve(command.config, world.size if world else None)
+    check(config, world, command.problems, command.unread, command.given)
     return config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from megalite.config import Config
 from megalite.estimate import (
@@ -31,6 +31,7 @@ def opening(
     back_ends: Mapping[str, str] | None,
     data: str,
     folder: str,
+    notes: Sequence[str] = (),
 ) -> str:
     """The opening of a run, or of a dry run.
 
@@ -41,6 +42,7 @@ def opening(
         back_ends: implementation of each operation; None if they are chosen at start.
         data: what the model reads.
         folder: where the run is written.
+        notes: sentences about flags.
     """
     model, parallel, train = config.model, config.parallel, config.train
     shape = (
@@ -68,6 +70,7 @@ def opening(
         ("arithmetic", f"{_si(flops_per_token(config) * config.tokens_per_step)}FLOP a step"),
         ("data", data),
         ("run", folder),
+        *(("note", note) for note in notes),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"megalite {version}"] + [f"  {name:<{width}s}  {text}" for name, text in rows]

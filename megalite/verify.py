@@ -13,12 +13,15 @@ run. Exit code 0: equal up to rounding; 1: not, and what differs first is named.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
 from megalite import cli
+from megalite.config import fields, resolve
 from megalite.config_file import to_toml
+from megalite.effects import notes
 from megalite.parallel.environment import World
 from megalite.program import Program, checked
 from megalite.verification.shrink import MOST_RANKS, Small, shrink
@@ -34,9 +37,14 @@ def _small(command: cli.Command, world: World | None) -> Small:
     Raises:
         ConfigError: all that is wrong with the user's own configuration.
     """
-    # The data stays where it is: random tokens serve.
-    given = command.config.replace(data="", mock_data=True, eod_mask_loss=False)
-    config = checked(command, world, given)
+    # The data stays where it is: random tokens serve; and nothing is written.
+    groups = {spec.name: spec.group for spec in fields()}
+    command = replace(
+        command,
+        config=command.config.replace(data="", mock_data=True, eod_mask_loss=False),
+        given={n: typed for n, typed in command.given.items() if groups[n] not in ("data", "run")},
+    )
+    config = checked(command, world)
     if config.parallel.device == "auto":
         config = config.replace(device="cpu")
     return shrink(config, max(MOST_RANKS, world.size if world else 0))
@@ -73,6 +81,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         changes=small.changes,
         precisions=precisions,
         watch="--activations" in command.switches,
+        told=notes(resolve(command.config), command.given),
     )
     config = small.config.replace(device=device, precision=precisions[0])
     return Prepared(config, job, {})
@@ -88,7 +97,13 @@ def _precisions(asked: str, device: str) -> tuple[str, ...]:
 
 
 def _compare(
-    rank: Rank, *, name: str, changes: tuple[str, ...], precisions: tuple[str, ...], watch: bool
+    rank: Rank,
+    *,
+    name: str,
+    changes: tuple[str, ...],
+    precisions: tuple[str, ...],
+    watch: bool,
+    told: tuple[str, ...],
 ) -> int:
     """One rank's part; returns the exit code, the same on all ranks."""
     from megalite.layers.sdpa import fastest_attention
@@ -97,7 +112,8 @@ def _compare(
 
     first = rank.groups.world_rank == 0
     if first:
-        print(what(rank.config, name, changes, precisions), flush=True)
+        lines = [what(rank.config, name, changes, precisions), *(f"note: {note}" for note in told)]
+        print("\n".join(lines), flush=True)
     with fastest_attention(rank.device):
         verdict = verify(rank.config, rank.groups, rank.device, precisions=precisions, watch=watch)
     failed = verdict.failed

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from megalite import cli
-from megalite.check import check
-from megalite.config import Config, resolve
+from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World
 from megalite.pretrain import PROGRAM
+from megalite.program import checked
 
 
 def parse(*argv: str) -> cli.Command:
@@ -30,9 +30,7 @@ def word_violations(*argv: str) -> list[str]:
 def run(*argv: str, ranks: World | None = None) -> Config:
     """Parse, resolve and check; raises all that is wrong."""
     command = cli.parse(argv, prog="megalite", description="A test.", switches=PROGRAM.switches)
-    config = resolve(command.config, ranks.size if ranks else None)
-    check(config, ranks, command.problems, command.unread)
-    return config
+    return checked(command, ranks)
 
 
 def violations(*argv: str, ranks: World | None = None) -> list[str]:

@@ -102,6 +102,7 @@ def launch(prepared: Prepared) -> int:
     try:
         return _launch_ranks(prepared)
     except (SignalException, KeyboardInterrupt) as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         for rank in multiprocessing.active_children():
             rank.kill()
             rank.join()
@@ -134,6 +135,8 @@ def _launch_ranks(prepared: Prepared) -> int:
             monitor_interval=0.1,
             start_method=start_method,
             logs_specs=DefaultLogsSpecs(log_dir=scratch),
+            # Not SIGINT, which it would pass on: a rank that is just starting ignores that one.
+            signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
         )
         try:
             elastic_launch(elastic, _launched_rank)(prepared, watched, board.port)

@@ -15,11 +15,12 @@ PACKAGES = {"megalite": ROOT / "megalite", "megalite_kernels": ROOT / "kernels/m
 
 # Each room may import the rooms of its own line and of the lines below it.
 LAYERS = [
-    {"pretrain", "verify"},
-    {"sampling", "verification", "program"},
+    {"pretrain", "verify", "doctor"},
+    {"sampling", "verification", "diagnosis", "program"},
     {"trainer"},
-    {"metrics", "report", "estimate", "optim", "checkpoint", "data", "pipeline", "check"},
-    {"models", "cli"},
+    {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline", "check"},
+    {"effects"},
+    {"data", "models", "cli"},
     {"layers", "config_file"},
     {"parallel", "megalite_kernels", "field_values", "alternatives"},
     {"presets", "megatron_flags", "config", "tokenizer", "errors"},
@@ -35,6 +36,9 @@ NO_TORCH = [
     "megalite.data.indexed",
     "megalite.data.corpus",
     "megalite.data.source",
+    "megalite.diagnosis.row",
+    "megalite.doctor",
+    "megalite.effects",
     "megalite.estimate",
     "megalite.models.stage",
     "megalite.optim.lr",

@@ -232,7 +232,7 @@ VALID = """
 --hidden-size 130 --head-dim 32
 --tp 4 --seq-length 126 --no-sequence-parallel
 --tp 1 --seq-length 127
---rope-high-freq-factor 1 --rope-low-freq-factor 2
+--rope-high-freq-factor 2 --rope-low-freq-factor 1 --rope-scaling llama3
 --pp 4
 --pp 3 --pp-layers 1,2,1
 --dp 2 --micro-batch-size 4 --global-batch-size 24

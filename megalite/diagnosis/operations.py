@@ -1,0 +1,148 @@
+"""Self-test of each operation in use against its definition in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import megalite_kernels
+from megalite.layers.cross_entropy import vocab_parallel_cross_entropy
+from megalite.layers.sdpa import fastest_attention
+from megalite.parallel.tensor import TensorGroup
+from megalite_kernels import reference
+
+SEQUENCE, BATCH, HEADS, HEAD_DIM, HIDDEN, VOCABULARY = 256, 2, 4, 64, 512, 1000
+EPSILON = 1e-5
+
+ROUNDINGS = 4.0
+"""Roundings to the output's precision between input and result, forward and backward, at most."""
+
+Operation = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One operation.
+
+    Attributes:
+        operation: its name.
+        dtype: of its inputs.
+        error: the largest of its result and gradients, relative to each one's largest value.
+        bound: what rounding explains.
+    """
+
+    operation: str
+    dtype: str
+    error: float
+    bound: float
+
+    @property
+    def is_right(self) -> bool:
+        """Whether rounding explains the error."""
+        return self.error <= self.bound
+
+
+def compare_operations(device: torch.device) -> list[Compared]:
+    """Compare every operation's forward and backward, in the precisions in use on the device."""
+    dtypes = [torch.float32] + ([torch.bfloat16] if device.type == "cuda" else [])
+    with fastest_attention(device):
+        return [
+            _compare(name, ours, definition, inputs, device, dtype)
+            for name, ours, definition, inputs in _operations()
+            for dtype in dtypes
+        ]
+
+
+def _operations() -> list[tuple[str, Operation, Operation, list[Tensor]]]:
+    """(name, what runs, its definition, inputs in fp64) of each operation."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    angles = torch.outer(torch.arange(SEQUENCE), 10000.0 ** -torch.arange(0, 1, 2 / HEAD_DIM))
+    labels = torch.randint(VOCABULARY, (SEQUENCE, BATCH), generator=generator)
+    solo = TensorGroup.solo()
+
+    def turned(turn: Operation) -> Operation:
+        def run(x: Tensor) -> Tensor:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return turn(x, angles.cos().to(x.device, dtype), angles.sin().to(x.device, dtype))
+
+        return run
+
+    return [
+        (
+            "rms_norm",
+            lambda x, w: megalite_kernels.rms_norm(x, w, EPSILON),
+            lambda x, w: x * (x.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * w,
+            [normal(SEQUENCE, BATCH, HIDDEN), normal(HIDDEN)],
+        ),
+        (
+            "rope",
+            turned(megalite_kernels.rope),
+            turned(reference.rope),
+            [normal(SEQUENCE, BATCH, HEADS, HEAD_DIM)],
+        ),
+        (
+            "swiglu",
+            megalite_kernels.swiglu,
+            lambda x: F.silu(x[..., :HIDDEN]) * x[..., HIDDEN:],
+            [normal(SEQUENCE, BATCH, 2 * HIDDEN)],
+        ),
+        (
+            "attention",
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+            _attention,
+            [normal(BATCH, HEADS, SEQUENCE, HEAD_DIM) for _ in range(3)],
+        ),
+        (
+            "cross_entropy",
+            lambda z: vocab_parallel_cross_entropy(z, labels.to(z.device), VOCABULARY, solo),
+            lambda z: F.cross_entropy(z.flatten(0, 1), labels.flatten(), reduction="none").view(
+                SEQUENCE, BATCH
+            ),
+            [normal(SEQUENCE, BATCH, VOCABULARY)],
+        ),
+    ]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    later = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).triu(1)
+    scores = (q @ k.transpose(-1, -2) / sqrt(q.shape[-1])).masked_fill(later, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def _compare(
+    name: str,
+    ours: Operation,
+    definition: Operation,
+    inputs: Sequence[Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Compared:
+    rounded = [x.to(dtype) for x in inputs]
+    got = _results(ours, [x.to(device) for x in rounded])
+    exact = _results(definition, [x.double() for x in rounded])
+    errors = [
+        float((a.cpu().double() - b).abs().max() / b.abs().max())
+        for a, b in zip(got, exact, strict=True)
+    ]
+    # Sums are made in fp32 at least: over the features, the keys, the tokens.
+    sums = torch.finfo(torch.float32).eps * sqrt(SEQUENCE * BATCH)
+    bound = ROUNDINGS * (torch.finfo(dtype).eps + sums)
+    return Compared(name, str(dtype).removeprefix("torch."), max(errors), bound)
+
+
+def _results(operation: Operation, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Output, and the gradient of each input for an output gradient of cosines."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    output = operation(*leaves)
+    seed = torch.arange(output.numel(), dtype=torch.float64).cos().view(output.shape)
+    output.backward(seed.to(output.device, output.dtype))
+    return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]

@@ -1,0 +1,123 @@
+"""Flags that would have no effect under the other flags. No torch import.
+
+Such a flag is an error: whoever typed it expects something that would not happen. Only a parallel
+feature on an axis of one rank is let through, with a note, so that one command line serves every
+layout. A value that switches something off (0, `--no-x`) asks for nothing and is always right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from megalite.config import Config, fields
+from megalite.data.source import find_source
+
+
+@dataclass(frozen=True)
+class Effect:
+    """When some fields do something.
+
+    Attributes:
+        fields: their names.
+        holds: whether they do, under a resolved configuration.
+        otherwise: the rest of the sentence `--flag value has no effect ...`.
+    """
+
+    fields: tuple[str, ...]
+    holds: Callable[[Config], bool]
+    otherwise: str
+
+
+def _is_text(config: Config) -> bool:
+    return find_source(config.data).kind in ("stdlib", "text", "jsonl")
+
+
+_EFFECTS = (
+    Effect(
+        (
+            "rope_scaling_factor",
+            "rope_low_freq_factor",
+            "rope_high_freq_factor",
+            "rope_original_seq_length",
+        ),
+        lambda c: c.model.rope_scaling == "llama3",
+        "without --rope-scaling llama3",
+    ),
+    Effect(
+        ("lr_wsd_decay_steps", "lr_wsd_decay_style"),
+        lambda c: c.train.lr_decay_style == "WSD",
+        "without --lr-decay-style WSD",
+    ),
+    Effect(
+        ("min_lr",),
+        lambda c: c.train.lr_decay_style != "constant",
+        "with --lr-decay-style constant, which never decays",
+    ),
+    Effect(
+        ("lr_decay_steps",),
+        lambda c: c.train.lr_decay_style != "constant" or "lr_warmup_steps" in c.derived,
+        "with --lr-decay-style constant and a given --lr-warmup-steps",
+    ),
+    Effect(
+        ("eval_interval",),
+        lambda c: c.train.eval_steps > 0,
+        "with --eval-steps 0, which validates nothing",
+    ),
+    Effect(
+        ("reverse_micro_batches",),
+        lambda c: c.num_micro_batches > 1,
+        "with a --global-batch-size of one micro-batch",
+    ),
+    Effect(
+        ("split",),
+        lambda c: not c.data.mock_data,
+        "with --mock-data, which has no documents to share out",
+    ),
+    Effect(
+        ("data_cache_path",),
+        _is_text,
+        "without text: no other --data is tokenized into a cache",
+    ),
+    Effect(
+        ("sample_length",),
+        _is_text,
+        "without text: of other --data no token has a text that is known here",
+    ),
+)
+
+_ON_ONE_RANK = (
+    Effect(("sequence_parallel",), lambda c: c.parallel.tp > 1, "with --tp 1"),
+    Effect(("schedule", "pp_layers"), lambda c: c.parallel.pp > 1, "with --pp 1"),
+    Effect(
+        ("distributed_timeout_minutes", "start_timeout", "step_timeout"),
+        lambda c: c.world_size > 1,
+        "on one rank, which waits for nobody",
+    ),
+)
+
+
+def without_effect(config: Config, given: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each flag that does nothing, where that is an error.
+
+    Args:
+        config: resolved.
+        given: fields set by flags, and what was typed: `--min-lr 0.1`.
+    """
+    return _sentences(_EFFECTS, config, given, "; leave it out")
+
+
+def notes(config: Config, given: Mapping[str, str]) -> tuple[str, ...]:
+    """A sentence for each parallel feature that was asked for on an axis of one rank."""
+    return tuple(_sentences(_ON_ONE_RANK, config, given, ""))
+
+
+def _sentences(
+    effects: tuple[Effect, ...], config: Config, given: Mapping[str, str], advice: str
+) -> Iterator[str]:
+    groups = {spec.name: spec.group for spec in fields()}
+    for effect in effects:
+        for name in effect.fields:
+            value = getattr(getattr(config, groups[name]), name)
+            if name in given and value and not effect.holds(config):
+                yield f"{given[name]} has no effect {effect.otherwise}{advice}"

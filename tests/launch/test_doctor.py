@@ -1,0 +1,66 @@
+"""`python -m megalite.doctor` as people start it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+DOCTOR = [sys.executable, "-m", "megalite.doctor", "--device", "cpu"]
+VERBS = {
+    "all_reduce",
+    "all_reduce (maximum)",
+    "all_gather",
+    "reduce_scatter",
+    "broadcast",
+    "send / recv",
+}
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_table() -> None:
+    started = time.monotonic()
+    result = run(*DOCTOR)
+    assert time.monotonic() - started < 15
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("megalite doctor ") and lines[-1] == "all is well"
+    components = {line[2:].split("  ")[0] for line in lines if line.startswith("  ")}
+    wanted = {"python", "torch", "GPUs", "gloo", "triton", "rms_norm", "rope", "swiglu"}
+    wanted |= {"attention", "NVIDIA apex", "flash-attn", "tokenizers", "TensorBoard"}
+    assert wanted | VERBS - {"all_reduce (maximum)"} <= components
+
+
+def test_json_under_torchrun_with_three_ranks() -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
+    result = run(*launcher, *DOCTOR[1:], "--json")
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout[result.stdout.index("{") :])
+    assert {one["verb"] for one in told["collectives"]} == VERBS
+    assert all(speed > 0 for one in told["collectives"] for speed in one["bandwidth"].values())
+    assert not told["problems"]
+
+
+def test_json_of_ranks_that_cannot_start(monkeypatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_interface")
+    result = run(*DOCTOR, "--json")
+    assert result.returncode != 0
+    told = json.loads(result.stdout)
+    assert told["components"] and told["problems"] == ["the self-test did not finish"]
+
+
+def test_one_rank_has_no_collectives() -> None:
+    result = run(*DOCTOR, "--ranks", "1")
+    assert result.returncode == 0
+    assert "one rank: no collectives to test" in result.stdout
+
+
+def test_bad_flags() -> None:
+    result = run(*DOCTOR, "--ranks", "-3")
+    assert (result.returncode, result.stderr) == (2, "megalite: --ranks -3 must be above 0\n")
+    result = run(*DOCTOR, "--rank", "x")
+    assert result.returncode == 2 and "Traceback" not in result.stderr

@@ -1,0 +1,109 @@
+"""Flags that would do nothing under the others are errors; on an axis of one rank, notes."""
+
+from __future__ import annotations
+
+import pytest
+from commands import parse, run, violations
+
+from megalite.config import resolve
+from megalite.effects import notes
+
+WITHOUT_EFFECT = {
+    "--rope-scaling-factor 4": "without --rope-scaling llama3",
+    "--rope-low-freq-factor 2": "without --rope-scaling llama3",
+    "--rope-high-freq-factor 5": "without --rope-scaling llama3",
+    "--rope-original-seq-length 64": "without --rope-scaling llama3",
+    "--lr-wsd-decay-steps 5": "without --lr-decay-style WSD",
+    "--lr-wsd-decay-iters 5": "without --lr-decay-style WSD",
+    "--lr-wsd-decay-style linear": "without --lr-decay-style WSD",
+    "--min-lr 1e-5": "which never decays",
+    "--lr-decay-steps 50": "with --lr-decay-style constant and a given --lr-warmup-steps",
+    "--eval-interval 5": "with --eval-steps 0",
+    "--reverse-micro-batches": "with a --global-batch-size of one micro-batch",
+    "--split 90,10": "with --mock-data",
+    "--data-cache-path somewhere": "without text",
+    "--sample-length 9": "without text",
+}
+REST = {
+    "--min-lr 1e-5": "--lr-decay-style constant",
+    "--lr-decay-steps 50": "--lr-decay-style constant --lr-warmup-steps 3",
+    "--eval-interval 5": "--eval-steps 0",
+    "--reverse-micro-batches": "--global-batch-size 8 --micro-batch-size 8",
+    "--split 90,10": "--mock-data",
+    "--data-cache-path somewhere": "--mock-data",
+    "--sample-length 9": "--mock-data",
+}
+WITH_EFFECT = [
+    *(f"--rope-scaling llama3 {flag}" for flag in WITHOUT_EFFECT if "--rope" in flag),
+    *(f"--lr-decay-style WSD {flag}" for flag in WITHOUT_EFFECT if "wsd" in flag),
+    "--min-lr 1e-5",
+    "--lr-decay-steps 50",
+    "--lr-decay-steps 50 --lr-decay-style constant",
+    "--eval-interval 5",
+    "--reverse-micro-batches",
+    "--split 90,10",
+    "--data-cache-path somewhere",
+    "--sample-length 9",
+    # What switches something off asks for nothing.
+    "--eval-interval 0 --eval-steps 0",
+    "--min-lr 0 --lr-decay-style constant",
+    "--sample-length 0 --mock-data",
+    "--no-reverse-micro-batches --global-batch-size 8",
+]
+
+
+@pytest.mark.parametrize("flag", WITHOUT_EFFECT)
+def test_a_flag_without_effect(flag: str) -> None:
+    (sentence,) = violations(*flag.split(), *REST.get(flag, "").split())
+    assert sentence.startswith(f"{flag} has no effect {WITHOUT_EFFECT[flag]}"[: len(flag) + 14])
+    assert WITHOUT_EFFECT[flag] in sentence and sentence.endswith("; leave it out")
+
+
+@pytest.mark.parametrize("words", WITH_EFFECT)
+def test_the_same_flag_with_effect(words: str) -> None:
+    run(*words.split())
+
+
+def test_presets_and_files_may_set_what_has_no_effect(tmp_path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("[train]\nlr_wsd_decay_steps = 5\n")
+    run("--config", str(file))
+    # The preset validates every 250 steps.
+    run("--model", "1b", "--eval-steps", "0")
+
+
+def told(words: str) -> tuple[str, ...]:
+    command = parse(*words.split())
+    run(*words.split())
+    return notes(resolve(command.config), command.given)
+
+
+@pytest.mark.parametrize(
+    ("flag", "axis"),
+    [
+        ("--sequence-parallel", "with --tp 1"),
+        ("--schedule gpipe", "with --pp 1"),
+        ("--pp-layers 4", "with --pp 1"),
+        ("--start-timeout 5", "on one rank, which waits for nobody"),
+        ("--step-timeout 5", "on one rank, which waits for nobody"),
+        ("--distributed-timeout-minutes 5", "on one rank, which waits for nobody"),
+    ],
+)
+def test_parallel_features_on_one_rank_are_notes(flag: str, axis: str) -> None:
+    assert told(flag) == (f"{flag} has no effect {axis}",)
+    rest = " --pp-layers 2,2" if "--pp-layers" in flag else f" {flag}"
+    assert told(f"--tp 2 --pp 2{rest}") == ()
+
+
+def test_nothing_is_said_of_what_is_off() -> None:
+    assert told("--no-sequence-parallel") == ()
+
+
+def test_other_problems_come_first() -> None:
+    """What a flag does depends on flags whose meaning is not known yet."""
+    assert violations("--lr-decay-style", "WDS", "--lr-wsd-decay-steps", "5") == [
+        "--lr-decay-style WDS: expected one of cosine, linear, constant, WSD"
+    ]
+    # Those that do not depend on what is wrong are told with it.
+    found = violations("--lr-decay-style", "WDS", "--rope-scaling-factor", "5", "--tp", "0")
+    assert len(found) == 3 and "--rope-scaling-factor 5 has no effect" in found[-1]
