@@ -21,12 +21,24 @@ REMEMBERED_STEPS = 50
 REMEMBERED_CALLS = 16
 
 
-class DeviceMark(Protocol):
+class Event(Protocol):
     """A point in the GPU's work; `torch.cuda.Event` is one."""
 
     def query(self) -> bool:
         """Whether the GPU has reached it."""
         ...
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where the GPU stands when it has reached an event; fields as in `Activity`."""
+
+    event: Event
+    phase: str
+    doing: Any
+    position: int = -1
+    awaits: str = ""
+    peer: int = -1
 
 
 class CallTrace:
@@ -68,6 +80,7 @@ class Activity:
         awaits: the message that the rank is waiting for, as its program names it; or empty.
         peer: world rank at that message's other end; -1 without one.
         sends: where in the program of each rank each message is sent; see `hang.explain`.
+        watched: somebody reads this, so that the GPU's marks are taken away again.
     """
 
     start_limit_s: float = 300.0
@@ -80,8 +93,9 @@ class Activity:
     awaits: str = ""
     peer: int = -1
     sends: Callable[[], dict[tuple[int, str], int]] = dict
+    watched: bool = False
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_STEPS))
-    _marks: deque[tuple[Any, DeviceMark]] = field(default_factory=deque)
+    _marks: deque[Mark] = field(default_factory=deque)
     _is_step: bool = False
 
     def begin(self, phase: str, *, is_step: bool = False, patient: bool = False) -> None:
@@ -103,21 +117,25 @@ class Activity:
         """What is done now; see the attributes."""
         self.doing, self.position, self.awaits, self.peer = doing, position, awaits, peer
 
-    def mark(self, what: Any, make: Callable[[], DeviceMark]) -> None:
-        """The GPU begins `what` when it reaches this point of its queue."""
-        self._marks.append((what, make()))
+    def mark(
+        self, event: Event, doing: Any, position: int = -1, awaits: str = "", peer: int = -1
+    ) -> None:
+        """The GPU begins this when it reaches the event."""
+        self._marks.append(Mark(event, self.phase, doing, position, awaits, peer))
 
-    def device(self) -> str:
-        """What the GPU is doing: the last mark it has reached, if it has not reached them all."""
-        reached = ""
-        while self._marks and self._marks[0][1].query():
-            reached = str(self._marks.popleft()[0])
+    def device(self) -> Mark | None:
+        """What the GPU is doing: the last mark it has reached; None if it has reached them all."""
+        reached = None
+        while self._marks and self._marks[0].event.query():
+            reached = self._marks.popleft()
         if not self._marks:
-            return ""
-        if reached:
-            # It stays first, so that the next reading finds it too.
-            self._marks.appendleft((reached, _REACHED))
-        return reached or "something before the first action of this step"
+            return None
+        if reached is None:
+            first = self._marks[0]
+            return Mark(first.event, first.phase, f"what comes before {first.doing}")
+        # It stays first, so that the next reading finds it too.
+        self._marks.appendleft(reached)
+        return reached
 
     def limit_s(self) -> float:
         """How long the present phase may take [s]."""
@@ -134,13 +152,3 @@ class Activity:
     def overdue(self) -> bool:
         """Whether the present phase takes longer than it may."""
         return not self.patient and time.monotonic() - self.since > self.limit_s()
-
-
-class _Reached:
-    """A mark that has been reached."""
-
-    def query(self) -> bool:
-        return True
-
-
-_REACHED = _Reached()

@@ -35,10 +35,12 @@ class State:
         phase, doing: see `Activity`.
         phase_s: how long the phase has lasted [s].
         still_s: how long nothing has changed in what it says [s].
-        device: what its GPU is doing; empty if nothing is under way, or there is none.
+        device: what its GPU is in, with its phase; empty if nothing is under way, or there is none.
         awaits: the message it is waiting for, as its program names it: `1RECV_F3`; or empty.
         peer: world rank at the message's other end; -1 without a message.
-        position: of its action in its program.
+        position: of its action in its program: of the one that its GPU is in, if there is one;
+            so are `awaits` and `peer`.
+        position_phase: the phase of that.
         calls: its collectives by group.
         patient: it takes as long as it takes.
         ended: it has left its job.
@@ -54,6 +56,7 @@ class State:
     awaits: str = ""
     peer: int = -1
     position: int = -1
+    position_phase: str = ""
     calls: Mapping[str, Calls] = field(default_factory=dict)
     patient: bool = False
     ended: bool = False
@@ -147,12 +150,13 @@ def _waits_for(
         if calls.waiting:
             return _in_collective(state, group, calls, states)
     if state.peer < 0:
-        return _Waits()
+        # Collectives on a GPU do not wait on the host; those who called fewer are behind.
+        return _Waits(_behind(state, states) if state.device else frozenset())
     peer, sent_by = states[state.peer], sends.get((state.peer, state.awaits))
     is_past = (
         peer is not None
         and sent_by is not None
-        and peer.phase == state.phase
+        and peer.position_phase == state.position_phase
         and peer.position > sent_by
     )
     if peer is None or not is_past:
@@ -163,6 +167,18 @@ def _waits_for(
         f"{_place(peer)}"
     )
     return _Waits(blames=(why,))
+
+
+def _behind(state: State, states: Sequence[State | None]) -> frozenset[int]:
+    """Members of this rank's groups whose hosts have called fewer collectives there."""
+    found = set()
+    for group, mine in state.calls.items():
+        for rank in mine.ranks:
+            other = states[rank]
+            theirs = other.calls.get(group) if other is not None else None
+            if theirs is None or theirs.called < mine.called:
+                found.add(rank)
+    return frozenset(found)
 
 
 def _in_collective(

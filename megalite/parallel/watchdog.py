@@ -45,6 +45,7 @@ class Watchdog:
     def __init__(self, store: dist.Store, rank: int, size: int, activity: Activity):
         self._store, self._rank, self._size = store, rank, size
         self._activity = activity
+        activity.watched = True
         self._groups: Groups = {}
         self._beat = 0
         self._said: tuple = ()
@@ -115,9 +116,11 @@ class Watchdog:
     def _publish(self, *, ended: bool = False) -> None:
         self._beat += 1
         activity, now = self._activity, time.monotonic()
-        doing = str(activity.doing)
+        doing, gpu = str(activity.doing), activity.device()
+        # A host runs ahead of its GPU: what the GPU is in counts.
+        place = activity if gpu is None else gpu
         calls = [(trace.called, trace.waiting) for _, trace in self._groups.values()]
-        said = (activity.phase, doing, activity.position, *calls)
+        said = (activity.phase, doing, place.phase, place.position, *calls)
         if said != self._said:
             self._said, self._changed = said, now
         state = State(
@@ -127,10 +130,11 @@ class Watchdog:
             doing=doing,
             phase_s=now - activity.since,
             still_s=now - self._changed,
-            device=activity.device(),
-            awaits=activity.awaits,
-            peer=activity.peer,
-            position=activity.position,
+            device="" if gpu is None else f"{gpu.phase}, {gpu.doing}",
+            awaits=place.awaits,
+            peer=place.peer,
+            position=place.position,
+            position_phase=place.phase,
             calls={
                 name: Calls(ranks, trace.called, trace.waiting, trace.names())
                 for name, (ranks, trace) in self._groups.items()

@@ -123,7 +123,7 @@ class Executor:
         }
         self._activity.sends = partial(send_positions, program, self._topology)
         for index, step in enumerate(steps):
-            self._begin(index, step)
+            self._begin(program, index, step)
             if isinstance(step, Exchange):
                 self._exchange(program, step, batch, flight)
             elif step.op is Op.FORWARD:
@@ -136,11 +136,19 @@ class Executor:
         self._activity.at("")
         return flight.results
 
-    def _begin(self, index: int, step: Step) -> None:
+    def _begin(self, program: Program, index: int, step: Step) -> None:
         """Say what is done now, and let the GPU leave a mark when it comes to it."""
         self._activity.at(step.words(), index)
-        if torch.cuda.is_initialized():
-            self._activity.mark(step.words(), _device_mark)
+        if torch.cuda.is_initialized() and self._activity.watched:
+            event = torch.cuda.Event()
+            event.record()
+            awaits, peer = "", -1
+            if isinstance(step, Exchange):
+                # What arrives, if anything does, is what the GPU will wait for.
+                message = min(step.messages, key=lambda message: message.op in SENDS)
+                awaits = "" if message.op in SENDS else str(message)
+                peer = self.pp.world_ranks[peer_rank(program.plan, message)]
+            self._activity.mark(event, step.words(), index, awaits, peer)
 
     def _forward(
         self,
@@ -234,9 +242,3 @@ class Executor:
             stage.hidden_shape(length, samples), dtype=stage.dtype, device=stage.device
         )
         return Message(buffer, peer, False, tag)
-
-
-def _device_mark() -> torch.cuda.Event:
-    event = torch.cuda.Event()
-    event.record()
-    return event

@@ -1,4 +1,4 @@
-"""Hangs planted into a run of four ranks: `python hangs.py NAME`.
+"""Hangs planted into a run of four ranks: `python hangs.py NAME FOLDER [DEVICE]`.
 
 The run is a real one; from its third step on one rank does something that keeps the others waiting.
 `HANGS` says for each with which layout, and what the explanation has to name.
@@ -264,7 +264,8 @@ if __name__ == "__main__":
         runs=sys.argv[2],
     )
     hang = hangs.HANGS[sys.argv[1]]
-    config = resolve_device(resolve(Config().replace(**small, **hang.flags)), "cpu")
+    device = sys.argv[3] if len(sys.argv) > 3 else "cpu"
+    config = resolve_device(resolve(Config().replace(**small, **hang.flags)), device)
     prepared = Prepared(config, partial(hangs.hanging, name=sys.argv[1]), {})
     world = detect_world(os.environ)
     leave(join(world, lambda _: prepared) if world else launch(prepared))

@@ -13,6 +13,7 @@ from megalite.parallel.hang import Calls, State, explain
 
 
 def state(rank: int, doing: str = "", **values: Any) -> State:
+    values = {"position_phase": "step 7", **values}
     return State(rank=rank, beat=1, phase="step 7", doing=doing, phase_s=100.0, **values)
 
 
@@ -67,7 +68,7 @@ def test_a_forgotten_message_and_one_that_is_still_to_come() -> None:
         in (explain([past, waiting], (), sends).culprits[0])
     )
     # In another phase positions say nothing.
-    other = replace(past, phase="step 6")
+    other = replace(past, position_phase="step 6")
     assert "rank 0 never arrived" in explain([other, waiting], (), sends).culprits[0]
 
 
@@ -141,12 +142,47 @@ def test_the_gpu_is_at_the_last_mark_that_it_has_reached() -> None:
 
     activity, marks = Activity(), [Mark() for _ in range(3)]
     for number, mark in enumerate(marks):
-        activity.mark(f"action {number}", lambda mark=mark: mark)
-    assert activity.device() == "something before the first action of this step"
+        activity.begin(f"step {number}")
+        activity.mark(mark, f"action {number}", number, "1RECV_F2", 3)
+    before = activity.device()
+    assert before is not None
+    assert (before.doing, before.phase) == ("what comes before action 0", "step 0")
     marks[0].reached = marks[1].reached = True
-    assert [activity.device(), activity.device()] == ["action 1"] * 2
+    for _ in range(2):
+        found = activity.device()
+        assert found is not None
+        assert (found.doing, found.phase, found.position) == ("action 1", "step 1", 1)
+        assert (found.awaits, found.peer) == ("1RECV_F2", 3)
     marks[2].reached = True
-    assert activity.device() == ""
+    assert activity.device() is None
+
+
+def test_a_gpu_that_waits_while_its_host_is_ahead() -> None:
+    """The host of rank 1 sleeps; those of the others have called more than their GPUs have done."""
+    ahead = "reading the figures of the step before"
+    found = explain(
+        [
+            state(0, ahead, device="step 6, stage 0, forward", calls=tensor(12)),
+            state(1, "asleep", calls=tensor(9)),
+            state(2, ahead, device="step 6, recv", awaits="1RECV_F2", peer=0, position=5),
+        ],
+        (),
+        {},
+    )
+    assert found.culprits == ("rank 1 never arrived: it is in step 7, asleep; rank 0 waits for it",)
+    assert found.table[0].endswith(f"{ahead}; GPU in step 6, stage 0, forward; for 100 s")
+
+
+def test_a_message_that_a_gpu_has_not_sent_although_its_host_has_come_by() -> None:
+    sends = {(0, "1RECV_F2"): 3}
+    receiver = state(1, device="step 6, recv", awaits="1RECV_F2", peer=0, position=9)
+    receiver = replace(receiver, position_phase="step 6")
+    past = state(0, device="step 6, backward", position=4, position_phase="step 6")
+    assert (
+        "rank 0 is past the action that sends" in explain([past, receiver], (), sends).culprits[0]
+    )
+    before = replace(past, position=2)
+    assert "rank 0 never arrived" in explain([before, receiver], (), sends).culprits[0]
 
 
 def test_call_traces_remember_the_last_names() -> None:
