@@ -102,7 +102,7 @@ class Trainer:
         """
         self._activity.at("reading samples")
         batch = self.loader.train_batch(step)
-        self._activity.at("counting tokens")
+        self._activity.enter("counting tokens")
         scale = 1.0 / self._global_tokens(batch)
         for flat in self.flats.values():
             flat.zero_gradients()
@@ -112,14 +112,14 @@ class Trainer:
             return losses.sum() * scale.to(losses.dtype)
 
         losses = self.executor.run(self.program, batch.micro_batches, head)
-        self._activity.at("summing gradients")
+        self._activity.enter("summing gradients")
         for flat in self.flats.values():
             flat.finish_reduction()
         return self.groups.dp.all_reduce(self._sum(losses))
 
     def update(self, step: int, loss: Tensor) -> Tensor:
         """Clip and move the weights by the gradients of `accumulate`; returns as `train_step`."""
-        self._activity.at("updating weights")
+        self._activity.enter("updating weights")
         return self.optimizer.clip_and_step(learning_rate(self.config.train, step), loss)
 
     @torch.no_grad()
@@ -186,7 +186,7 @@ class Trainer:
             self._activity.begin(f"step {step}", is_step=True)
             scalars.begin()
             statistics = self.train_step(step - 1)
-            self._activity.at("reading the figures of the step before")
+            self._activity.enter("reading the figures of the step before")
             record(step - 1, scalars.push(statistics))
             if step == train.steps or (train.eval_interval and step % train.eval_interval == 0):
                 record(step, scalars.flush())

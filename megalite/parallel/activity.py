@@ -21,19 +21,23 @@ REMEMBERED_STEPS = 50
 REMEMBERED_CALLS = 16
 
 
-class Event(Protocol):
-    """A point in the GPU's work; `torch.cuda.Event` is one."""
+class Progress(Protocol):
+    """Marks in a GPU's queue; `megalite.parallel.progress.GpuProgress`."""
 
-    def query(self) -> bool:
-        """Whether the GPU has reached it."""
+    def mark(self) -> int:
+        """Queue the next mark; returns its number."""
+        ...
+
+    def passed_since(self, number: int) -> int:
+        """How many marks have been reached after this one; -1 if it has not been itself."""
         ...
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Where the GPU stands when it has reached an event; fields as in `Activity`."""
+    """What the GPU begins at a mark of its progress; fields as in `Activity`."""
 
-    event: Event
+    number: int
     phase: str
     doing: Any
     position: int = -1
@@ -80,7 +84,7 @@ class Activity:
         awaits: the message that the rank is waiting for, as its program names it; or empty.
         peer: world rank at that message's other end; -1 without one.
         sends: where in the program of each rank each message is sent; see `hang.explain`.
-        watched: somebody reads this, so that the GPU's marks are taken away again.
+        progress: of this rank's GPU, if it has one and somebody reads this.
     """
 
     start_limit_s: float = 300.0
@@ -93,7 +97,7 @@ class Activity:
     awaits: str = ""
     peer: int = -1
     sends: Callable[[], dict[tuple[int, str], int]] = dict
-    watched: bool = False
+    progress: Progress | None = None
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_STEPS))
     _marks: deque[Mark] = field(default_factory=deque)
     _is_step: bool = False
@@ -111,31 +115,36 @@ class Activity:
             self._durations.append(now - self.since)
         self.phase, self.since, self._is_step = phase, now, is_step
         self.patient = patient
-        self.at("")
+        self.enter("")
+
+    def enter(self, doing: Any, position: int = -1, awaits: str = "", peer: int = -1) -> None:
+        """What the host does now, and its GPU when it comes to this point of its queue.
+
+        Args:
+            doing, position: see the attributes.
+            awaits, peer: of the message that the GPU will wait for; the host does not.
+        """
+        self.at(doing, position)
+        if self.progress is not None:
+            number = self.progress.mark()
+            self._marks.append(Mark(number, self.phase, doing, position, awaits, peer))
 
     def at(self, doing: Any, position: int = -1, awaits: str = "", peer: int = -1) -> None:
-        """What is done now; see the attributes."""
+        """What the host does now; see the attributes."""
         self.doing, self.position, self.awaits, self.peer = doing, position, awaits, peer
 
-    def mark(
-        self, event: Event, doing: Any, position: int = -1, awaits: str = "", peer: int = -1
-    ) -> None:
-        """The GPU begins this when it reaches the event."""
-        self._marks.append(Mark(event, self.phase, doing, position, awaits, peer))
-
     def device(self) -> Mark | None:
-        """What the GPU is doing: the last mark it has reached; None if it has reached them all."""
-        reached = None
-        while self._marks and self._marks[0].event.query():
-            reached = self._marks.popleft()
-        if not self._marks:
+        """What the GPU is in; None without one, or if it has come to the end of its queue."""
+        marks, progress = self._marks, self.progress
+        if progress is None or not marks:
             return None
-        if reached is None:
-            first = self._marks[0]
-            return Mark(first.event, first.phase, f"what comes before {first.doing}")
-        # It stays first, so that the next reading finds it too.
-        self._marks.appendleft(reached)
-        return reached
+        passed = progress.passed_since(marks[0].number)
+        if passed < 0:
+            return Mark(-1, marks[0].phase, "what comes before")
+        for _ in range(min(passed, len(marks) - 1)):
+            marks.popleft()
+        # The last one reached stays, so that the next reading finds it too.
+        return marks[0] if len(marks) > 1 else None
 
     def limit_s(self) -> float:
         """How long the present phase may take [s]."""

@@ -36,6 +36,7 @@ from megalite.parallel.environment import World, detect_world
 from megalite.parallel.failures import claim_report, report_failure, report_once
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.machine import Machine, find_machine
+from megalite.parallel.progress import GpuProgress
 from megalite.parallel.watchdog import Watchdog
 
 RENDEZVOUS_LIMIT = timedelta(seconds=300)
@@ -217,6 +218,8 @@ def _run_job(
     """Create the groups and run the job; returns its exit code."""
     config = prepared.config
     device = rank_device(config, machine)
+    if device.type == "cuda":
+        activity.progress = GpuProgress(device)
     activity.begin("start: connecting the ranks")
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

@@ -45,7 +45,6 @@ class Watchdog:
     def __init__(self, store: dist.Store, rank: int, size: int, activity: Activity):
         self._store, self._rank, self._size = store, rank, size
         self._activity = activity
-        activity.watched = True
         self._groups: Groups = {}
         self._beat = 0
         self._said: tuple = ()
@@ -130,7 +129,7 @@ class Watchdog:
             doing=doing,
             phase_s=now - activity.since,
             still_s=now - self._changed,
-            device="" if gpu is None else f"{gpu.phase}, {gpu.doing}",
+            device="" if gpu is None else ", ".join(filter(None, (gpu.phase, str(gpu.doing)))),
             awaits=place.awaits,
             peer=place.peer,
             position=place.position,

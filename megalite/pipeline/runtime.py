@@ -137,18 +137,14 @@ class Executor:
         return flight.results
 
     def _begin(self, program: Program, index: int, step: Step) -> None:
-        """Say what is done now, and let the GPU leave a mark when it comes to it."""
-        self._activity.at(step.words(), index)
-        if torch.cuda.is_initialized() and self._activity.watched:
-            event = torch.cuda.Event()
-            event.record()
-            awaits, peer = "", -1
-            if isinstance(step, Exchange):
-                # What arrives, if anything does, is what the GPU will wait for.
-                message = min(step.messages, key=lambda message: message.op in SENDS)
-                awaits = "" if message.op in SENDS else str(message)
-                peer = self.pp.world_ranks[peer_rank(program.plan, message)]
-            self._activity.mark(event, step.words(), index, awaits, peer)
+        """Say what is done now, and what a GPU does when it comes to it."""
+        awaits, peer = "", -1
+        if isinstance(step, Exchange):
+            # What arrives, if anything does, is what a GPU will wait for.
+            message = min(step.messages, key=lambda message: message.op in SENDS)
+            awaits = "" if message.op in SENDS else str(message)
+            peer = self.pp.world_ranks[peer_rank(program.plan, message)]
+        self._activity.enter(step.words(), index, awaits, peer)
 
     def _forward(
         self,

@@ -34,7 +34,7 @@ def start(layout: str, *command: str) -> list[subprocess.CompletedProcess[str]]:
     processes = sharing_ranks(layout) if shared else [{}]
 
     def one(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        return launch([sys.executable, *command], env=environment, timeout=150)
+        return launch([sys.executable, *command], env=environment, timeout=60)
 
     with ThreadPoolExecutor(len(processes)) as pool:
         return list(pool.map(one, processes))
@@ -56,7 +56,7 @@ def test_verify_in_bf16_finds_a_kernel_that_is_wrong_in_bf16_only(
 
     def wrong(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         y = right(x, weight, eps)
-        return y * 1.05 if x.dtype == torch.bfloat16 else y
+        return y * 1.3 if x.dtype == torch.bfloat16 else y
 
     config = resolve_device(resolve(Config().replace(steps=5, mock_data=True)), "cuda")
     small = shrink(config, MOST_RANKS).config.replace(device="cuda")
@@ -69,7 +69,7 @@ def test_verify_in_bf16_finds_a_kernel_that_is_wrong_in_bf16_only(
         failed = verify(small, groups, device, precisions=precisions, watch=True).failed
     assert failed is not None and failed.config.train.precision == "bf16"
     assert failed.failure is not None and failed.failure.first is not None
-    assert "norm" in failed.failure.first.name
+    assert failed.failure.first.name == "layers.0.attention_norm"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -133,28 +133,43 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not activity.overdue()
 
 
-def test_the_gpu_is_at_the_last_mark_that_it_has_reached() -> None:
-    class Mark:
-        reached = False
+class Counting:
+    """A GPU whose marks are reached when the test says so; numbers repeat after 8."""
 
-        def query(self) -> bool:
-            return self.reached
+    def __init__(self) -> None:
+        self.next, self.reached = 6, 5
 
-    activity, marks = Activity(), [Mark() for _ in range(3)]
-    for number, mark in enumerate(marks):
-        activity.begin(f"step {number}")
-        activity.mark(mark, f"action {number}", number, "1RECV_F2", 3)
+    def mark(self) -> int:
+        number, self.next = self.next, (self.next + 1) % 8
+        return number
+
+    def passed_since(self, number: int) -> int:
+        passed = (self.reached - number) % 8
+        return passed if passed < 4 else -1
+
+
+def test_the_gpu_is_in_what_it_has_reached_last() -> None:
+    gpu = Counting()
+    activity = Activity(progress=gpu)
+    assert activity.device() is None
+    for number in range(3):
+        activity.phase = f"step {number}"
+        activity.enter(f"action {number}", number, "1RECV_F2", 3)
     before = activity.device()
     assert before is not None
-    assert (before.doing, before.phase) == ("what comes before action 0", "step 0")
-    marks[0].reached = marks[1].reached = True
+    assert (before.doing, before.phase) == ("what comes before", "step 0")
+    gpu.reached = 7
     for _ in range(2):
         found = activity.device()
         assert found is not None
         assert (found.doing, found.phase, found.position) == ("action 1", "step 1", 1)
         assert (found.awaits, found.peer) == ("1RECV_F2", 3)
-    marks[2].reached = True
+    assert (activity.doing, activity.awaits, activity.peer) == ("action 2", "", -1)
+    gpu.reached = 0
     assert activity.device() is None
+    activity.enter("action 3")
+    found = activity.device()
+    assert found is not None and found.doing == "action 2"
 
 
 def test_a_gpu_that_waits_while_its_host_is_ahead() -> None:
