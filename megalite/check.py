@@ -62,7 +62,7 @@ _ABOVE_ZERO = frozenset(
     {"num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size"}
     | {"make_vocab_size_divisible_by", "seq_length", "rope_theta", "rope_scaling_factor"}
     | {"rope_original_seq_length", "norm_epsilon", "tp", "pp", "micro_batch_size", "lr"}
-    | {"distributed_timeout_minutes", "start_timeout", "adam_eps", "log_interval"}
+    | {"distributed_timeout_minutes", "adam_eps", "log_interval"}
 )
 _ABOVE_ZERO_IF_GIVEN = frozenset({"num_kv_heads", "head_dim", "dp", "global_batch_size"})
 """0 asks for the value that follows from others."""
@@ -226,6 +226,19 @@ def _data(config: Config) -> Violations:
         )
 
 
+def _waits(config: Config) -> Violations:
+    parallel = config.parallel
+    longest_s = 60 * parallel.distributed_timeout_minutes
+    for name in ("start_timeout", "step_timeout"):
+        limit_s = getattr(parallel, name)
+        if limit_s > longest_s:
+            yield (
+                f"--{name.replace('_', '-')} {limit_s:g} is longer than a collective waits, "
+                f"{longest_s:g} s: raise --distributed-timeout-minutes "
+                f"{parallel.distributed_timeout_minutes:g} too"
+            )
+
+
 def _run(config: Config) -> Violations:
     name = config.run.name
     if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
@@ -244,6 +257,7 @@ _RULES: tuple[Callable[[Config], Violations], ...] = (
     _batch,
     _length,
     _data,
+    _waits,
     _run,
 )
 

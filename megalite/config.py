@@ -106,7 +106,10 @@ class ParallelConfig:
         10.0, "Longest wait for other ranks in a collective.", metavar="MINUTES"
     )
     start_timeout: float = option(
-        300.0, "Longest start-up, and longest first step; then it is a hang.", metavar="SECONDS"
+        0.0,
+        "Longest start-up, first step, and whatever is no step; then it is a hang. 0: 300 seconds, "
+        "or what --distributed-timeout-minutes allows.",
+        metavar="SECONDS",
     )
     step_timeout: float = option(
         0.0,

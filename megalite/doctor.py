@@ -14,17 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import megalite
 from megalite.config import Config, resolve, resolve_device
-from megalite.diagnosis.row import BROKEN, Row, table
+from megalite.diagnosis.row import ABSENT, BROKEN, OK, Row, table
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World, detect_world
 from megalite.program import end
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from megalite.parallel.machine import Machine
 
 CPU_RANKS = 2
-START_LIMIT_S = 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,17 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
     try:
         world = detect_world(os.environ)
-        from megalite.parallel.launch import join, launch
-
-        if world is not None:
-            return join(world, partial(_prepare, options, world))
         from megalite.parallel.devices import own_machine
+        from megalite.parallel.launch import join, launch
 
         with tempfile.TemporaryDirectory(prefix="megalite-") as folder:
             report = Path(folder) / "report.json"
-            prepared = _prepare(options, None, own_machine(_config(options, None)), report)
-            code = launch(prepared)
-            if options.json:
+            if world is None:
+                machine = own_machine(_config(options, None))
+                code = launch(_prepare(options, None, report, machine))
+            else:
+                code = join(world, partial(_prepare, options, world, report))
+            if report.exists():
                 print(report.read_text(encoding="utf-8"))
         return code
     except ConfigError as error:
@@ -107,16 +107,16 @@ def _config(options: argparse.Namespace, world: World | None) -> Config:
         )
     gpus = torch.cuda.device_count() if options.device != "cpu" else 0
     ranks = world.size if world else options.ranks or gpus or CPU_RANKS
-    return resolve(Config().replace(dp=ranks, device=options.device, start_timeout=START_LIMIT_S))
+    return resolve(Config().replace(dp=ranks, device=options.device))
 
 
 def _prepare(
-    options: argparse.Namespace, world: World | None, machine: Machine, report: Path | None = None
+    options: argparse.Namespace, world: World | None, report: Path, machine: Machine
 ) -> Prepared:
     """The rows of this machine, and the self-test as a job.
 
     Args:
-        report: file for the JSON object, at first without a self-test; None: print it in the end.
+        report: file for the JSON object, at first without a self-test.
     """
     from megalite.diagnosis.hardware import hardware
     from megalite.diagnosis.known_bad import known_bad
@@ -127,29 +127,37 @@ def _prepare(
     config = _config(options, world)
     device, why = choose_device(config, machine)
     rows: list[Row] = []
-    if world is None or world.rank == 0:
+    if world is None or machine.local_rank == 0:
         rows = [*hardware(), *packages(), *known_bad(machine.local_size)]
-        if not options.json:
-            # Before the ranks start: they may be what is broken.
-            print(f"megalite doctor {megalite.__version__}\n{table(rows)}\n", flush=True)
-        elif report is not None:
+    if world is None or world.rank == 0:
+        # Before the ranks start: they may be what is broken.
+        if options.json:
             unfinished = [*_broken(rows), "the self-test did not finish"]
             report.write_text(_as_json(rows, why, [], [], unfinished), encoding="utf-8")
-    job = partial(_self_test, rows=tuple(rows), why=why, as_json=options.json, report=report)
+        else:
+            print(f"megalite doctor {megalite.__version__}\n{table(rows)}\n", flush=True)
+    told = report if options.json else None
+    job = partial(_self_test, rows=tuple(rows), why=why, report=told)
     return Prepared(resolve_device(config, device), job, {})
 
 
-def _self_test(
-    rank: Rank, *, rows: tuple[Row, ...], why: str, as_json: bool, report: Path | None
-) -> int:
-    """One rank's part; returns the exit code, the same on all ranks."""
+def _self_test(rank: Rank, *, rows: tuple[Row, ...], why: str, report: Path | None) -> int:
+    """One rank's part; returns the exit code, the same on all ranks.
+
+    Args:
+        rank: all ranks are on the data axis.
+        rows: of this machine, on one rank of each.
+        why: what the ranks run on.
+        report: file for the JSON object; None: print for people.
+    """
     import torch.distributed as dist
 
     from megalite.diagnosis.collectives import measure_collectives
     from megalite.diagnosis.operations import compare_operations
 
     size, number = rank.config.world_size, rank.groups.world_rank
-    measured = measure_collectives(rank.config, rank.device) if size > 1 else []
+    measured = measure_collectives(rank.config, rank.groups, rank.device) if size > 1 else []
+    rank.groups.activity.begin("self-test: operations")
     compared = compare_operations(rank.device)
     problems = _broken(rows)
     problems += [f"rank {number}: {m.verb}: {m.problem}" for m in measured if m.problem]
@@ -159,18 +167,22 @@ def _self_test(
         for c in compared
         if not c.is_right
     ]
-    everyone: list[Any] = [problems]
+    everyone: list[Any] = [(problems, socket.gethostname(), rows)]
     if size > 1:
         everyone = [None] * size
-        dist.all_gather_object(everyone, problems)
-    found = [problem for one in everyone for problem in one]
-    if number == 0:
-        if not as_json:
-            print(_as_text(size, why, measured, compared, found), flush=True)
-        elif report is None:
-            print(_as_json(rows, why, measured, compared, found), flush=True)
-        else:
-            report.write_text(_as_json(rows, why, measured, compared, found), encoding="utf-8")
+        dist.all_gather_object(everyone, (problems, socket.gethostname(), rows))
+    found = [problem for told, _, _ in everyone for problem in told]
+    others = [
+        replace(row, component=f"{host}: {row.component}")
+        for _, host, theirs in everyone[1:]
+        for row in theirs
+        if row.state not in (OK, ABSENT) and row not in rows
+    ]
+    if number == 0 and report is None:
+        print(_as_text(size, why, others, measured, compared, found), flush=True)
+    elif number == 0 and report is not None:
+        whole = _as_json([*rows, *others], why, measured, compared, found)
+        report.write_text(whole, encoding="utf-8")
     # The launcher stops all ranks when the first one ends with a failure.
     rank.groups.wait_for_all(rank.device)
     return 1 if found else 0
@@ -204,12 +216,14 @@ def _as_json(
 def _as_text(
     ranks: int,
     why: str,
+    others: Sequence[Row],
     measured: Sequence[Measured],
     compared: Sequence[Compared],
     problems: Sequence[str],
 ) -> str:
-    """The self-test for a terminal."""
-    lines = [f"self-test: {ranks} rank{'s' if ranks > 1 else ''} on {why}"]
+    """What differs on other machines, and the self-test, for a terminal."""
+    lines = ["on other machines:", table(others), ""] if others else []
+    lines.append(f"self-test: {ranks} rank{'s' if ranks > 1 else ''} on {why}")
     if not measured:
         lines.append("  one rank: no collectives to test (--ranks 2 --device cpu tests gloo's)")
     for one in measured:

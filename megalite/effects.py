@@ -56,8 +56,11 @@ _EFFECTS = (
     ),
     Effect(
         ("lr_decay_steps",),
-        lambda c: c.train.lr_decay_style != "constant" or "lr_warmup_steps" in c.derived,
-        "with --lr-decay-style constant and a given --lr-warmup-steps",
+        lambda c: (
+            c.train.lr_decay_style != "constant"
+            or ("lr_warmup_steps" in c.derived and c.train.lr_warmup_fraction > 0)
+        ),
+        "with --lr-decay-style constant, unless --lr-warmup-fraction is a share of it",
     ),
     Effect(
         ("eval_interval",),

@@ -33,6 +33,9 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 )
 
+SLOWEST_DISK_BYTES_PER_S = 5e6
+"""Slower than this, saving is a hang."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -112,14 +115,14 @@ class Trainer:
             return losses.sum() * scale.to(losses.dtype)
 
         losses = self.executor.run(self.program, batch.micro_batches, head)
-        self._activity.enter("summing gradients")
+        self._activity.enter("summing gradients", self._activity.position)
         for flat in self.flats.values():
             flat.finish_reduction()
         return self.groups.dp.all_reduce(self._sum(losses))
 
     def update(self, step: int, loss: Tensor) -> Tensor:
         """Clip and move the weights by the gradients of `accumulate`; returns as `train_step`."""
-        self._activity.enter("updating weights")
+        self._activity.enter("updating weights", self._activity.position)
         return self.optimizer.clip_and_step(learning_rate(self.config.train, step), loss)
 
     @torch.no_grad()
@@ -198,7 +201,8 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write the final weights; returns when all ranks have."""
-        self._activity.begin("saving weights")
+        size = sum(flat.parameters.nbytes for flat in self.flats.values())
+        self._activity.begin("saving weights", allowance_s=size / SLOWEST_DISK_BYTES_PER_S)
         save_weights(folder, self.stages.values(), self.groups)
         self.groups.wait_for_all(self.device)
 

@@ -81,7 +81,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         changes=small.changes,
         precisions=precisions,
         watch="--activations" in command.switches,
-        told=notes(resolve(command.config), command.given),
+        told=notes(resolve(command.config, world.size if world else None), command.given),
     )
     config = small.config.replace(device=device, precision=precisions[0])
     return Prepared(config, job, {})

@@ -19,8 +19,11 @@ from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.pipeline import Message, PipelineGroup
 
 LATENCY_BYTES = 4096
-GPU_SIZES = (16 << 20, 256 << 20, 1 << 30)
+GPU_SIZES = (16 << 20, 64 << 20, 256 << 20, 1 << 30)
 CPU_SIZES = (1 << 20, 16 << 20)
+LONGEST_CALL_S = 0.2
+"""A slow network is not asked for a larger tensor."""
+
 WARM_UP, REPEATS, LATENCY_REPEATS = 2, 5, 50
 
 
@@ -57,27 +60,39 @@ class _Verb:
     parts: int = 1
 
 
-def measure_collectives(config: Config, device: torch.device) -> list[Measured]:
+def measure_collectives(
+    config: Config, groups: ParallelGroups, device: torch.device
+) -> list[Measured]:
     """Test and time every verb between all ranks. All ranks call it.
 
     Args:
-        config: of the world; its axes do not matter.
+        config, groups: of a world whose ranks are all on the data axis.
         device: of this rank.
     """
-    ranks = config.world_size
-    line = ParallelGroups.create(config.replace(tp=1, pp=ranks, dp=1), device)
-    flat = ParallelGroups.create(config.replace(tp=1, pp=1, dp=ranks), device)
-    sizes = GPU_SIZES if device.type == "cuda" else CPU_SIZES
+    ranks = groups.dp.size
+    line = ParallelGroups.create(config.replace(pp=ranks, dp=1), device, groups.activity)
     measured = []
-    for verb in _verbs(flat, line.pp):
-        problem = _problem(verb, ranks, flat.world_rank, device)
-        flat.wait_for_all(device)
-        latency = _seconds(verb, LATENCY_BYTES, flat, device)
-        bandwidth = {
-            size: verb.share * size / _seconds(verb, size, flat, device) / 1e9 for size in sizes
-        }
+    for verb in _verbs(groups, line.pp):
+        groups.activity.begin(f"self-test: {verb.name}")
+        problem = _problem(verb, ranks, groups.world_rank, device)
+        groups.wait_for_all(device)
+        latency = _seconds(verb, LATENCY_BYTES, groups, device)
+        bandwidth = _bandwidth(verb, groups, device)
         measured.append(Measured(verb.name, problem, latency * 1e6, bandwidth))
     return measured
+
+
+def _bandwidth(verb: _Verb, groups: ParallelGroups, device: torch.device) -> dict[int, float]:
+    """Bus bandwidth by size [GB/s], as far as calls do not get long."""
+    found: dict[int, float] = {}
+    for size in GPU_SIZES if device.type == "cuda" else CPU_SIZES:
+        groups.activity.begin(f"self-test: {verb.name} of {size >> 20} MiB")
+        seconds = _seconds(verb, size, groups, device)
+        found[size] = verb.share * size / seconds / 1e9
+        slowest = groups.dp.all_reduce(torch.tensor([seconds], device=device), maximum=True)
+        if slowest.item() > LONGEST_CALL_S:
+            break
+    return found
 
 
 def _verbs(flat: ParallelGroups, line: PipelineGroup) -> list[_Verb]:
@@ -116,7 +131,7 @@ def _verbs(flat: ParallelGroups, line: PipelineGroup) -> list[_Verb]:
         _Verb("broadcast", lambda x: dp.broadcast(x, 0), lambda c: _values(0, c), 1.0),
         _Verb(
             "send / recv",
-            lambda x: _to_the_next(line, x),
+            lambda x: _to_the_next(flat, line, x),
             lambda c: _values(line.rank - line.rank % 2 if _has_pair(line) else line.rank, c),
             1.0,
         ),
@@ -128,14 +143,17 @@ def _has_pair(line: PipelineGroup) -> bool:
     return line.rank - line.rank % 2 + 1 < line.size
 
 
-def _to_the_next(line: PipelineGroup, x: Tensor) -> Tensor:
+def _to_the_next(groups: ParallelGroups, line: PipelineGroup, x: Tensor) -> Tensor:
     """The first of each pair sends, the second receives."""
     if not _has_pair(line):
         return x
     is_first = line.rank % 2 == 0
     peer = line.rank + 1 if is_first else line.rank - 1
+    what = "sending to the next rank" if is_first else "receiving from the rank before"
+    groups.activity.at(what, peer=line.world_ranks[peer])
     for work in line.exchange([Message(x, peer, is_first)]):
         work.wait()
+    groups.activity.at("")
     return x
 
 

@@ -61,15 +61,7 @@ def _processor() -> Row:
 
 def _gpus() -> Row:
     if not torch.cuda.is_available():
-        if not has_nvidia_gpu():
-            return Row("GPUs", ABSENT, "none found: ranks run on the CPU")
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        why = (
-            f"CUDA_VISIBLE_DEVICES={visible} hides them"
-            if visible is not None
-            else f"the driver ({_driver()}) and torch {torch.__version__} do not fit together"
-        )
-        return Row("GPUs", BROKEN, "found, but torch cannot use them", why, "nvidia-smi")
+        return _no_gpus()
     kinds: Counter[str] = Counter()
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
@@ -77,6 +69,23 @@ def _gpus() -> Row:
         kinds[f"{gpu.name} (sm_{gpu.major}{gpu.minor}, {size})"] += 1
     text = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     return Row("GPUs", OK, f"{text}, driver {_driver()}")
+
+
+def _no_gpus() -> Row:
+    """Why torch sees none."""
+    on_the_cpu = "ranks run on the CPU"
+    if not has_nvidia_gpu():
+        return Row("GPUs", ABSENT, f"none found: {on_the_cpu}")
+    if torch.version.cuda is None:
+        return Row("GPUs", ABSENT, f"not usable by this build of torch: {on_the_cpu}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return Row("GPUs", ABSENT, f"hidden by CUDA_VISIBLE_DEVICES={visible}: {on_the_cpu}")
+    if not list(Path("/dev").glob("nvidia[0-9]*")):
+        why = "this container or job step was not given one"
+        return Row("GPUs", ABSENT, f"on this machine, but not here: {on_the_cpu}", why)
+    why = f"the driver ({_driver()}) and torch {torch.__version__} do not fit together"
+    return Row("GPUs", BROKEN, "found, but torch cannot use them", why, "nvidia-smi")
 
 
 def _links() -> list[Row]:

@@ -13,12 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+START_LIMIT_S = 300.0
+LIMIT_OF_WAIT = 0.9
+"""Limits that nobody gave stay below this share of the longest wait in a collective."""
+
 LATER_STEP_LIMIT_S = 100.0
 MEDIANS = 10.0
 """A later step may take so many times the running median, and at least so long [s]."""
 
 REMEMBERED_STEPS = 50
 REMEMBERED_CALLS = 16
+REMEMBERED_MARKS = 1 << 12
 
 
 class Progress(Protocol):
@@ -74,10 +79,14 @@ class Activity:
     """One rank's present.
 
     Attributes:
-        start_limit_s: for everything up to the end of the first step [s].
+        start_limit_s: for the start, the first step, and what is no step [s]; 0: 300, or what the
+            longest wait allows.
         step_limit_s: for a later step [s]; 0: from the steps before.
         phase: `start`, `step 3`, `validation`, ...
+        phases: how many have begun so far.
         since: when the phase began [s, monotonic].
+        allowance_s: what this phase may take beyond the limit of its kind [s].
+        longest_wait_s: of a collective: what the limits have to stay below [s].
         patient: no limit applies: the phase takes as long as it takes.
         doing: what is under way; turned into text by `str` when it is read.
         position: index of the action under way in this rank's program; -1 outside of one.
@@ -87,10 +96,13 @@ class Activity:
         progress: of this rank's GPU, if it has one and somebody reads this.
     """
 
-    start_limit_s: float = 300.0
+    start_limit_s: float = 0.0
     step_limit_s: float = 0.0
     phase: str = "start"
+    phases: int = 0
     since: float = field(default_factory=time.monotonic)
+    allowance_s: float = 0.0
+    longest_wait_s: float = 600.0
     patient: bool = False
     doing: Any = ""
     position: int = -1
@@ -99,22 +111,27 @@ class Activity:
     sends: Callable[[], dict[tuple[int, str], int]] = dict
     progress: Progress | None = None
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_STEPS))
-    _marks: deque[Mark] = field(default_factory=deque)
+    _marks: deque[Mark] = field(default_factory=lambda: deque(maxlen=REMEMBERED_MARKS))
     _is_step: bool = False
 
-    def begin(self, phase: str, *, is_step: bool = False, patient: bool = False) -> None:
+    def begin(
+        self, phase: str, *, is_step: bool = False, patient: bool = False, allowance_s: float = 0.0
+    ) -> None:
         """A new phase; the clock of its limit starts.
 
         Args:
             phase: its name.
-            is_step: an optimizer step, whose duration sets the limit of those to come.
+            is_step: an optimizer step, whose duration sets the limit of those to come; other
+                phases have the limit of the start.
             patient: no limit applies.
+            allowance_s: time beyond the limit that the phase's own work may take [s].
         """
         now = time.monotonic()
         if self._is_step:
             self._durations.append(now - self.since)
         self.phase, self.since, self._is_step = phase, now, is_step
-        self.patient = patient
+        self.patient, self.allowance_s = patient, allowance_s
+        self.phases += 1
         self.enter("")
 
     def enter(self, doing: Any, position: int = -1, awaits: str = "", peer: int = -1) -> None:
@@ -148,16 +165,22 @@ class Activity:
 
     def limit_s(self) -> float:
         """How long the present phase may take [s]."""
-        if not self._durations:
-            return max(self.start_limit_s, self.step_limit_s)
-        if self.step_limit_s:
-            return self.step_limit_s
-        return max(LATER_STEP_LIMIT_S, MEDIANS * statistics.median(self._durations))
+        # A collective that fails by itself first would fail without an explanation.
+        ceiling_s = LIMIT_OF_WAIT * self.longest_wait_s
+        start_s = self.start_limit_s or min(START_LIMIT_S, ceiling_s)
+        if self._is_step and self._durations:
+            if self.step_limit_s:
+                return self.step_limit_s
+            median_s = statistics.median(self._durations)
+            return min(max(LATER_STEP_LIMIT_S, MEDIANS * median_s), ceiling_s)
+        return max(start_s, self.step_limit_s) + self.allowance_s
 
     def limit_flag(self) -> str:
         """The flag that sets the present limit."""
-        return "--step-timeout" if self._durations else "--start-timeout"
+        return "--step-timeout" if self._is_step and self._durations else "--start-timeout"
 
-    def overdue(self) -> bool:
-        """Whether the present phase takes longer than it may."""
-        return not self.patient and time.monotonic() - self.since > self.limit_s()
+    def overdue_s(self) -> float:
+        """How much longer than it may the present phase takes [s]; below 0 if it may go on."""
+        if self.patient:
+            return -1.0
+        return time.monotonic() - self.since - self.limit_s()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
@@ -53,14 +54,14 @@ def report_once(
 
 
 def _explained(who: str, store: dist.Store | None, watchdog: Watchdog) -> bool:
-    """Whether somebody has said which peer is missing; not if the store went with the peer."""
+    """Say which peer is missing, or stay until another rank has."""
     try:
         if claim_report(store):
             watchdog.explain(f"{who} has lost a peer")
         else:
             watchdog.stay_until_explained()
     except dist.DistError:
-        return False
+        print(f"megalite: {who} has lost its peers, and the store with them", file=sys.stderr)
     return True
 
 
@@ -88,5 +89,5 @@ def report_failure(error: ChildFailedError, board: dist.Store, size: int) -> int
 
 
 def _is_lost_peer(error: Exception) -> bool:
-    words = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    words = "closed by peer|reset by peer|Broken pipe|Connection refused|Timed out waiting"
+    return isinstance(error, RuntimeError) and re.search(words, str(error)) is not None

@@ -34,6 +34,7 @@ class State:
         beat: how many times it has spoken.
         phase, doing: see `Activity`.
         phase_s: how long the phase has lasted [s].
+        phases: how many have begun; all ranks begin the same ones.
         still_s: how long nothing has changed in what it says [s].
         device: what its GPU is in, with its phase; empty if nothing is under way, or there is none.
         awaits: the message it is waiting for, as its program names it: `1RECV_F3`; or empty.
@@ -51,6 +52,7 @@ class State:
     phase: str
     doing: str
     phase_s: float
+    phases: int = 0
     still_s: float = 0.0
     device: str = ""
     awaits: str = ""
@@ -60,6 +62,11 @@ class State:
     calls: Mapping[str, Calls] = field(default_factory=dict)
     patient: bool = False
     ended: bool = False
+
+    def doings(self) -> tuple:
+        """What changes when something moves."""
+        calls = [(call.called, call.waiting) for call in self.calls.values()]
+        return (self.phases, self.doing, self.device, self.position, self.ended, *calls)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -130,7 +137,7 @@ def explain(
                 f"rank {rank} never arrived: it is in {_place(state)}; {_whom(waits, rank)}"
             )
     return Explanation(
-        tuple(culprits or _circle(waits)),
+        tuple(culprits or _circle(waits) or _fewest_phases(states, waits)),
         tuple(_line(rank, state, rank in lost) for rank, state in enumerate(states)),
     )
 
@@ -186,7 +193,7 @@ def _in_collective(
 ) -> _Waits:
     """Members of the group that have not called the collective yet; or that called another."""
     behind, blames = set(), []
-    mine = calls.names.get(calls.waiting, "?")
+    mine = calls.names.get(calls.waiting)
     for rank in calls.ranks:
         other = states[rank]
         theirs = other.calls.get(group) if other is not None else None
@@ -194,7 +201,7 @@ def _in_collective(
             continue
         if theirs is None or theirs.called < calls.waiting:
             behind.add(rank)
-        elif theirs.names.get(calls.waiting, mine) != mine:
+        elif mine is not None and theirs.names.get(calls.waiting, mine) != mine:
             first, second = sorted([(state.rank, mine), (rank, theirs.names[calls.waiting])])
             blames.append(
                 f"ranks {first[0]} and {second[0]} disagree on collective {calls.waiting} of their "
@@ -219,13 +226,23 @@ def _circle(waits: Mapping[int, _Waits]) -> list[str]:
     """Ranks that wait for each other."""
     start = next((rank for rank, edges in waits.items() if edges.ranks), None)
     if start is None:
-        return ["no rank waits for another: see the table"]
+        return []
     path = [start]
     while path[-1] not in path[:-1] and waits.get(path[-1], _Waits()).ranks:
         path.append(min(waits[path[-1]].ranks))
     circle = path[path.index(path[-1]) :]
     steps = ", ".join(f"rank {a} for rank {b}" for a, b in pairwise(circle))
     return [f"ranks wait for each other: {steps}"]
+
+
+def _fewest_phases(states: Sequence[State | None], waits: Mapping[int, _Waits]) -> list[str]:
+    """Ranks that have begun fewer phases than others."""
+    alive = [state for state in states if state is not None and state.rank in waits]
+    fewest = min((state.phases for state in alive), default=0)
+    behind = [state for state in alive if state.phases == fewest]
+    if len(behind) == len(alive):
+        return ["no rank waits for another: see the table"]
+    return [f"rank {state.rank} is behind all others: it is in {_place(state)}" for state in behind]
 
 
 def _place(state: State) -> str:

@@ -217,6 +217,7 @@ def _run_job(
 ) -> int:
     """Create the groups and run the job; returns its exit code."""
     config = prepared.config
+    activity.begin("start: opening the device")
     device = rank_device(config, machine)
     if device.type == "cuda":
         activity.progress = GpuProgress(device)
@@ -262,6 +263,7 @@ def _agreed(
         layout = prepared.config.parallel
         limit_s = 60 * layout.distributed_timeout_minutes
         activity.start_limit_s, activity.step_limit_s = layout.start_timeout, layout.step_timeout
+        activity.longest_wait_s = limit_s
         facts = {
             **_comparable(prepared.config),
             **prepared.facts,

@@ -1,6 +1,6 @@
 """A thread beside each rank that says what the rank is doing, and explains when nothing moves.
 
-Every rank publishes its `State` five times a second to a store that all can read. When a rank has
+Every rank publishes its `State` a few times a second to a store that all can read. When a rank has
 been in one phase for longer than it may and nothing moves on any rank, or when it has lost a peer,
 one rank reads all states, prints who keeps whom waiting (`megalite.parallel.hang`), and all end.
 """
@@ -17,17 +17,27 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from megalite.parallel.activity import Activity, CallTrace
-from megalite.parallel.hang import Calls, Explanation, State, explain
+from megalite.parallel.hang import Calls, State, explain
 
 EXIT_CODE = 5
 """Of a run that hung or lost a rank."""
 
 INTERVAL_S = 0.2
+SETS_PER_S = 500.0
+"""Of all ranks together: one store serves them."""
+
 STILL_S = 60.0
 """A rank in which something changed since then moves, slow as it may be [s]."""
 
 SILENCE_S = 3.0
-"""A rank that says nothing new for so long is taken for dead or stopped."""
+"""A rank that says nothing new for so long is taken for dead or stopped; in large worlds, which
+speak less often, for fifteen intervals."""
+
+SUSPENDED_S = 10.0
+"""A thread that sleeps so much longer than it meant to has been stopped with its process."""
+
+TURN_S = 0.1
+"""One rank judges; the next ones wait so much longer each, in case it is the one that hangs."""
 
 Groups = dict[str, tuple[tuple[int, ...], CallTrace]]
 """World ranks and calls of each group of a rank."""
@@ -45,11 +55,14 @@ class Watchdog:
     def __init__(self, store: dist.Store, rank: int, size: int, activity: Activity):
         self._store, self._rank, self._size = store, rank, size
         self._activity = activity
+        self._interval_s = max(INTERVAL_S, size / SETS_PER_S)
+        self._silence_s = max(SILENCE_S, 15 * self._interval_s)
         self._groups: Groups = {}
         self._beat = 0
         self._said: tuple = ()
         self._changed = time.monotonic()
         self._heard: dict[int, tuple[int, float]] = {}
+        self._speaking = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
 
@@ -63,56 +76,87 @@ class Watchdog:
 
     def watch(self, groups: Groups) -> None:
         """From now on say what this rank calls in its groups too."""
+        members = {name: ranks for name, (ranks, _) in groups.items()}
+        self._store.set(f"groups/{self._rank}", json.dumps(members))
         self._groups = groups
 
-    def explain(self, why: str) -> None:
+    def explain(self, why: str, *, again: bool = False) -> bool:
         """Print who keeps whom waiting; if another rank does, stay until it has.
 
         Args:
             why: a sentence about this rank.
+            again: make sure that nothing has moved since this rank looked.
+
+        Returns:
+            Whether it is explained; not if something moves after all.
         """
         if self._store.add("explaining", 1) > 1:
-            self.stay_until_explained()
-            return
-        found = self._read()
-        print(f"megalite: {why}\n{found.text()}", file=sys.stderr, flush=True)
-        self._store.set("explained", "")
-
-    def stay_until_explained(self) -> None:
-        """Go on speaking while another rank explains: whoever leaves now is taken for dead, and the
-        first to leave may have all others stopped."""
-        for _ in range(int(3 * SILENCE_S / INTERVAL_S)):
-            if self._store.check(["explained"]):
-                return
-            self._publish()
-            time.sleep(INTERVAL_S)
-
-    def _read(self) -> Explanation:
-        """What all ranks say, and who of them has stopped saying anything."""
-        before = _states(self._store, self._size)
-        time.sleep(SILENCE_S)
-        after = _states(self._store, self._size)
+            return self.stay_until_explained()
+        before = read_states(self._store, self._size)
+        time.sleep(self._silence_s)
+        after = read_states(self._store, self._size)
+        both = list(zip(before, after, strict=True))
+        if again and any(old and new and old.doings() != new.doings() for old, new in both):
+            self._store.set("explaining", "0")
+            return False
         lost = [
             rank
-            for rank, (old, new) in enumerate(zip(before, after, strict=True))
+            for rank, (old, new) in enumerate(both)
             if rank != self._rank
             and (new is None or (old is not None and old.beat == new.beat and not new.ended))
         ]
-        return explain(after, lost, self._activity.sends())
+        found = explain(after, lost, self._activity.sends())
+        print(f"megalite: {why}\n{found.text()}", file=sys.stderr, flush=True)
+        self._store.set("explained", "")
+        # This rank may be the one that keeps the store, which the others still ask.
+        time.sleep(3 * self._interval_s)
+        return True
+
+    def stay_until_explained(self) -> bool:
+        """Go on speaking while another rank explains: whoever leaves now is taken for dead, and the
+        first to leave may have all others stopped. Returns whether it has explained."""
+        for _ in range(int(3 * self._silence_s / self._interval_s)):
+            if self._store.check(["explained"]):
+                if self._rank == 0:
+                    time.sleep(3 * self._interval_s)
+                return True
+            if self._store.add("explaining", 0) == 0:
+                return False
+            self._publish()
+            time.sleep(self._interval_s)
+        return True
 
     def _run(self) -> None:
         try:
             self._publish()
-            while not self._ended.wait(INTERVAL_S):
+            before = time.monotonic()
+            while not self._ended.wait(self._interval_s):
+                now = time.monotonic()
+                if now - before > SUSPENDED_S:
+                    self._activity.since += now - before
+                    self._changed = now
+                before = now
                 self._publish()
-                if self._activity.overdue() and self._nothing_moves():
+                overdue_s = self._activity.overdue_s()
+                if overdue_s > self._rank * TURN_S and self._nothing_moves():
                     self._give_up()
             self._publish(ended=True)
         except dist.DistError:
-            # Whoever keeps the store is gone; what this rank waits for will tell it.
-            return
+            # Nobody takes the GPU's marks away any more.
+            self._activity.progress = None
+            if not self._ended.is_set() and self._activity.phase != "the end":
+                print(
+                    f"megalite: rank {self._rank} has lost the store in which ranks say what they "
+                    "do; a hang would not be explained",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _publish(self, *, ended: bool = False) -> None:
+        with self._speaking:
+            self._store.set(f"state/{self._rank}", json.dumps(self._state(ended).to_json()))
+
+    def _state(self, ended: bool) -> State:
         self._beat += 1
         activity, now = self._activity, time.monotonic()
         doing, gpu = str(activity.doing), activity.device()
@@ -122,10 +166,11 @@ class Watchdog:
         said = (activity.phase, doing, place.phase, place.position, *calls)
         if said != self._said:
             self._said, self._changed = said, now
-        state = State(
+        return State(
             rank=self._rank,
             beat=self._beat,
             phase=activity.phase,
+            phases=activity.phases,
             doing=doing,
             phase_s=now - activity.since,
             still_s=now - self._changed,
@@ -135,20 +180,24 @@ class Watchdog:
             position=place.position,
             position_phase=place.phase,
             calls={
-                name: Calls(ranks, trace.called, trace.waiting, trace.names())
-                for name, (ranks, trace) in self._groups.items()
+                name: Calls((), trace.called, trace.waiting, trace.names())
+                for name, (_, trace) in self._groups.items()
             },
             patient=activity.patient,
             ended=ended,
         )
-        self._store.set(f"state/{self._rank}", json.dumps(state.to_json()))
 
     def _nothing_moves(self) -> bool:
-        """Whether no rank has anything that takes as long as it takes, or has changed lately."""
+        """Whether no rank has anything that takes as long as it takes, or has changed lately.
+
+        If another rank has found that already, it is taken at its word.
+        """
+        if self._store.add("explaining", 0):
+            return True
         still_s = min(STILL_S, self._activity.limit_s() / 2)
         return not any(
             state.patient or (state.still_s < still_s and not state.ended)
-            for state in _states(self._store, self._size)
+            for state in read_states(self._store, self._size)
             if state is not None and self._speaks(state)
         )
 
@@ -159,27 +208,49 @@ class Watchdog:
         if beat != state.beat:
             since = now
         self._heard[state.rank] = (state.beat, since)
-        return now - since < SILENCE_S
+        return now - since < self._silence_s
 
     def _give_up(self) -> None:
         activity = self._activity
         seconds = time.monotonic() - activity.since
-        self.explain(
-            f"nothing moves: rank {self._rank} has been in {activity.phase} for {seconds:.0f} s, "
-            f"more than the {activity.limit_s():.0f} s that it may take ({activity.limit_flag()})"
-        )
-        os._exit(EXIT_CODE)
+        ends = True
+        try:
+            ends = self.explain(
+                f"nothing moves: rank {self._rank} has been in {activity.phase} for {seconds:.0f} "
+                f"s, more than the {activity.limit_s():.0f} s that it may take "
+                f"({activity.limit_flag()})",
+                again=True,
+            )
+        finally:
+            # Also without the store: it went with a rank that has ended.
+            if ends:
+                os._exit(EXIT_CODE)
 
 
 def last_words(store: dist.Store, size: int) -> str:
     """The table of what each rank last said, for a launcher whose ranks are gone."""
-    return "\n".join(f"  {line}" for line in explain(_states(store, size), (), {}).table)
+    return "\n".join(f"  {line}" for line in explain(read_states(store, size), (), {}).table)
 
 
-def _states(store: dist.Store, size: int) -> Sequence[State | None]:
+def read_states(store: dist.Store, size: int) -> Sequence[State | None]:
+    """What each rank said last; None of those that never said anything."""
+    states, groups = (_read(store, kind, size) for kind in ("state", "groups"))
     found: list[State | None] = []
-    for rank in range(size):
-        key = f"state/{rank}"
-        there = store.check([key])
-        found.append(State.from_json(json.loads(store.get(key))) if there else None)
+    for said, members in zip(states, groups, strict=True):
+        if said is None:
+            found.append(None)
+            continue
+        values = json.loads(said)
+        for name, ranks in json.loads(members or b"{}").items():
+            if name in values["calls"]:
+                values["calls"][name]["ranks"] = ranks
+        found.append(State.from_json(values))
     return found
+
+
+def _read(store: dist.Store, kind: str, size: int) -> list[bytes | None]:
+    """The values of all ranks: at once if all are there, which a large world needs."""
+    keys = [f"{kind}/{rank}" for rank in range(size)]
+    if store.check(keys):
+        return list(store.multi_get(keys))
+    return [store.get(key) if store.check([key]) else None for key in keys]

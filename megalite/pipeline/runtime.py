@@ -133,7 +133,8 @@ class Executor:
                     self._before_last_backward(step.stage)
                 self._backward(program, step, flight)
         self._wait(flight.sends)
-        self._activity.at("")
+        # Past the last message, for whoever still waits for one.
+        self._activity.enter("", len(steps))
         return flight.results
 
     def _begin(self, program: Program, index: int, step: Step) -> None:

@@ -136,11 +136,14 @@ def _pass(
     config: Config, groups: ParallelGroups, device: torch.device, ranks: _Ranks, watch: bool
 ) -> Pass:
     """One run; of a one-rank run in a larger world the other ranks learn the result."""
+    who = "the layout" if config.world_size == groups.topology.world_size else "one rank"
+    groups.activity.begin(f"verifying {who} in {config.train.precision}")
     result = None
     if config.world_size == groups.topology.world_size:
         result = _run(config, groups, device, ranks, watch)
     elif groups.world_rank == 0:
-        result = _run(config, ParallelGroups.solo(), device, _Ranks(ParallelGroups.solo()), watch)
+        solo = ParallelGroups.solo(groups.activity)
+        result = _run(config, solo, device, _Ranks(solo), watch)
     return ranks.tell(result)
 
 
@@ -156,6 +159,7 @@ def _run(
     for step in range(config.train.steps):
         skipped = step == SKIPPED_STEP
         seen = ranks.gather(recorder.step(step, poisoned=skipped))
+        groups.activity.at(f"comparing step {step + 1}")
         if judge is not None:
             judge.step(step, seen, skipped=skipped, watch=watch)
     return judge.result() if judge is not None else None

@@ -83,6 +83,9 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
         global_batch_size=micro_batches * micro_batch_size * dp,
         steps=STEPS,
         tokens=0,
+        # Comparing takes longer than a step, and what runs here says little of the run itself.
+        start_timeout=0.0,
+        step_timeout=0.0,
         # Warm-up, decay and clipping are all active.
         lr=1e-3,
         min_lr=1e-4,

@@ -184,7 +184,21 @@ def generation_stuck(patch: Patch, rank: Rank) -> None:
     patch.setattr(Trainer, "next_token_logits", broken)
 
 
+def slow(patch: Patch, rank: Rank) -> None:
+    """No hang: a step takes longer than it may, but goes on."""
+    right = Executor._forward
+
+    def broken(self: Any, *args: Any) -> None:
+        if now(rank):
+            time.sleep(0.8)
+        right(self, *args)
+
+    patch.setattr(Executor, "_forward", broken)
+
+
 TP_PP, PP4 = dict(tp=2, pp=2), dict(pp=4)
+
+SLOW = Hang(slow, 1, TP_PP, ())
 
 HANGS: dict[str, Hang] = {
     "missing send": Hang(
@@ -223,7 +237,7 @@ HANGS: dict[str, Hang] = {
 
 def hanging(rank: Rank, name: str) -> int:
     """A short run in which the guilty rank does what it should not."""
-    hang = HANGS[name]
+    hang = SLOW if name == "slow" else HANGS[name]
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         if rank.groups.world_rank == hang.guilty:
@@ -263,7 +277,7 @@ if __name__ == "__main__":
         step_timeout=4.0,
         runs=sys.argv[2],
     )
-    hang = hangs.HANGS[sys.argv[1]]
+    hang = hangs.SLOW if sys.argv[1] == "slow" else hangs.HANGS[sys.argv[1]]
     device = sys.argv[3] if len(sys.argv) > 3 else "cpu"
     config = resolve_device(resolve(Config().replace(**small, **hang.flags)), device)
     prepared = Prepared(config, partial(hangs.hanging, name=sys.argv[1]), {})

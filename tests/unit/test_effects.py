@@ -17,7 +17,7 @@ WITHOUT_EFFECT = {
     "--lr-wsd-decay-iters 5": "without --lr-decay-style WSD",
     "--lr-wsd-decay-style linear": "without --lr-decay-style WSD",
     "--min-lr 1e-5": "which never decays",
-    "--lr-decay-steps 50": "with --lr-decay-style constant and a given --lr-warmup-steps",
+    "--lr-decay-steps 50": "with --lr-decay-style constant, unless",
     "--eval-interval 5": "with --eval-steps 0",
     "--reverse-micro-batches": "with a --global-batch-size of one micro-batch",
     "--split 90,10": "with --mock-data",

@@ -89,6 +89,20 @@ def test_ranks_in_a_circle() -> None:
     )
 
 
+def test_ranks_that_have_begun_fewer_phases() -> None:
+    ranks = [state(0, phases=3), state(1, "opening the device", phases=2), state(2, phases=3)]
+    assert explain(ranks, (), {}).culprits == (
+        "rank 1 is behind all others: it is in step 7, opening the device",
+    )
+
+
+def test_names_of_calls_that_are_long_past() -> None:
+    first = state(0, calls=tensor(40, 11, n40="all_reduce"))
+    second = state(1, "computing", calls=tensor(20, n11="all_reduce"))
+    found = explain([first, second], (), {}).culprits
+    assert found == ("no rank waits for another: see the table",)
+
+
 def test_ranks_that_are_gone() -> None:
     found = explain([state(0, awaits="x", peer=1), state(1, "backward"), None], (1, 2), {})
     assert found.culprits == (
@@ -122,15 +136,19 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
             300.0 if step == 0 else max(100.0, 10 * [50, 25.5, 2][step - 1])
         )
         clock.now += seconds
-    activity.begin("validation")
+    activity.begin("saving", allowance_s=50.0)
+    assert (activity.limit_s(), activity.limit_flag()) == (350.0, "--start-timeout")
+    activity.begin("step 4", is_step=True)
     assert activity.limit_s() == 100.0
+    activity.longest_wait_s = 60.0
+    assert activity.limit_s() == 54.0
     activity.step_limit_s = 7.0
     assert (activity.limit_s(), activity.limit_flag()) == (7.0, "--step-timeout")
     clock.now += 8.0
-    assert activity.overdue()
+    assert activity.overdue_s() == 1.0
     activity.begin("tokenizing", patient=True)
     clock.now += 1e6
-    assert not activity.overdue()
+    assert activity.overdue_s() < 0
 
 
 class Counting:
