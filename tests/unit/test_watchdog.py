@@ -123,8 +123,7 @@ class Suspended(threading.Event):
     """Whoever waits for it sleeps with its process."""
 
     def wait(self, timeout: float | None = None) -> bool:
-        time.sleep(0.7)
-        return self.is_set()
+        return super().wait(0.7 if timeout else None)
 
 
 def test_a_suspended_process_is_not_overdue(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
