@@ -34,7 +34,7 @@ def start(layout: str, *command: str) -> list[subprocess.CompletedProcess[str]]:
     processes = sharing_ranks(layout) if shared else [{}]
 
     def one(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-        return launch([sys.executable, *command], env=environment, timeout=60)
+        return launch([sys.executable, *command], env=environment, timeout=120)
 
     with ThreadPoolExecutor(len(processes)) as pool:
         return list(pool.map(one, processes))
