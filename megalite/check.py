@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from math import isfinite
 from types import MappingProxyType
 
 from megalite.config import Config, fields, resolve
@@ -108,15 +109,19 @@ def _heads(config: Config) -> Violations:
     if heads % kv_heads:
         yield (
             f"--num-kv-heads {kv_heads} does not divide --num-attention-heads {heads}"
-            f"{_try(_divisors(heads), kv_heads)}"
+            f"{_try_divisors(heads, kv_heads)}"
         )
     if heads % tp:
         yield (
             f"--tp {tp} does not divide --num-attention-heads {heads} "
-            f"(each tensor rank owns whole heads){_try(_divisors(heads), tp)}"
+            f"(each tensor rank owns whole heads){_try_divisors(heads, tp)}"
         )
     elif kv_heads % tp and tp % kv_heads:
-        choices = [n for n in _divisors(heads) if not (kv_heads % n and n % kv_heads)]
+        choices = [
+            n
+            for n in range(1, min(heads, _SEARCHED) + 1)
+            if heads % n == 0 and not (kv_heads % n and n % kv_heads)
+        ]
         yield (
             f"--tp {tp} and --num-kv-heads {kv_heads}: one must divide the other (a key/value "
             f"head is whole on a rank, or copied on equally many){_try(choices, tp)}"
@@ -124,7 +129,7 @@ def _heads(config: Config) -> Violations:
     if not model.head_dim:
         yield (
             f"--num-attention-heads {heads} does not divide --hidden-size {model.hidden_size}"
-            f"{_try(_divisors(model.hidden_size), heads)}, or give --head-dim"
+            f"{_try_divisors(model.hidden_size, heads)}, or give --head-dim"
         )
     elif model.head_dim % 2:
         yield f"--head-dim {model.head_dim} must be even: RoPE turns pairs of features"
@@ -135,7 +140,7 @@ def _widths(config: Config) -> Violations:
     if model.ffn_hidden_size % parallel.tp:
         yield (
             f"--tp {parallel.tp} does not divide --ffn-hidden-size {model.ffn_hidden_size}"
-            f"{_try(_divisors(model.ffn_hidden_size), parallel.tp)}"
+            f"{_try_divisors(model.ffn_hidden_size, parallel.tp)}"
         )
     if parallel.sequence_parallel and model.seq_length % parallel.tp:
         yield (
@@ -205,6 +210,7 @@ def _data(config: Config) -> Violations:
         2 <= len(parts) <= 3
         and all(re.fullmatch(r"\d+(\.\d*)?", part.strip()) for part in parts)
         and float(parts[0]) > 0
+        and all(isfinite(float(part)) for part in parts)
     ):
         yield (
             f"--split {data.split}: expected two or three shares separated by commas, the first "
@@ -279,8 +285,15 @@ def _world(config: Config, world: World | None) -> Violations:
         )
 
 
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+def _try_divisors(number: int, value: int) -> str:
+    """The divisors of a number nearest to a value, in words."""
+    far = [*range(1, _SEARCHED), *(number // n for n in range(1, _SEARCHED))]
+    near = range(max(1, value - _SEARCHED), value + _SEARCHED)
+    return _try(sorted({n for n in (*far, *near) if n and number % n == 0}), value)
+
+
+_SEARCHED = 1000
+"""Divisors are searched so far from a value, from 1 and from the number."""
 
 
 def _try(choices: list[int], value: int) -> str:

@@ -193,6 +193,10 @@ def _flag_values(
     """Values of the fields that flags set, ours and Megatron-LM's; and the words that set them."""
     by_field: dict[str, dict[str, Any]] = {}
     for flag, name, text in _assignments(words, specs, problems):
+        if not text.strip() and specs[name].type is str:
+            # "$CORPUS" of a variable that is not set, more often than not.
+            problems.add(f"{flag} is given an empty value", name)
+            continue
         try:
             by_field.setdefault(name, {})[flag] = convert(specs[name], text)
         except ValueError as error:

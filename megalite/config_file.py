@@ -77,7 +77,7 @@ def _file_content(path: Path) -> dict[str, Any] | str:
         content = json.loads(text) if kind == "JSON" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         return f"cannot be read: {getattr(error, 'strerror', error)}"
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         return f"is not valid {kind}: {error}"
     if not isinstance(content, dict):
         return "must hold names and values, as --print-config shows"

@@ -41,7 +41,7 @@ def convert(spec: FieldSpec, value: Any) -> Any:
             raise ValueError("expected a number")
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError("expected a number") from None
     if spec.type is str:
         if not isinstance(value, str):

@@ -168,6 +168,21 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--profile-step-start": Refused(_PROFILER),
         "--profile-step-end": Refused(_PROFILER),
         "--use-pytorch-profiler": Refused(_PROFILER),
+        # Others
+        "--use-mcore-models": Always("there is one implementation of each model"),
+        "--num-virtual-stages-per-pipeline-rank": Refused(
+            "each pipeline rank has one stage: there is no interleaved schedule"
+        ),
+        "--fp8-format": Refused("there is no fp8; use --bf16"),
+        "--start-weight-decay": Refused("the weight decay is constant: --weight-decay"),
+        "--end-weight-decay": Refused("the weight decay is constant: --weight-decay"),
+        "--weight-decay-incr-style": Refused("the weight decay is constant: --weight-decay"),
+        "--no-rope-fusion": Refused("which kernel turns positions is chosen at start"),
+        "--no-bias-swiglu-fusion": Refused("which kernel runs SwiGLU is chosen at start"),
+        "--cross-entropy-loss-fusion": Refused("the cross-entropy has one implementation"),
+        "--no-save-optim": Always("only the weights are written"),
+        "--no-save-rng": Always("only the weights are written"),
+        "--manual-gc": Refused("Python collects its garbage as it does by default"),
         "--deterministic-mode": Refused("on the CPU every run is deterministic; on GPUs none is"),
     }
 )

@@ -8,6 +8,9 @@ srun --ntasks 16 python -m megalite.pretrain --tp 8 --dp 2 --data corpus
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
@@ -51,11 +54,14 @@ def _show(command: cli.Command, world: World | None) -> bool:
 
 def _describe(config: Config, told: Sequence[str]) -> None:
     """The dry run: everything that follows from the configuration."""
+    device = config.parallel.device
+    if device != "auto":
+        config = resolve_device(config, device)
     print(
         report.opening(
             config,
             version=megalite.__version__,
-            device="chosen at start",
+            device="chosen at start" if device == "auto" else f"{device}, as asked",
             back_ends=None,
             data=config.data.data or ("random" if config.data.mock_data else "standard library"),
             folder=str(Path(config.run.runs) / (config.run.name or "<date>-<model>-<layout>")),
@@ -85,9 +91,22 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     from megalite.parallel.devices import choose_device
     from megalite.parallel.launch import Prepared
 
-    corpus = prepare_corpus(config.data)
-    open_samples(config, corpus)
-    device, why = choose_device(config, machine)
+    problems: list[str] = []
+    device, why = config.parallel.device, ""
+    try:
+        device, why = choose_device(config, machine)
+    except ConfigError as error:
+        problems += error.violations
+    folder = Path(config.run.runs) / config.run.name
+    if config.run.name and folder.exists():
+        problems.append(_taken(config.run.name, folder))
+    try:
+        corpus = prepare_corpus(config.data)
+        open_samples(config, corpus)
+    except ConfigError as error:
+        problems += error.violations
+    if problems:
+        raise ConfigError(problems)
     told = notes(config, command.given)
     job = partial(_train, corpus=corpus, device_line=why, told=told)
     facts = {"corpus": corpus.fingerprint}
@@ -104,20 +123,25 @@ def _claim_folder(config: Config) -> Config:
     layout = f"tp{parallel.tp}-pp{parallel.pp}-dp{parallel.dp}"
     base = config.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.model}-{layout}"
     name, attempt = base, 1
-    while True:
-        folder = Path(config.run.runs) / name
-        try:
-            folder.mkdir(parents=True)
-            return config.derive(name=name)
-        except FileExistsError:
-            if config.run.name:
-                raise ConfigError(
-                    f"--name {name}: {folder} exists; choose another name or remove it"
-                ) from None
-            attempt += 1
-            name = f"{base}-{attempt}"
-        except OSError as error:
-            raise ConfigError(f"--runs {config.run.runs}: {folder}: {error.strerror}") from None
+    folder = Path(config.run.runs)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = Path(config.run.runs) / name
+            try:
+                folder.mkdir()
+                return config.derive(name=name)
+            except FileExistsError:
+                if config.run.name:
+                    raise ConfigError(_taken(name, folder)) from None
+                attempt += 1
+                name = f"{base}-{attempt}"
+    except OSError as error:
+        raise ConfigError(f"--runs {config.run.runs}: {folder}: {error.strerror}") from None
+
+
+def _taken(name: str, folder: Path) -> str:
+    return f"--name {name}: {folder} exists; choose another name or remove it"
 
 
 def _train(rank: Rank, *, corpus: Corpus, device_line: str, told: tuple[str, ...]) -> int:
@@ -224,10 +248,19 @@ def _closing(
                 f"{folder}/weights there, or give --runs a shared folder"
             )
     lines += [f"written to {folder}: {', '.join(written)}", "next:"]
-    lines.append(f"  python -m megalite.pretrain --config {folder}/config.json --name again")
-    lines.append("  python -m megalite.pretrain --tp 2 --pp 2 --data my.txt --steps 500")
-    lines.append("  python -m megalite.pretrain --model llama3-8b --tp 4 --pp 2 --dry-run")
+    command = f"  {_python()} -m megalite.pretrain"
+    lines.append(f"{command} --config {folder}/config.json --name again")
+    lines.append(f"{command} --tp 2 --pp 2 --data my.txt --steps 500")
+    lines.append(f"{command} --model llama3-8b --tp 4 --pp 2 --dry-run")
     return "\n".join(lines)
+
+
+def _python() -> str:
+    """This interpreter as one types it here."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    path = os.path.relpath(sys.executable)
+    return sys.executable if path.startswith(os.pardir) else path
 
 
 PROGRAM = Program(

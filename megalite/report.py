@@ -21,6 +21,8 @@ from megalite.pipeline.schedules import SCHEDULES
 from megalite.pipeline.simulate import simulate
 
 MOST_RANKS_LISTED = 16
+MOST_MICRO_BATCHES_DRAWN = 64
+"""Beside four for each stage."""
 
 
 def opening(
@@ -79,13 +81,17 @@ def opening(
 
 def timeline(config: Config) -> str:
     """The pipeline's picture, if forwards take one unit and backwards two."""
-    schedule, pp = config.parallel.schedule, config.parallel.pp
-    program = lower(SCHEDULES[schedule](pp, config.num_micro_batches))
+    schedule, pp, count = config.parallel.schedule, config.parallel.pp, config.num_micro_batches
+    shown = min(count, 4 * pp + MOST_MICRO_BATCHES_DRAWN)
+    program = lower(SCHEDULES[schedule](pp, shown))
     check_program(program)
     step = simulate(program, {Op.FORWARD: 1.0, Op.BACKWARD: 2.0})
+    # Filling and draining the pipeline takes the same time however many micro-batches there are.
+    idle, busy = step.bubble() * shown, (1.0 - step.bubble()) * count
     return (
-        f"pipeline: {schedule}, {config.num_micro_batches} micro-batches, "
-        f"{100 * step.bubble():.1f}% idle ({LEGEND})\n{draw_timeline(step)}"
+        f"pipeline: {schedule}, {count} micro-batches, {100 * idle / (idle + busy):.1f}% idle "
+        f"({LEGEND}{f'; drawn: {shown} micro-batches' if shown < count else ''})\n"
+        f"{draw_timeline(step)}"
     )
 
 

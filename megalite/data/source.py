@@ -10,6 +10,22 @@ from pathlib import Path
 
 from megalite.config import DataConfig
 
+_NOT_TEXT = frozenset(
+    {
+        ".gz",
+        ".zst",
+        ".xz",
+        ".bz2",
+        ".zip",
+        ".tar",
+        ".parquet",
+        ".arrow",
+        ".npy",
+        ".pt",
+        ".safetensors",
+    }
+)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -47,6 +63,8 @@ def source_problems(data: DataConfig) -> tuple[list[str], bool]:
     files: list[Path] = []
     if source.kind == "indexed":
         files = [_tokens_of(source.path), _index_of(source.path)]
+    elif source.path.suffix in _NOT_TEXT:
+        return [f"--data {data.data} is not text: unpack it to a .txt or .jsonl file"], True
     elif source.kind in ("text", "jsonl"):
         files = [source.path]
     problems = [problem for file in files if (problem := _file_problem(file, data.data))]
@@ -90,5 +108,8 @@ def _near(file: Path) -> str:
     if not file.parent.is_dir():
         return f" (nor a folder {file.parent})"
     suffixes = (".txt", ".jsonl", ".idx")
-    names = sorted(p.name for p in file.parent.iterdir() if p.suffix in suffixes)[:4]
+    try:
+        names = sorted(p.name for p in file.parent.iterdir() if p.suffix in suffixes)[:4]
+    except OSError:  # a folder that may be entered but not listed
+        return ""
     return f"; beside it: {', '.join(names)}" if names else ""

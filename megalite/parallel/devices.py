@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -54,10 +56,18 @@ def threads_of_a_rank(local_ranks: int) -> int:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use: those of its affinity, fewer under a container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores or 1, _quota(Path("/sys/fs/cgroup/cpu.max"))))
+
+
+def _quota(file: Path) -> int:
+    """Cores that a control group grants, from `<microseconds or max> <period>`; many if any."""
+    try:
+        granted, period = file.read_text(encoding="ascii").split()
+        return -(-int(granted) // int(period))
+    except (OSError, ValueError):
+        return sys.maxsize
 
 
 def _cores(local_ranks: int) -> str:

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from megalite.config import Config
 from megalite.parallel.activity import Activity, CallTrace
@@ -63,6 +64,9 @@ class ParallelGroups:
             axis: mesh.get_group(axis) if getattr(topology, axis) > 1 else None for axis in AXES
         }
         timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+        for group in filter(None, axis_group.values()):
+            # A mesh gives its groups the library's own limit, whatever the default group's is.
+            _set_pg_timeout(timeout, group)
         pairs = topology.embedding_pairs() if config.model.tie_embeddings else ()
         embedding_group = _own_group("embedding", pairs, world_rank, timeout)
         copies = topology.kv_replica_groups(config.model.num_kv_heads)

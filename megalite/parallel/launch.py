@@ -136,11 +136,11 @@ def _launch_ranks(prepared: Prepared) -> int:
             monitor_interval=0.1,
             start_method=start_method,
             logs_specs=DefaultLogsSpecs(log_dir=scratch),
-            # Not SIGINT, which it would pass on: a rank that is just starting ignores that one.
-            signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
+            signals_to_handle=",".join(_signals_to_handle()),
         )
         try:
-            elastic_launch(elastic, _launched_rank)(prepared, watched, board.port)
+            ignores = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            elastic_launch(elastic, _launched_rank)(prepared, watched, board.port, ignores)
         except ChildFailedError as error:
             return report_failure(error, dist.PrefixStore(WATCH, board), ranks)
     return 0
@@ -180,8 +180,11 @@ def run_rank(
     who = f"rank {world.rank} of {world.size}"
     try:
         store = next(iter(dist.rendezvous("env://", timeout=RENDEZVOUS_LIMIT)))[0]
-    except Exception as error:
-        return report_once(who, None, None, error)
+    except dist.DistError as error:
+        where = f"{world.master_addr}:{world.master_port}"
+        reason = str(error).splitlines()[0]
+        print(f"megalite: {who}: the ranks did not all meet at {where}: {reason}", file=sys.stderr)
+        return 1
     store = dist.PrefixStore(world.job, store)
     board = dist.PrefixStore(WATCH, board or store.clone())  # type: ignore[attr-defined]
     activity = Activity()
@@ -217,6 +220,8 @@ def _run_job(
 ) -> int:
     """Create the groups and run the job; returns its exit code."""
     config = prepared.config
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_of_a_rank(machine.local_size))
     activity.begin("start: opening the device")
     device = rank_device(config, machine)
     if device.type == "cuda":
@@ -304,16 +309,27 @@ def _run_alone(prepared: Prepared) -> int:
         return report_once("the run", None, None, error)
 
 
-def _launched_rank(prepared: Prepared, launcher: Connection, board_port: int) -> None:
+def _launched_rank(
+    prepared: Prepared, launcher: Connection, board_port: int, ignores_interrupt: bool
+) -> None:
     """Body of a rank that `launch` started; leaves the process on any failure."""
     # The default actions end the process at once, also in the middle of a collective.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if ignores_interrupt else signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_die_with, args=(launcher,), daemon=True).start()
     world = detect_world(os.environ)
     assert world is not None, "torchelastic sets RANK and WORLD_SIZE"
     board = dist.TCPStore("127.0.0.1", board_port, is_master=False)
     leave(run_rank(world, lambda _: prepared, board))
+
+
+def _signals_to_handle() -> list[str]:
+    """Signals that stop all ranks, but for those that nohup or a shell has told us to ignore.
+
+    Not SIGINT, which torchelastic would pass on: a rank that is just starting ignores that one.
+    """
+    stops = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    return [stop.name for stop in stops if signal.getsignal(stop) is not signal.SIG_IGN]
 
 
 def leave(code: int) -> None:

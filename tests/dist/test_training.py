@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,19 @@ def test_gradient_buckets_are_reduced_during_the_last_backward(pool: RankPool) -
         assert buckets > 4
         assert before_last == 0, "nothing is reduced before the last micro-batch"
         assert in_last >= buckets - 2, "all but the last buckets are under way when backward ends"
+
+
+def lost_collective_job() -> float:
+    groups = make_groups(tp=2, pp=2, distributed_timeout_minutes=0.03)
+    started = time.monotonic()
+    if groups.tp.rank == 0:
+        with pytest.raises(RuntimeError):
+            groups.tp.all_reduce(torch.ones(1))
+    else:
+        time.sleep(6.0)
+    return time.monotonic() - started
+
+
+def test_the_limit_of_a_collective_holds_on_every_axis(pool: RankPool) -> None:
+    outcomes = pool.run(4, lost_collective_job)
+    assert all(outcome.value < 5 for outcome in outcomes[::2])
