@@ -273,7 +273,7 @@ if __name__ == "__main__":
         steps=5,
         eval_steps=0,
         mock_data=True,
-        start_timeout=8.0,
+        start_timeout=15.0,
         step_timeout=4.0,
         runs=sys.argv[2],
     )
