@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -19,32 +20,43 @@ SAMPLE = ("missing send", "asleep in forward", "exits early", "never starts")
 
 
 def check(name: str, folder: Path, *launcher: str) -> None:
-    process = subprocess.Popen(
+    """Start a run that hangs; what it says, how it ends, and that nothing is left of it."""
+    with subprocess.Popen(
         [sys.executable, *launcher, str(SCRIPT), name, str(folder)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
+    ) as process:
+        lines = read_until_named(process, HANGS[name].words)
+    told = "\n".join(lines)
+    assert named(lines, HANGS[name].words), told
+    assert process.returncode == (1 if launcher else 5), told
+    assert launcher or "Traceback" not in told, "torchrun adds one of its own"
+    assert sum(bool(re.match(r"  rank \d+: ", line)) for line in lines) == 4, told
+    wait_until_session_is_empty(process.pid)
+    assert not processes_of_session(process.pid)
+
+
+def named(lines: list[str], words: tuple[str, ...]) -> bool:
+    """Whether one sentence holds all of the words; the table is indented."""
+    return any(all(word in line for word in words) for line in lines if line[:1] != " ")
+
+
+def read_until_named(process: subprocess.Popen[str], words: tuple[str, ...]) -> list[str]:
+    """All that the process says; fails if the words come too late."""
     started = time.monotonic()
     assert process.stderr is not None
     lines: list[str] = []
     for line in process.stderr:
         lines.append(line.rstrip())
-        words = HANGS[name].words
-        if line[:1] != " " and all(word in line for word in words):
+        if named(lines[-1:], words):
             break
-    # Launch 10 s at most, first steps, the limits of 15 s or 4 s, 3 s to see who is silent.
-    assert time.monotonic() - started < 40, "\n".join(lines)
+    seconds = time.monotonic() - started
     lines += process.communicate(timeout=60)[1].splitlines()
-    sentences = [line for line in lines if line[:1] != " "]
-    named = [all(word in sentence for word in HANGS[name].words) for sentence in sentences]
-    assert any(named), "\n".join(lines)
-    assert process.returncode == (1 if launcher else 5)
-    assert launcher or "Traceback" not in "\n".join(lines), "torchrun adds one of its own"
-    assert sum(line.startswith("  rank ") for line in lines) == 4, "one table of all ranks"
-    wait_until_session_is_empty(process.pid)
-    assert not processes_of_session(process.pid)
+    # Launch 10 s at most, first steps, the limits of 15 s or 4 s, 3 s to see who is silent.
+    assert seconds < 40, "\n".join(lines)
+    return lines
 
 
 @pytest.mark.parametrize("name", SAMPLE)
