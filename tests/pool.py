@@ -102,6 +102,8 @@ def _serve(pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # As torchrun sets it; a forked process cannot start OpenMP's threads anew.
+    os.environ["OMP_NUM_THREADS"] = "1"
     clean = dict(os.environ)
     while True:
         try:
