@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ FULL = "full"
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # In the background of a script SIGINT is ignored, also in all that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "full: every figure, not a sample; run with -m full")
 
 
