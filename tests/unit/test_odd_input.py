@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -115,14 +116,13 @@ def test_a_container_s_quota(tmp_path: Path, text: str, cores: int) -> None:
     assert _quota(file) > 10**6 and _quota(tmp_path / "none") > 10**6
 
 
-def test_nohup_is_kept() -> None:
-    import signal
-
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert _signals_to_handle() == ["SIGTERM", "SIGQUIT"]
-    finally:
-        signal.signal(signal.SIGHUP, previous)
+def test_nohup_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    ignored = {signal.SIGHUP}
+    monkeypatch.setattr(
+        signal, "getsignal", lambda stop: signal.SIG_IGN if stop in ignored else signal.SIG_DFL
+    )
+    assert _signals_to_handle() == ["SIGTERM", "SIGQUIT"]
+    ignored.clear()
     assert _signals_to_handle() == ["SIGTERM", "SIGHUP", "SIGQUIT"]
 
 
