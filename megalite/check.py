@@ -71,6 +71,9 @@ _ABOVE_ZERO_IF_GIVEN = frozenset({"num_kv_heads", "head_dim", "dp", "global_batc
 _SHARES = frozenset(
     {"hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction"}
 )
+_SEARCHED = 1000
+"""Divisors are searched so far from a value, from 1 and from the number."""
+
 _LARGEST = 2**63
 """Numbers that no computer word holds begin here."""
 
@@ -290,10 +293,6 @@ def _try_divisors(number: int, value: int) -> str:
     far = [*range(1, _SEARCHED), *(number // n for n in range(1, _SEARCHED))]
     near = range(max(1, value - _SEARCHED), value + _SEARCHED)
     return _try(sorted({n for n in (*far, *near) if n and number % n == 0}), value)
-
-
-_SEARCHED = 1000
-"""Divisors are searched so far from a value, from 1 and from the number."""
 
 
 def _try(choices: list[int], value: int) -> str:

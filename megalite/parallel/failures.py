@@ -44,7 +44,8 @@ def report_once(
     if _is_lost_peer(error):
         # Not the cause: the peer reports itself, or the launcher names the signal it died of.
         time.sleep(LOST_PEER_PATIENCE_S)
-        if watchdog is not None and _explained(who, store, watchdog):
+        if watchdog is not None:
+            _explain(who, store, watchdog)
             return EXIT_CODE
     if claim_report(store):
         print(f"megalite: {who} failed:", file=sys.stderr)
@@ -53,7 +54,7 @@ def report_once(
     return 1
 
 
-def _explained(who: str, store: dist.Store | None, watchdog: Watchdog) -> bool:
+def _explain(who: str, store: dist.Store | None, watchdog: Watchdog) -> None:
     """Say which peer is missing, or stay until another rank has."""
     try:
         if claim_report(store):
@@ -62,7 +63,6 @@ def _explained(who: str, store: dist.Store | None, watchdog: Watchdog) -> bool:
             watchdog.stay_until_explained()
     except dist.DistError:
         print(f"megalite: {who} has lost its peers, and the store with them", file=sys.stderr)
-    return True
 
 
 def report_failure(error: ChildFailedError, board: dist.Store, size: int) -> int:

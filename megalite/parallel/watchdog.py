@@ -36,6 +36,9 @@ speak less often, for fifteen intervals."""
 SUSPENDED_S = 10.0
 """A thread that sleeps so much longer than it meant to has been stopped with its process."""
 
+LINGER_S = 2.0
+"""How long a rank that may keep the store stays after the explanation, so that all can read it."""
+
 TURN_S = 0.1
 """One rank judges; the next ones wait so much longer each, in case it is the one that hangs."""
 
@@ -108,8 +111,7 @@ class Watchdog:
         found = explain(after, lost, self._activity.sends())
         print(f"megalite: {why}\n{found.text()}", file=sys.stderr, flush=True)
         self._store.set("explained", "")
-        # This rank may be the one that keeps the store, which the others still ask.
-        time.sleep(3 * self._interval_s)
+        self._linger()
         return True
 
     def stay_until_explained(self) -> bool:
@@ -117,14 +119,18 @@ class Watchdog:
         first to leave may have all others stopped. Returns whether it has explained."""
         for _ in range(int(3 * self._silence_s / self._interval_s)):
             if self._store.check(["explained"]):
-                if self._rank == 0:
-                    time.sleep(3 * self._interval_s)
+                self._linger()
                 return True
             if self._store.add("explaining", 0) == 0:
                 return False
             self._publish()
             time.sleep(self._interval_s)
         return True
+
+    def _linger(self) -> None:
+        """Rank 0 keeps the store, unless a launcher does, and the others still ask it."""
+        if self._rank == 0:
+            time.sleep(max(LINGER_S, 3 * self._interval_s))
 
     def _run(self) -> None:
         try:
@@ -137,6 +143,10 @@ class Watchdog:
                     self._changed = now
                 before = now
                 self._publish()
+                if self._store.check(["explained"]):
+                    # All end, also those whose own limit is not reached.
+                    self._linger()
+                    os._exit(EXIT_CODE)
                 overdue_s = self._activity.overdue_s()
                 if overdue_s > self._rank * TURN_S and self._nothing_moves():
                     self._give_up()

@@ -117,7 +117,6 @@ class Recorder:
             poisoned: the last rank of the world gets a gradient that is not finite.
         """
         groups = self.trainer.groups
-        groups.activity.begin(f"step {step} of a verification", is_step=True)
         activations: dict[tuple[str, Samples_of], Tensor] = {}
         is_last = groups.world_rank == groups.topology.world_size - 1
         with self._watched(activations), self._poisoned(poisoned and is_last):

@@ -158,6 +158,7 @@ def _run(
         judge.initial(initial)
     for step in range(config.train.steps):
         skipped = step == SKIPPED_STEP
+        groups.activity.at(f"step {step + 1}")
         seen = ranks.gather(recorder.step(step, poisoned=skipped))
         groups.activity.at(f"comparing step {step + 1}")
         if judge is not None:

@@ -28,7 +28,8 @@ class World:
         self.store = dist.HashStore()
         self.activities = [Activity(start_limit_s=LIMIT_S), Activity(start_limit_s=LIMIT_S)]
         self.ended: list[int] = []
-        for name, value in (("INTERVAL_S", 0.02), ("SILENCE_S", 0.4), ("STILL_S", 0.3)):
+        short = {"INTERVAL_S": 0.02, "SILENCE_S": 0.4, "STILL_S": 0.3, "LINGER_S": 0.1}
+        for name, value in short.items():
             patch.setattr(watchdog, name, value)
         patch.setattr(watchdog.os, "_exit", self._exit)
         right = Watchdog._run
@@ -71,6 +72,12 @@ def test_two_ranks_that_stand_still_end(world: World, capsys: pytest.CaptureFixt
     told = capsys.readouterr().err
     assert told.count("megalite: nothing moves: rank 0 has been in start for ") == 1
     assert "rank 1 never arrived: it is in start, asleep; rank 0 waits for it" in told
+
+
+def test_a_rank_within_its_own_limit_ends_with_the_others(world: World) -> None:
+    world.activities[1].begin("saving", allowance_s=1000.0)
+    world.run(5.0)
+    assert world.ended == [EXIT_CODE, EXIT_CODE]
 
 
 def test_a_rank_that_moves_slowly_keeps_all_alive(world: World) -> None:
