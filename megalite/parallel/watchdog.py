@@ -37,7 +37,7 @@ SUSPENDED_S = 10.0
 """A thread that sleeps so much longer than it meant to has been stopped with its process."""
 
 LINGER_S = 2.0
-"""How long a rank that may keep the store stays after the explanation, so that all can read it."""
+"""How long rank 0, which may keep the store, stays after the explanation: all have to read it."""
 
 TURN_S = 0.1
 """One rank judges; the next ones wait so much longer each, in case it is the one that hangs."""
@@ -128,9 +128,10 @@ class Watchdog:
         return True
 
     def _linger(self) -> None:
-        """Rank 0 keeps the store, unless a launcher does, and the others still ask it."""
-        if self._rank == 0:
-            time.sleep(max(LINGER_S, 3 * self._interval_s))
+        """Stay until all know of the explanation, and let nothing be printed after it."""
+        silence()
+        wait_s = 3 * self._interval_s
+        time.sleep(max(LINGER_S, 2 * wait_s) if self._rank == 0 else wait_s)
 
     def _run(self) -> None:
         try:
@@ -235,6 +236,12 @@ class Watchdog:
             # Also without the store: it went with a rank that has ended.
             if ends:
                 os._exit(EXIT_CODE)
+
+
+def silence() -> None:
+    """Let this process print no more: NCCL has a page to say about each peer that leaves."""
+    sys.stderr.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def last_words(store: dist.Store, size: int) -> str:

@@ -32,6 +32,7 @@ class World:
         for name, value in short.items():
             patch.setattr(watchdog, name, value)
         patch.setattr(watchdog.os, "_exit", self._exit)
+        patch.setattr(watchdog, "silence", lambda: None)
         right = Watchdog._run
 
         def run(dog: Watchdog) -> None:
