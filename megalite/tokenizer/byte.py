@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class ByteTokenizer:
-    """Token b is the byte b; token 256 ends a document.
-
-    Attributes:
-        vocab_size: 257 [tokens].
-        eod: the end-of-document token.
-        fingerprint: names the mapping; it is part of a tokenized corpus's identity.
-    """
+    """Token b is the byte b; token 256 ends a document. See `Tokenizer` for the attributes."""
 
     vocab_size = 257
     eod = 256
     fingerprint = "byte-257"
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def special(self) -> Mapping[str, int]:
+        """None: the end of a document has no text that one could write."""
+        return {}
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:  # noqa: ARG002
         """UTF-8 bytes of the text (lone surrogates as Python's `surrogatepass` writes them)."""
         return list(text.encode("utf-8", "surrogatepass"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """UTF-8 bytes of each text, int32 [bytes]."""
+        import numpy as np
+
+        rows = (text.encode("utf-8", "surrogatepass") for text in texts)
+        return [np.frombuffer(row, np.uint8).astype(np.int32) for row in rows]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of the tokens; bytes that are not UTF-8 become U+FFFD, other ids are dropped."""
