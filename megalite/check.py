@@ -221,13 +221,15 @@ def _data(config: Config) -> Violations:
         )
     problems, is_text = source_problems(data)
     yield from problems
-    if data.eod_mask_loss and not is_text:
+    if not is_text:
         why = (
             "the random tokens of --mock-data have no documents"
             if data.mock_data
             else "which token ends a document of a .bin is not known"
         )
-        yield f"--eod-mask-loss needs text: {why}"
+        for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"):
+            if getattr(data, name) and name not in config.derived:
+                yield f"--{name.replace('_', '-')} needs text: {why}"
     if is_text and config.model.vocab_size < ByteTokenizer.vocab_size:
         yield (
             f"--vocab-size {config.model.vocab_size} is below the {ByteTokenizer.vocab_size} "

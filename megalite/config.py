@@ -188,7 +188,17 @@ class DataConfig:
     split: str = option(
         "95,5", "Shares of training and validation; a third one is left out.", metavar="A,B[,C]"
     )
-    eod_mask_loss: bool = option(False, "Leave the token after an end of document out of the loss.")
+    reset_attention_mask: bool = option(
+        False, "Attention stays inside a document (its end-of-document token is its last)."
+    )
+    reset_position_ids: bool | None = option(
+        None, "Positions count from the document's start. Default: on with --reset-attention-mask."
+    )
+    eod_mask_loss: bool | None = option(
+        None,
+        "Leave the token after an end of document out of the loss. Default: on with "
+        "--reset-attention-mask.",
+    )
     data_cache_path: str = option(
         "", "Tokenized corpora. Default: the user's cache folder.", metavar="DIR"
     )
@@ -359,6 +369,9 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
         values["vocab_size"] = ByteTokenizer.vocab_size
     if parallel.sequence_parallel is None:
         values["sequence_parallel"] = parallel.tp > 1
+    for name in ("reset_position_ids", "eod_mask_loss"):
+        if getattr(config.data, name) is None:
+            values[name] = config.data.reset_attention_mask
     batch = train.global_batch_size or train.micro_batch_size * dp
     values["global_batch_size"] = batch
     if not train.steps and train.tokens > 0:

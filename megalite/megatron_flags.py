@@ -144,8 +144,6 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--merge-file": Refused(_TOKENIZER),
         "--num-workers": Refused("the loader maps the corpus into memory and needs no workers"),
         "--dataloader-type": Refused("the order of samples is a formula of seed and step"),
-        "--reset-position-ids": Refused("positions run through the sample"),
-        "--reset-attention-mask": Refused("attention runs through the sample"),
         # Checkpoints, logs
         "--save": Refused(_CHECKPOINTS),
         "--load": Refused("training starts from initial weights; leave it out"),

@@ -158,8 +158,11 @@ class Trainer:
         self._activity.begin("generating text")
         last = len(tokens) - 1
         padding = -len(tokens) % (self.groups.tp.size if self.groups.tp.sequence_parallel else 1)
-        row = torch.tensor([tokens + [0] * padding], device=self.device)
-        micro_batch = MicroBatch(row, row, torch.ones_like(row, dtype=torch.bool))
+        row = torch.tensor([tokens + [0] * padding])
+        documents = self.loader.documents(row.numpy())
+        row = row.to(self.device)
+        mask = torch.ones_like(row, dtype=torch.bool)
+        micro_batch = MicroBatch(row, row, mask, documents=documents)
 
         def head(logits: Tensor, _: MicroBatch) -> Tensor:
             return self.groups.tp.start_all_gather(logits[last, 0]).wait()

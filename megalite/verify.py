@@ -37,14 +37,20 @@ def _small(command: cli.Command, world: World | None) -> Small:
     Raises:
         ConfigError: all that is wrong with the user's own configuration.
     """
-    # The data stays where it is: random tokens serve; and nothing is written.
+    # The data stays where it is: random tokens serve, with ends of documents in them; and nothing
+    # is written.
+    boundaries = {
+        name: getattr(command.config.data, name)
+        for name in ("reset_attention_mask", "reset_position_ids")
+    }
+    unread = dict.fromkeys([*boundaries, "eod_mask_loss"], False)
     groups = {spec.name: spec.group for spec in fields()}
     command = replace(
         command,
-        config=command.config.replace(data="", mock_data=True, eod_mask_loss=False),
+        config=command.config.replace(data="", mock_data=True, **unread),
         given={n: typed for n, typed in command.given.items() if groups[n] not in ("data", "run")},
     )
-    config = checked(command, world)
+    config = checked(command, world).replace(**boundaries)
     if config.parallel.device == "auto":
         config = config.replace(device="cpu")
     return shrink(config, max(MOST_RANKS, world.size if world else 0))

@@ -35,14 +35,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [S, B, N, D], any strides.
-        cos, sin: [S, D/2], fp32 or fp64.
+        cos, sin: [S, 1 or B, D/2], fp32 or fp64.
 
     Returns:
         Contiguous, shape and dtype of `x`.
 
     Source: Su et al., "RoFormer", arXiv:2104.09864, with the half layout of GPT-NeoX and LLaMA.
     """
-    return _Rope.apply(x, cos[:, None, None, :], sin[:, None, None, :])
+    return _Rope.apply(x, cos[:, :, None, :], sin[:, :, None, :])
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

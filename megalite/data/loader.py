@@ -1,5 +1,7 @@
 """Batches of one data rank, from the formula of the order. Nothing is broadcast.
 
+While a step runs, a thread reads the samples of the next one.
+
 Sample j of a step's global batch goes to micro-batch m, data rank r, row b with
 j = (m dp + r) micro_batch_size + b, as in Megatron-LM: the set of samples of a step does not depend
 on the layout.
@@ -10,6 +12,7 @@ Legend: B micro-batch, S sequence.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +20,9 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
+from megalite.data.documents import document_bounds, document_starts
 from megalite.data.samples import Samples, sample_order
-from megalite.layers.batch import DropoutPlace, MicroBatch
+from megalite.layers.batch import Documents, DropoutPlace, MicroBatch
 from megalite.parallel.data import DataGroup
 from megalite.tokenizer.byte import ByteTokenizer
 
@@ -36,8 +40,23 @@ class Batch:
     counted_tokens: int
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """A batch in the host's memory, [micro-batches, B, ...].
+
+    Attributes:
+        tokens: int64 [..., S + 1].
+        mask: bool [..., S].
+        numbers: int64 [...], of the samples in the global batch.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    numbers: np.ndarray
+
+
 class Loader:
-    """Reads the samples of any step.
+    """Reads the samples of any step; steps in order are read ahead.
 
     Args:
         config: the run.
@@ -56,17 +75,30 @@ class Loader:
     ):
         self._config, self._dp, self._device = config, dp, device
         self._train, self._valid = train, valid
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._ahead: tuple[int, Future[_Rows]] | None = None
 
     def train_batch(self, step: int) -> Batch:
         """The batch of optimizer step `step`, 0 first."""
         train = self._config.train
-        numbers = self._own_numbers()
-        places = step * train.global_batch_size + numbers
-        samples = sample_order(places, self._train.num_samples, train.seed)
-        batch = self._load(self._train, samples, numbers, step)
+        if self._ahead is not None and self._ahead[0] == step:
+            rows = self._ahead[1].result()
+        else:
+            rows = self._read_step(step)
+        self._ahead = None
+        if step + 1 < train.steps:
+            self._ahead = (step + 1, self._reader.submit(self._read_step, step + 1))
+        batch = self._on_device(rows, step)
         if train.reverse_micro_batches:
             return Batch(batch.micro_batches[::-1], batch.counted_tokens)
         return batch
+
+    def _read_step(self, step: int) -> _Rows:
+        train = self._config.train
+        numbers = self._own_numbers()
+        places = step * train.global_batch_size + numbers
+        samples = sample_order(places, self._train.num_samples, train.seed)
+        return self._read(self._train, samples, numbers)
 
     def validation_batches(self) -> Iterator[Batch]:
         """Samples from all over the validation split, always the same ones for a seed.
@@ -83,7 +115,7 @@ class Loader:
             exists = places < available
             order = sample_order(np.where(exists, places, 0), self._valid.num_samples, train.seed)
             samples = np.where(exists, order, -1)
-            yield self._load(self._valid, samples, numbers, None)
+            yield self._on_device(self._read(self._valid, samples, numbers), None)
 
     def prompt(self, length: int) -> list[int]:
         """The first tokens of the validation samples, or of the training ones if there are none."""
@@ -97,10 +129,8 @@ class Loader:
         micro_batch, row = np.arange(count)[:, None], np.arange(rows)[None, :]
         return (micro_batch * self._dp.size + self._dp.rank) * rows + row
 
-    def _load(
-        self, split: Samples, samples: np.ndarray, numbers: np.ndarray, step: int | None
-    ) -> Batch:
-        """Samples [micro-batches, B] (-1: none) as tensors on the device."""
+    def _read(self, split: Samples, samples: np.ndarray, numbers: np.ndarray) -> _Rows:
+        """Samples [micro-batches, B] (-1: none) of a split."""
         length = self._config.model.seq_length
         tokens = np.zeros((*samples.shape, length + 1), np.int64)
         for place in np.ndindex(samples.shape):
@@ -109,20 +139,32 @@ class Loader:
         mask = np.broadcast_to(samples[..., None] >= 0, (*samples.shape, length))
         if self._config.data.eod_mask_loss:
             mask = mask & (tokens[..., :-1] != ByteTokenizer.eod)
-        on_device = self._to_device(tokens)
-        mask_on_device = self._to_device(np.ascontiguousarray(mask))
-        numbers_on_device = self._to_device(numbers)
+        return _Rows(tokens, np.ascontiguousarray(mask), numbers)
+
+    def _on_device(self, rows: _Rows, step: int | None) -> Batch:
+        """Rows as tensors on the device."""
+        tokens, mask, numbers = map(self._to_device, (rows.tokens, rows.mask, rows.numbers))
         seed = self._config.train.seed
         micro_batches = tuple(
             MicroBatch(
-                tokens=on_device[i, :, :-1],
-                labels=on_device[i, :, 1:],
-                mask=mask_on_device[i],
-                place=None if step is None else DropoutPlace(seed, step, numbers_on_device[i]),
+                tokens=tokens[i, :, :-1],
+                labels=tokens[i, :, 1:],
+                mask=mask[i],
+                place=None if step is None else DropoutPlace(seed, step, numbers[i]),
+                documents=self.documents(rows.tokens[i, :, :-1]),
             )
-            for i in range(len(samples))
+            for i in range(len(tokens))
         )
-        return Batch(micro_batches, int(mask.sum()))
+        return Batch(micro_batches, int(rows.mask.sum()))
+
+    def documents(self, tokens: np.ndarray) -> Documents | None:
+        """Of the inputs of a micro-batch, int64 [B, S]; None if nothing depends on them."""
+        data = self._config.data
+        if not (data.reset_attention_mask or data.reset_position_ids):
+            return None
+        starts = document_starts(tokens, ByteTokenizer.eod)
+        bounds, longest = document_bounds(starts)
+        return Documents(self._to_device(starts), self._to_device(bounds), longest)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)

@@ -72,7 +72,10 @@ def _operations() -> list[tuple[str, Operation, Operation, list[Tensor]]]:
     def turned(turn: Operation) -> Operation:
         def run(x: Tensor) -> Tensor:
             dtype = torch.promote_types(x.dtype, torch.float32)
-            return turn(x, angles.cos().to(x.device, dtype), angles.sin().to(x.device, dtype))
+            cos, sin = (
+                table.to(x.device, dtype)[:, None] for table in (angles.cos(), angles.sin())
+            )
+            return turn(x, cos, sin)
 
         return run
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalite.config import ModelConfig
-from megalite.layers.batch import DropoutPlace
+from megalite.layers.batch import Documents, DropoutPlace
 from megalite.layers.dropout import attention_keep
 from megalite.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
+from megalite.layers.sdpa import causal_attention
 from megalite.parallel.tensor import TensorGroup
 from megalite_kernels import rope
 
@@ -77,25 +77,36 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, place: DropoutPlace | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        place: DropoutPlace | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Hidden states to the block's contribution to them.
 
         Args:
             x: [S/tp, B, H] or [S, B, H].
-            cos, sin: [S, D/2].
+            cos, sin: [S, 1 or B, D/2].
             place: of the forward pass in the run; None in evaluation.
+            documents: which attention stays inside; None: it runs through the sample.
         """
-        qkv = self.qkv(x)
+        core = (self.qkv(x), cos, sin, place, documents)
         if self.recompute_core:
-            mixed = checkpoint(
-                self._core, qkv, cos, sin, place, use_reentrant=False, preserve_rng_state=False
-            )
+            mixed = checkpoint(self._core, *core, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed = self._core(qkv, cos, sin, place)
+            mixed = self._core(*core)
         return self.out(mixed)
 
-    def _core(self, qkv: Tensor, cos: Tensor, sin: Tensor, place: DropoutPlace | None) -> Tensor:
+    def _core(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        place: DropoutPlace | None,
+        documents: Documents | None,
+    ) -> Tensor:
         """[S, B, (N + 2K) D / tp] -> [S, B, N D / tp]."""
         length, batch, _ = qkv.shape
         heads = qkv.view(length, batch, -1, self.head_dim)
@@ -104,20 +115,29 @@ class Attention(nn.Module):
         # [S, B, N, D] -> [B, N, S, D]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (rope(q, cos, sin), rope(k, cos, sin), v))
         if self.dropout and place is not None:
-            mixed = self._with_dropout(q, k, v, place)
+            mixed = self._with_dropout(q, k, v, place, documents)
         else:
-            grouped = self.local_heads != self.local_kv_heads
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            mixed = causal_attention(q, k, v, documents)
         return mixed.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
-    def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, place: DropoutPlace) -> Tensor:
+    def _with_dropout(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        place: DropoutPlace,
+        documents: Documents | None,
+    ) -> Tensor:
         """The unfused path: the mask must not depend on a kernel's own generator."""
         copies = self.local_heads // self.local_kv_heads
         k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
         length = q.shape[2]
         scores = (q @ k.transpose(-1, -2)) / math.sqrt(self.head_dim)
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
+        if documents is None:
+            seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        else:
+            seen = documents.mask()
+        scores = scores.masked_fill(~seen, -torch.inf)
         weights = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32))
         heads = range(self.first_head, self.first_head + self.local_heads)
         keep = attention_keep(self.dropout, place, self.site, heads, self.num_heads, length)

@@ -1,14 +1,66 @@
-"""Which of torch's attention kernels run."""
+"""Causal attention by torch's kernels, and which of them run.
+
+Legend: S sequence, B micro-batch, N query heads, K key/value heads, D head dim.
+"""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from megalite.config import Config
+from megalite.layers.batch import Documents
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """softmax(Q K^T / sqrt(D)) V over the keys up to each query's own position.
+
+    Args:
+        q, k, v: [B, N, S, D], [B, K, S, D], [B, K, S, D], any strides.
+        documents: a query sees keys of its own document only; None: of the whole sample.
+
+    Returns:
+        [B, N, S, D].
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if documents is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    if _has_varlen(q.device, q.dtype):
+        return _varlen_attention(q, k, v, documents)
+    mask = documents.mask()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel takes documents as they are, without a mask of S x S."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """The documents one after the other as sequences of their own: what lies between them is not
+    computed. Source: Dao, "FlashAttention-2", arXiv:2307.08691."""
+    batch, heads, length, dim = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, dim) for x in (q, k, v))
+    bounds, longest = documents.bounds, documents.longest
+    mixed = varlen_attn(
+        q,
+        k,
+        v,
+        cu_seq_q=bounds,
+        cu_seq_k=bounds,
+        max_q=longest,
+        max_k=longest,
+        window_size=(-1, 0),
+        enable_gqa=heads != k.shape[1],
+    )
+    assert isinstance(mixed, Tensor), "no auxiliary results were asked for"
+    return mixed.view(batch, length, heads, dim).transpose(1, 2)
 
 
 def fastest_attention(device: torch.device) -> AbstractContextManager[None]:
@@ -36,6 +88,9 @@ def attention_back_end(config: Config, device: torch.device) -> str:
         return "torch SDPA"
     model, tp = config.model, config.parallel.tp
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+    if config.data.reset_attention_mask:
+        varlen = _has_varlen(device, dtype[config.train.precision])
+        return "torch varlen, flash" if varlen else "torch SDPA with a mask"
     heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_kv_heads // tp)
     q, kv = (
         torch.empty(1, n, 128, model.head_dim, dtype=dtype[config.train.precision], device=device)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.config import Config
 from megalite.layers.attention import Attention
-from megalite.layers.batch import DropoutPlace
+from megalite.layers.batch import Documents, DropoutPlace
 from megalite.layers.cross_entropy import vocab_parallel_cross_entropy
 from megalite.layers.dropout import hidden_dropout
 from megalite.layers.embedding import VocabParallelEmbedding
@@ -77,10 +77,16 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(model, layer, **where)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, place: DropoutPlace | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        place: DropoutPlace | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
-        """Hidden states through the layer; `cos`, `sin` are [S, D/2]."""
-        x = x + self._drop(self.attention(self.attention_norm(x), cos, sin, place), place, "o")
+        """Hidden states through the layer; the other arguments are those of `Attention`."""
+        mixed = self.attention(self.attention_norm(x), cos, sin, place, documents)
+        x = x + self._drop(mixed, place, "o")
         return x + self._drop(self.mlp(self.mlp_norm(x)), place, "down")
 
     def _drop(self, x: Tensor, place: DropoutPlace | None, block: str) -> Tensor:
@@ -163,12 +169,15 @@ class LlamaStage(nn.Module):
         local = length // self.tp.size if self.tp.sequence_parallel else length
         return local, batch, self.config.model.hidden_size
 
-    def forward(self, x: Tensor, place: DropoutPlace | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, place: DropoutPlace | None = None, documents: Documents | None = None
+    ) -> Tensor:
         """The stage's part of the model.
 
         Args:
             x: token ids, int64 [B, S], on the stage with the embedding; else hidden states.
             place: of the forward pass in the run, for dropout; None in evaluation.
+            documents: of the samples; None if the configuration does not ask for their ends.
 
         Returns:
             Logits [S, B, V/tp] on the stage with the head; else hidden states.
@@ -178,17 +187,24 @@ class LlamaStage(nn.Module):
             first = self.tp.first_position(x.shape[0])
             x = hidden_dropout(x, self.config.model.hidden_dropout, place, "embedding", first)
         length = x.shape[0] * (self.tp.size if self.tp.sequence_parallel else 1)
-        cos, sin = self.cos[:length], self.sin[:length]
+        cos, sin = self._angles(length, documents)
+        within = documents if self.config.data.reset_attention_mask else None
         for layer in self.layers:
+            arguments = (x, cos, sin, place, within)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(
-                    layer, x, cos, sin, place, use_reentrant=False, preserve_rng_state=False
-                )
+                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, place)
+                x = layer(*arguments)
         if self.spec.has_head:
             x = self.head(self.norm(x))
         return x
+
+    def _angles(self, length: int, documents: Documents | None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of each position, [S, 1 or B, D/2]."""
+        if documents is None or not self.config.data.reset_position_ids:
+            return self.cos[:length, None], self.sin[:length, None]
+        positions = documents.positions().t()
+        return self.cos[positions], self.sin[positions]
 
     def token_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Negative log likelihood of each label.

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megalite.layers.batch import DropoutPlace, MicroBatch
+from megalite.layers.batch import Documents, DropoutPlace, MicroBatch
 from megalite.models.stage import StageSpec
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.pipeline import Message
@@ -37,7 +37,9 @@ class Stage(Protocol):
         """Shape of the hidden states between stages."""
         ...
 
-    def __call__(self, x: Tensor, place: DropoutPlace | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, place: DropoutPlace | None, documents: Documents | None
+    ) -> Tensor:
         """The stage's forward."""
         ...
 
@@ -161,7 +163,7 @@ class Executor:
             x = micro_batch.tokens
         else:
             x = flight.activations.pop(place).requires_grad_(differentiate)
-        out = stage(x, micro_batch.place)
+        out = stage(x, micro_batch.place, micro_batch.documents)
         if stage.spec.has_head:
             out = head(out, micro_batch)
             flight.results[action.micro_batch] = out.detach()

@@ -42,12 +42,14 @@ class DefinedBatch:
     Attributes:
         tokens, labels: int64 [B, S].
         mask: bool [B, S], True where a label counts.
+        documents: int64 [B, S], how many documents have ended before a token.
         step: of the run; None without dropout.
     """
 
     tokens: Tensor
     labels: Tensor
     mask: Tensor
+    documents: Tensor
     step: int | None
 
     def only(self, rows: Tensor) -> DefinedBatch:
@@ -108,8 +110,12 @@ class Definition:
         mask = torch.ones_like(tokens, dtype=torch.bool)
         if self.config.data.eod_mask_loss:
             mask = tokens != ByteTokenizer.eod
-        tokens, labels, mask = (t.to(self.device) for t in (tokens, labels, mask))
-        return DefinedBatch(tokens, labels, mask, step)
+        ends = (tokens == ByteTokenizer.eod).long()
+        documents = ends.cumsum(1) - ends
+        tokens, labels, mask, documents = (
+            part.to(self.device) for part in (tokens, labels, mask, documents)
+        )
+        return DefinedBatch(tokens, labels, mask, documents, step)
 
     def step(self, step: int, *, skipped: bool = False, watch: bool = False) -> DefinedStep:
         """Take optimizer step `step`, 0 first.
@@ -246,7 +252,8 @@ def forward(
         h = see(f"{site}.attention_norm", _norm(x, w("input_layernorm"), model.norm_epsilon))
         q, k, v = (h @ w(f"self_attn.{part}_proj").t() for part in "qkv")
         see(f"{site}.attention.qkv", torch.cat([q, k, v], -1))
-        mixed = see(f"{site}.attention.mixed", attention(config, q, k, v, drop.attention(layer)))
+        mixed = attention(config, q, k, v, batch.documents, drop.attention(layer))
+        see(f"{site}.attention.mixed", mixed)
         h = see(f"{site}.attention.out", mixed @ w("self_attn.o_proj").t())
         x = see(f"{site}.middle", x + drop.hidden(h, f"layer {layer} o"))
         h = see(f"{site}.mlp_norm", _norm(x, w("post_attention_layernorm"), model.norm_epsilon))
@@ -268,6 +275,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    documents: Tensor,
     keep: Tensor | None = None,
     *,
     q_shift: int = 0,
@@ -278,6 +286,7 @@ def attention(
     Args:
         config: of the run.
         q, k, v: [S, B, N D], [S, B, K D], [S, B, K D].
+        documents: [B, S], which document each token is in.
         keep: what attention weights are multiplied by, [B, N, S, S]; None without dropout.
         q_shift, k_shift: added to the positions by which queries and keys are turned.
 
@@ -292,19 +301,28 @@ def attention(
         """[S, B, n D] -> [B, n, S, D]."""
         return x.view(length, batch, -1, model.head_dim).permute(1, 2, 0, 3)
 
-    q, k, v = _turn(config, heads(q), q_shift), _turn(config, heads(k), k_shift), heads(v)
+    positions = torch.arange(length, device=q.device).expand(batch, length)
+    same = documents[:, :, None] == documents[:, None, :]
+    if config.data.reset_position_ids:
+        # As many as there are tokens of the same document before.
+        positions = same.tril(-1).sum(-1)
+    q = _turn(config, heads(q), positions + q_shift)
+    k, v = _turn(config, heads(k), positions + k_shift), heads(v)
     k, v = k.repeat_interleave(sharing, dim=1), v.repeat_interleave(sharing, dim=1)
     scores = q @ k.transpose(-1, -2) / math.sqrt(model.head_dim)
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    shares = scores.masked_fill(future, -torch.inf).softmax(-1)
+    seen = torch.ones_like(same).tril()
+    if config.data.reset_attention_mask:
+        seen = seen & same
+    shares = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
     mixed = (shares if keep is None else shares * keep) @ v
     return mixed.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
 
-def _turn(config: Config, x: Tensor, shift: int) -> Tensor:
-    """RoPE on [B, n, S, D]: the pair (x_i, x_{i + D/2}) as a complex number times e^(i angle)."""
-    positions = torch.arange(x.shape[2], dtype=x.dtype) + shift
-    angles = torch.outer(positions, rope_frequencies(config.model)).to(x.device)
+def _turn(config: Config, x: Tensor, positions: Tensor) -> Tensor:
+    """RoPE on [B, n, S, D]: the pair (x_i, x_{i + D/2}) as a complex number times e^(i angle);
+    `positions` are [B, S]."""
+    frequencies = rope_frequencies(config.model).to(x.device)
+    angles = positions[:, None, :, None].to(x.dtype) * frequencies
     real, imaginary = x.chunk(2, -1)
     turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat([turned.real, turned.imag], -1)

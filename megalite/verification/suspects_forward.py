@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megalite.config import Config
 from megalite.models.stage import stage_specs
 from megalite.verification.compare import Difference, activation_part
 from megalite.verification.definition import DefinedDropout, attention
@@ -23,6 +24,7 @@ def activation_suspects(evidence: Evidence, first: Difference) -> Iterator[str]:
     """Of the first activation that differs; everything before it is right."""
     yield from _messages(evidence, first)
     yield from _partial_sums(evidence, first)
+    yield from _boundaries(evidence, first)
     yield from _rotation(evidence, first)
     yield from _attention_dropout(evidence, first)
     yield from _hidden_dropout(evidence, first)
@@ -104,18 +106,11 @@ def _rotation(evidence: Evidence, first: Difference) -> Iterator[str]:
     """Queries or keys turned by the angles of other positions."""
     if not first.name.endswith("attention.mixed"):
         return
-    config, ours = evidence.config, _seen(evidence, first)
-    layer = int(first.name.split(".")[1])
-    q, k, v = _projections(evidence, layer, first.samples)
-    keep = DefinedDropout(config, evidence.batch).attention(layer)
-    keep = keep if keep is None else keep[list(first.samples)]
-    length = config.model.seq_length
+    length = evidence.config.model.seq_length
     for shift in (s for distance in range(1, length) for s in (distance, -distance)):
-        for who, shifts in (("queries", dict(q_shift=shift)), ("keys", dict(k_shift=shift))):
-            mixed = attention(config, q, k, v, keep, **shifts)
-            rows = range(len(first.samples))
-            theirs = activation_part(config, mixed, first.name, first.world_rank, rows)
-            if same(ours, theirs):
+        for who, q_shift, k_shift in (("queries", shift, 0), ("keys", 0, shift)):
+            turned = _mixed(evidence, first, q_shift=q_shift, k_shift=k_shift)
+            if same(_seen(evidence, first), turned):
                 yield (
                     f"RoPE turns the {who} of this rank as if they were {abs(shift)} positions "
                     f"{'later' if shift > 0 else 'earlier'}"
@@ -123,27 +118,91 @@ def _rotation(evidence: Evidence, first: Difference) -> Iterator[str]:
                 return
 
 
+def _boundaries(evidence: Evidence, first: Difference) -> Iterator[str]:
+    """Attention or positions that do not stop where a document ends, or stop unasked."""
+    if not first.name.endswith("attention.mixed"):
+        return
+    data = evidence.config.data
+    for field, asked, unasked in (
+        (
+            "reset_attention_mask",
+            "attention crosses the ends of documents",
+            "attention stops at the ends of documents, which nobody asked for",
+        ),
+        (
+            "reset_position_ids",
+            "positions run on through the ends of documents",
+            "positions start anew with each document, which nobody asked for",
+        ),
+    ):
+        is_on = getattr(data, field)
+        flipped = evidence.config.replace(**{field: not is_on})
+        if same(_seen(evidence, first), _mixed(evidence, first, config=flipped)):
+            yield asked if is_on else unasked
+            return
+    if all(_other_documents(evidence, first, row) for row in range(len(first.samples))):
+        yield "this rank's samples are mixed as if documents ended where they do in other samples"
+
+
+def _other_documents(evidence: Evidence, first: Difference, row: int) -> list[int]:
+    """Samples whose documents explain the mixed values of a row of the micro-batch."""
+    ours, documents = _seen(evidence, first)[:, row], evidence.batch.documents
+    return [
+        other
+        for other in range(len(documents))
+        if same(ours, _mixed(evidence, first, documents=documents[other, None])[:, row])
+    ]
+
+
 def _attention_dropout(evidence: Evidence, first: Difference) -> Iterator[str]:
     """Heads of one rank masked as those of another."""
     config, tp = evidence.config, evidence.config.parallel.tp
     if not first.name.endswith("attention.mixed") or not config.model.attention_dropout:
         return
-    layer = int(first.name.split(".")[1])
-    q, k, v = _projections(evidence, layer, first.samples)
-    keep = DefinedDropout(config, evidence.batch).attention(layer)
-    assert keep is not None
-    keep = keep[list(first.samples)]
     each, mine = config.model.num_attention_heads // tp, evidence.place(first.world_rank).tp
     for other in range(tp):
-        mixed = attention(config, q, k, v, keep.roll((mine - other) * each, 1))
-        rows = range(len(first.samples))
-        theirs = activation_part(config, mixed, first.name, first.world_rank, rows)
-        if other != mine and same(_seen(evidence, first), theirs):
+        masked = _mixed(evidence, first, rolled_heads=(mine - other) * each)
+        if other != mine and same(_seen(evidence, first), masked):
             yield (
                 f"attention dropout masks the heads of tensor rank {mine} as those of tensor rank "
                 f"{other}"
             )
             return
+
+
+def _mixed(
+    evidence: Evidence,
+    first: Difference,
+    *,
+    config: Config | None = None,
+    documents: Tensor | None = None,
+    rolled_heads: int = 0,
+    q_shift: int = 0,
+    k_shift: int = 0,
+) -> Tensor:
+    """The mixed values that a rank has if attention is computed otherwise.
+
+    Args:
+        evidence: of the run.
+        first: the mixed values of a layer.
+        config: in place of the run's own.
+        documents: in place of the samples' own, [1 or B, S].
+        rolled_heads: the dropout masks of heads are exchanged by so many.
+        q_shift, k_shift: as `attention` takes them.
+    """
+    layer, samples = int(first.name.split(".")[1]), list(first.samples)
+    q, k, v = _projections(evidence, layer, first.samples)
+    keep = DefinedDropout(evidence.config, evidence.batch).attention(layer)
+    if keep is not None:
+        keep = keep[samples].roll(rolled_heads, 1)
+    if documents is None:
+        documents = evidence.batch.documents[samples]
+    documents = documents.expand(len(samples), -1)
+    mixed = attention(
+        config or evidence.config, q, k, v, documents, keep, q_shift=q_shift, k_shift=k_shift
+    )
+    rows = range(len(samples))
+    return activation_part(evidence.config, mixed, first.name, first.world_rank, rows).cpu()
 
 
 def _projections(

@@ -61,7 +61,7 @@ class Case:
 def _attention(kv_heads: int) -> Case:
     model = config_of(kv_heads).model
     cos, sin = rope_tables(model, S, torch.float32)
-    return Case(lambda tp: Attention(model, 0, tp=tp), lambda layer, x: layer(x, cos, sin))
+    return Case(lambda tp: Attention(model, 0, tp=tp), lambda layer, x: layer(x, cos[:, None], sin[:, None]))
 
 
 def _decoder_layer() -> Case:
@@ -69,7 +69,7 @@ def _decoder_layer() -> Case:
     cos, sin = rope_tables(config.model, S, torch.float32)
     return Case(
         lambda tp: DecoderLayer(config, 0, tp=tp, dtype=torch.float32, device=torch.device("cpu")),
-        lambda layer, x: layer(x, cos, sin),
+        lambda layer, x: layer(x, cos[:, None], sin[:, None]),
     )
 
 

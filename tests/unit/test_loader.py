@@ -3,6 +3,8 @@ dealt; labels are the tokens after; masks leave out what must not count."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import product
@@ -15,6 +17,7 @@ import torch
 from megalite.config import Config, resolve
 from megalite.data.loader import Batch, Loader
 from megalite.data.samples import sample_order
+from megalite.errors import DataError
 
 BATCH = 16
 SEQ = 6
@@ -49,8 +52,11 @@ class WithEnds:
 def settings(dp: int = 1, rows: int = 1, **values: object) -> Config:
     return resolve(
         Config().replace(
-            **dict(dp=dp, micro_batch_size=rows, global_batch_size=BATCH, seq_length=SEQ, steps=9),
-            **values,
+            **{
+                **dict(dp=dp, micro_batch_size=rows, global_batch_size=BATCH),
+                **dict(seq_length=SEQ, steps=9),
+                **values,
+            }
         )
     )
 
@@ -85,7 +91,7 @@ def flat(batches: list[Batch]) -> list[int]:
 @pytest.mark.parametrize("step", [0, 1, 7, 1000])
 def test_the_samples_of_a_step_are_the_same_in_every_layout(dp: int, rows: int, step: int) -> None:
     train = Numbered(100)  # a step may cross an epoch
-    batches = [loader.train_batch(step) for loader in loaders(dp, rows, train)]
+    batches = [loader.train_batch(step) for loader in loaders(dp, rows, train, steps=step + 1)]
     want = sample_order(np.arange(step * BATCH, (step + 1) * BATCH), 100, 1234).tolist()
     assert sorted(flat(batches)) == sorted(want)
     assert sorted(train.reads) == sorted(want), "each is read once, by the rank that needs it"
@@ -222,3 +228,64 @@ def test_validation_masks_ends_of_documents_too() -> None:
 def test_validation_is_as_long_as_asked(steps: int) -> None:
     (loader,) = loaders(1, 4, eval_steps=steps)
     assert len(flat(loader.validation_batches())) == steps * BATCH
+
+
+# Reading ahead
+
+
+class Watched(Numbered):
+    """Knows which thread reads; one sample cannot be read."""
+
+    def __init__(self, broken: int = -1) -> None:
+        super().__init__(1000)
+        self.broken = broken
+        self.threads: list[str] = []
+
+    def read(self, index: int) -> np.ndarray:
+        self.threads.append(threading.current_thread().name)
+        if index == self.broken:
+            raise DataError("the disk is gone")
+        return super().read(index)
+
+
+def test_the_next_step_is_read_while_this_one_runs() -> None:
+    samples = Watched()
+    (loader,) = loaders(1, 4, samples)
+    loader.train_batch(0)
+    until = time.monotonic() + 10
+    while len(samples.reads) < 2 * BATCH and time.monotonic() < until:
+        time.sleep(0.01)
+    main, others = samples.threads[:BATCH], samples.threads[BATCH:]
+    assert set(main) == {threading.current_thread().name}
+    assert len(others) == BATCH and set(others).isdisjoint(main)
+    before = list(samples.reads)
+    loader.train_batch(8)  # another step than the one read ahead, and the last
+    assert sorted(samples.reads[len(before) :]) == sorted(flat_of(8))
+    with_gaps = [samples_of(loader.train_batch(step)) for step in (3, 4, 2, 2)]
+    assert with_gaps == [samples_of(fresh().train_batch(step)) for step in (3, 4, 2, 2)]
+
+
+def fresh() -> Loader:
+    return next(loaders(1, 4))
+
+
+def flat_of(step: int) -> list[int]:
+    return flat([fresh().train_batch(step)])
+
+
+def test_nothing_is_read_beyond_the_last_step() -> None:
+    samples = Watched()
+    (loader,) = loaders(1, 4, samples)
+    for step in range(9):
+        loader.train_batch(step)
+    assert len(samples.reads) == 9 * BATCH
+
+
+def test_what_cannot_be_read_is_told_at_its_own_step() -> None:
+    broken = flat_of(2)[5]
+    assert broken not in flat_of(0) + flat_of(1)
+    (loader,) = loaders(1, 4, Watched(broken))
+    loader.train_batch(0)
+    loader.train_batch(1)
+    with pytest.raises(DataError, match="the disk is gone"):
+        loader.train_batch(2)

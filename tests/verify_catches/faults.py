@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from megalite import trainer
+from megalite.data import loader
 from megalite.layers import attention, cross_entropy, embedding, linear, norm, shard
-from megalite.layers.batch import MicroBatch
+from megalite.layers.batch import Documents, MicroBatch
 from megalite.models import llama
 from megalite.optim import flat, optimizer
 from megalite.parallel import data, pipeline, tensor
@@ -119,16 +120,49 @@ def rope_offset_on_one_rank(patch: Patch) -> None:
         calls[0] += 1
         if calls[0] != 1:
             return right(x, cos, sin)
-        longer = torch.arange(1, len(cos) + 1)
+        longer = torch.arange(1, len(cos) + 1)[:, None, None]
         angle = torch.atan2(sin[1], cos[1])
-        return right(
-            x,
-            torch.cos(longer[:, None] * angle).to(cos),
-            torch.sin(longer[:, None] * angle).to(sin),
-        )
+        return right(x, torch.cos(longer * angle).to(cos), torch.sin(longer * angle).to(sin))
 
     patch.setattr(attention.Attention, "_core", marked)
     patch.setattr(attention, "rope", broken)
+
+
+def attention_across_documents(patch: Patch) -> None:
+    """The second stage forgets where documents end."""
+    right = attention.causal_attention
+
+    def broken(q: Tensor, k: Tensor, v: Tensor, documents: Any) -> Tensor:
+        return right(q, k, v, None)
+
+    forward = llama.LlamaStage.forward
+
+    def marked(self: Any, *args: Any) -> Tensor:
+        with pytest.MonkeyPatch.context() as inner:
+            if self.spec.stage == 1:
+                inner.setattr(attention, "causal_attention", broken)
+            return forward(self, *args)
+
+    patch.setattr(llama.LlamaStage, "forward", marked)
+
+
+def positions_across_documents(patch: Patch) -> None:
+    """Positions count on through the sample."""
+
+    def broken(self: Any) -> Tensor:
+        return torch.arange(self.starts.shape[1]).expand(self.starts.shape)
+
+    patch.setattr(Documents, "positions", broken)
+
+
+def documents_of_the_next_sample(patch: Patch) -> None:
+    """Each row of a micro-batch gets the ends of another."""
+    right = loader.document_starts
+
+    def broken(tokens: Any, eod: int) -> Any:
+        return right(tokens[::-1], eod)
+
+    patch.setattr(loader, "document_starts", broken)
 
 
 def accumulation_scaled(patch: Patch) -> None:
@@ -480,6 +514,27 @@ FAULTS: dict[str, Fault] = {
         "activation",
         "layers.0.attention.mixed",
         "RoPE turns the queries of this rank as if they were 1 positions later",
+    ),
+    "attention across documents": Fault(
+        attention_across_documents,
+        "--pp 2 --reset-attention-mask",
+        "activation",
+        "layers.2.attention.mixed",
+        "attention crosses the ends of documents",
+    ),
+    "positions across documents": Fault(
+        positions_across_documents,
+        "--tp 2 --reset-position-ids",
+        "activation",
+        "layers.0.attention.mixed",
+        "positions run on through the ends of documents",
+    ),
+    "documents of another sample": Fault(
+        documents_of_the_next_sample,
+        "--dp 2 --micro-batch-size 2 --reset-attention-mask",
+        "activation",
+        "layers.0.attention.mixed",
+        "as if documents ended where they do in other samples",
     ),
     "accumulation scaled": Fault(
         accumulation_scaled, "--pp 2", "gradient", "lm_head", "1 / the number of micro-batches"
