@@ -237,7 +237,7 @@ class Config:
     derived: frozenset[str] = field(default=frozenset(), compare=False)
 
     def replace(self, **values: Any) -> Config:
-        """A copy with the named fields (of whichever group) changed.
+        """A copy with the named fields (of whichever group) given these values.
 
         Raises:
             KeyError: a name that no group has.
@@ -250,10 +250,10 @@ class Config:
             group: dataclasses.replace(getattr(self, group), **part)
             for group, part in changed.items()
         }
-        return dataclasses.replace(self, **groups)
+        return dataclasses.replace(self, **groups, derived=self.derived - values.keys())
 
     def derive(self, **values: Any) -> Config:
-        """`replace`, with the fields that it changed marked as derived."""
+        """A copy with fields changed by values that follow from others."""
         changed = self.replace(**values)
         new = {
             spec.name

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 import megalite
 from megalite.config import Config
 from megalite.errors import ConfigError
+from megalite.parallel import forkserver
 from megalite.parallel.activity import Activity
 from megalite.parallel.agree import MissingRanksError, agree
 from megalite.parallel.devices import own_machine, rank_device, threads_of_a_rank
@@ -104,9 +104,7 @@ def launch(prepared: Prepared) -> int:
         return _launch_ranks(prepared)
     except (SignalException, KeyboardInterrupt) as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for rank in multiprocessing.active_children():
-            rank.kill()
-            rank.join()
+        forkserver.kill_all()
         number = stop.sigval if isinstance(stop, SignalException) else signal.SIGINT
         print(f"megalite: stopped by {number.name}", file=sys.stderr)
         return 128 + number
@@ -119,7 +117,7 @@ def _launch_ranks(prepared: Prepared) -> int:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     _silence_torchelastic()
-    start_method = _start_method()
+    start_method = forkserver.start_method()
     # The read end goes to every rank; it ends when this process does, however that happens.
     watched, alive = multiprocessing.get_context(start_method).Pipe(duplex=False)
     board = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -293,7 +291,7 @@ def _agreed(
         return None
     if world.rank == 0:
         store.set("name", prepared.config.run.name)
-    named = prepared.config.replace(name=store.get("name").decode())
+    named = prepared.config.derive(name=store.get("name").decode())
     return replace(prepared, config=named)
 
 
@@ -364,24 +362,3 @@ def _comparable(config: Config) -> dict[str, Any]:
     for name in ("data", "data_cache_path"):
         del facts["data"][name]
     return facts
-
-
-def _start_method() -> str:
-    """On Linux ranks are forked from a server that has imported torch once for all of them."""
-    if sys.platform != "linux":
-        return "spawn"
-    multiprocessing.set_forkserver_preload(["megalite.trainer", "megalite.parallel.launch"])
-    # The server would answer Ctrl-C with a traceback of its imports; it ends with this process.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    forkserver.ensure_running()
-    signal.signal(signal.SIGINT, previous)
-    # Once a first process has run, the imports are done and the ranks start without a wait in which
-    # one of them could be left half started.
-    first = multiprocessing.get_context("forkserver").Process(target=_nothing)
-    first.start()
-    first.join()
-    return "forkserver"
-
-
-def _nothing() -> None:
-    """Body of the first process."""

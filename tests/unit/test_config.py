@@ -87,7 +87,16 @@ def test_derived_values(
 
 
 DERIVED = {
-    *("dp", "num_kv_heads", "head_dim", "vocab_size", "sequence_parallel", "global_batch_size"),
+    *(
+        "dp",
+        "eod_mask_loss",
+        "reset_position_ids",
+        "num_kv_heads",
+        "head_dim",
+        "vocab_size",
+        "sequence_parallel",
+        "global_batch_size",
+    ),
     *("steps", "lr_decay_steps", "lr_warmup_steps", "lr_wsd_decay_steps"),
 }
 
