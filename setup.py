@@ -41,7 +41,11 @@ setup(
         "triton; platform_system == 'Linux'",
     ],
     extras_require={
-        "test": ["pytest>=8", "transformers>=4.45", "ruff>=0.9", "mypy>=1.14"],
+        "test": [
+            *("pytest>=8", "transformers>=4.45", "ruff>=0.9", "mypy>=1.14"),
+            *("hypothesis>=6", "tiktoken>=0.9", "tokenizers>=0.20"),
+        ],
+        "hf": ["tokenizers>=0.20"],
         "log": ["tensorboard"],
     },
     entry_points={

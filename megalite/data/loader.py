@@ -24,7 +24,7 @@ from megalite.data.documents import document_bounds, document_starts
 from megalite.data.samples import Samples, sample_order
 from megalite.layers.batch import Documents, DropoutPlace, MicroBatch
 from megalite.parallel.data import DataGroup
-from megalite.tokenizer.byte import ByteTokenizer
+from megalite.tokenizer.choose import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Loader:
     ):
         self._config, self._dp, self._device = config, dp, device
         self._train, self._valid = train, valid
+        self._eod = open_tokenizer(config.data, config.model.vocab_size).eod
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._ahead: tuple[int, Future[_Rows]] | None = None
 
@@ -138,7 +139,7 @@ class Loader:
                 tokens[place] = split.read(int(samples[place]))
         mask = np.broadcast_to(samples[..., None] >= 0, (*samples.shape, length))
         if self._config.data.eod_mask_loss:
-            mask = mask & (tokens[..., :-1] != ByteTokenizer.eod)
+            mask = mask & (tokens[..., :-1] != self._eod)
         return _Rows(tokens, np.ascontiguousarray(mask), numbers)
 
     def _on_device(self, rows: _Rows, step: int | None) -> Batch:
@@ -162,7 +163,7 @@ class Loader:
         data = self._config.data
         if not (data.reset_attention_mask or data.reset_position_ids):
             return None
-        starts = document_starts(tokens, ByteTokenizer.eod)
+        starts = document_starts(tokens, self._eod)
         bounds, longest = document_bounds(starts)
         return Documents(self._to_device(starts), self._to_device(bounds), longest)
 
