@@ -136,8 +136,11 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--recompute-modules": Refused("selective recomputation is that of the attention core"),
         # Data
         "--data-path": Alias("data"),
-        "--train-data-path": Refused("give one corpus with --data and its shares with --split"),
-        "--valid-data-path": Refused("give one corpus with --data and its shares with --split"),
+        "--test-data-path": Refused(
+            "nothing is tested after training; give it as --valid-data-path"
+        ),
+        "--per-split-data-args-path": Refused("give --train-data-path and --valid-data-path"),
+        "--full-validation": Refused("give the batches of a validation with --eval-steps"),
         "--tokenizer-type": Refused(_TOKENIZER),
         "--tokenizer-model": Refused(_TOKENIZER),
         "--vocab-file": Refused(_TOKENIZER),

@@ -39,9 +39,20 @@ def _small(command: cli.Command, world: World | None) -> Small:
     """
     # The data stays where it is: random tokens serve; and nothing is written.
     groups = {spec.name: spec.group for spec in fields()}
+    # How long it trains does not matter here, and random tokens have no epochs.
+    length = {"num_epochs": 0, "steps": 1} if command.config.train.num_epochs else {}
     command = replace(
         command,
-        config=command.config.replace(data="", mock_data=True, eod_mask_loss=False),
+        config=command.config.replace(
+            data=(),
+            train_data_path=(),
+            valid_data_path=(),
+            data_order="epoch",
+            order_samples=0,
+            mock_data=True,
+            eod_mask_loss=False,
+            **length,
+        ),
         given={n: typed for n, typed in command.given.items() if groups[n] not in ("data", "run")},
     )
     config = checked(command, world)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
-from megalite.data.samples import Samples, sample_order
+from megalite.data.samples import Samples
 from megalite.layers.batch import DropoutPlace, MicroBatch
 from megalite.parallel.data import DataGroup
 from megalite.tokenizer.byte import ByteTokenizer
@@ -62,7 +62,7 @@ class Loader:
         train = self._config.train
         numbers = self._own_numbers()
         places = step * train.global_batch_size + numbers
-        samples = sample_order(places, self._train.num_samples, train.seed)
+        samples = self._train.order(places)
         batch = self._load(self._train, samples, numbers, step)
         if train.reverse_micro_batches:
             return Batch(batch.micro_batches[::-1], batch.counted_tokens)
@@ -81,7 +81,7 @@ class Loader:
             numbers = self._own_numbers()
             places = first + numbers
             exists = places < available
-            order = sample_order(np.where(exists, places, 0), self._valid.num_samples, train.seed)
+            order = self._valid.order(np.where(exists, places, 0))
             samples = np.where(exists, order, -1)
             yield self._load(self._valid, samples, numbers, None)
 
