@@ -114,9 +114,7 @@ def _shuffled_documents(
 
 
 def _shuffled_samples(plan: EpochPlan, random: np.random.RandomState) -> np.ndarray:
-    # The largest uint32 but one is Megatron-LM's limit.
-    small = plan.samples < np.iinfo(np.uint32).max - 1
-    shuffle = np.arange(plan.samples, dtype=np.uint32 if small else np.int64)
+    shuffle = np.arange(plan.samples, dtype=sample_dtype(plan.samples))
     together = plan.samples if plan.separate_from is None else plan.separate_from
     random.shuffle(shuffle[:together])
     if plan.separate_from is not None:
@@ -138,7 +136,7 @@ def build_sample_index(
         num_samples: N.
         seq_length: of a sample [tokens].
     """
-    dtype = _position_dtype(lengths, documents)
+    dtype = position_dtype(len(documents), int(lengths.max(initial=0)))
     samples = np.zeros((num_samples + 1, 2), dtype)
     row, passed_tokens = 1, 0  # the first sample starts at (0, 0), even if that sequence is empty
     for first in range(0, len(documents), _CHUNK_SEQUENCES):
@@ -155,6 +153,13 @@ def build_sample_index(
     return samples
 
 
-def _position_dtype(lengths: np.ndarray, documents: np.ndarray) -> np.dtype[Any]:
-    largest = max(len(documents), int(lengths.max(initial=0)))
-    return np.dtype(np.int32 if largest <= np.iinfo(np.int32).max else np.int64)
+def position_dtype(num_documents: int, longest: int) -> np.dtype[Any]:
+    """Of the sample index."""
+    small = max(num_documents, longest) <= np.iinfo(np.int32).max
+    return np.dtype(np.int32 if small else np.int64)
+
+
+def sample_dtype(num_samples: int) -> np.dtype[Any]:
+    """Of the shuffle index. The largest uint32 but one is Megatron-LM's limit."""
+    small = num_samples < np.iinfo(np.uint32).max - 1
+    return np.dtype(np.uint32 if small else np.int64)
