@@ -9,8 +9,12 @@ from megalite.config import fields
 
 ALTERNATIVES = (
     ("steps", "tokens"),
+    ("steps", "num_epochs"),
+    ("tokens", "num_epochs"),
     ("lr_warmup_steps", "lr_warmup_fraction"),
     ("data", "mock_data"),
+    ("data", "train_data_path"),
+    ("mock_data", "train_data_path"),
 )
 """Pairs of fields that say the same thing in two ways: only one of a pair is given."""
 

@@ -14,7 +14,12 @@ from math import isfinite
 from types import MappingProxyType
 
 from megalite.config import Config, fields, resolve
-from megalite.data.source import source_problems, token_texts_known
+from megalite.data.source import (
+    is_text,
+    source_problems,
+    token_texts_known,
+    train_ingredients,
+)
 from megalite.effects import without_effect
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World
@@ -189,8 +194,8 @@ def _batch(config: Config) -> Violations:
 
 def _length(config: Config) -> Violations:
     train = config.train
-    if not train.steps:
-        yield "--steps 0 trains nothing: give --steps or --tokens"
+    if not train.steps and not train.num_epochs:
+        yield "--steps 0 trains nothing: give --steps, --tokens or --num-epochs"
     if train.steps and train.lr_warmup_steps >= train.lr_decay_steps:
         yield (
             f"--lr-warmup-steps {train.lr_warmup_steps} must be below the "
@@ -219,8 +224,12 @@ def _data(config: Config) -> Violations:
             f"--split {data.split}: expected two or three shares separated by commas, the first "
             "above 0, as in 95,5 or 969,30,1"
         )
-    problems, is_text = source_problems(data)
-    yield from problems
+    yield from source_problems(data)
+    if data.train_data_path and not data.valid_data_path and config.train.eval_steps:
+        yield (
+            "--train-data-path leaves nothing to validate on: give --valid-data-path, or "
+            "--eval-steps 0"
+        )
     if not token_texts_known(data):
         why = (
             "the random tokens of --mock-data have no documents"
@@ -230,7 +239,7 @@ def _data(config: Config) -> Violations:
         for name in ("reset_attention_mask", "reset_position_ids", "eod_mask_loss"):
             if getattr(data, name) and name not in config.derived:
                 yield f"--{name.replace('_', '-')} needs text: {why}"
-    if is_text or data.tokenizer_type != "auto":
+    if is_text(data) or data.tokenizer_type != "auto":
         yield from _tokenizer(config)
 
 
@@ -245,6 +254,22 @@ def _tokenizer(config: Config) -> Violations:
         return
     if given < tokenizer.vocab_size:
         yield f"--vocab-size {given} is below the {tokenizer.vocab_size} tokens of {kind}"
+
+
+def _order(config: Config) -> Violations:
+    data, epochs = config.data, config.train.num_epochs
+    if data.data_order == "megatron" and data.order_samples < config.num_train_samples:
+        yield (
+            f"--order-samples {data.order_samples} is below the {config.num_train_samples} samples "
+            f"of the run: give as many or more, or leave it out"
+        )
+    if epochs and data.mock_data:
+        yield f"--num-epochs {epochs}: the random tokens of --mock-data never end; give --steps"
+    elif epochs and any(part.weight is not None for part in train_ingredients(data)):
+        yield (
+            f"--num-epochs {epochs}: datasets with weights end at different times; give --steps or "
+            "--tokens, or leave the weights out"
+        )
 
 
 def _waits(config: Config) -> Violations:
@@ -278,6 +303,7 @@ _RULES: tuple[Callable[[Config], Violations], ...] = (
     _batch,
     _length,
     _data,
+    _order,
     _waits,
     _run,
 )

@@ -18,7 +18,7 @@ from typing import Any
 from megalite.alternatives import ALTERNATIVES, both_given, has_effect
 from megalite.config import Config, FieldSpec, fields
 from megalite.config_file import read_file
-from megalite.field_values import Problems, closest, convert, is_bool, suggest
+from megalite.field_values import Problems, closest, convert, is_bool, is_words, suggest
 from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Refused, With
 from megalite.presets import PRESETS
 
@@ -130,15 +130,13 @@ def _scan(
             if has_value:
                 problems.add(f"{flag} takes no value, but is given {value!r}", *fields_of[flag])
             found[flag] = []
-        elif arities[flag] is None:
-            found[flag] = values_that_follow()
         else:
             values = ([value] if has_value else []) + values_that_follow()
-            found[flag] = values[:1]
-            if not values:
+            found[flag] = values if arities[flag] is None else values[:1]
+            if not values and (arities[flag] == 1 or fields_of[flag]):
                 problems.add(f"{flag} needs a value", *fields_of[flag])
                 del found[flag]
-            elif len(values) > 1:
+            elif arities[flag] == 1 and len(values) > 1:
                 left_over = " ".join(values[1:])
                 problems.add(f"{flag} takes one value; {left_over} is left over", *fields_of[flag])
     return found
@@ -155,13 +153,14 @@ def _opposite(flag: str) -> str:
 
 
 def _arities() -> dict[str, int | None]:
-    """How many values each flag takes; None for any number, of flags that are refused anyway."""
+    """How many values each flag takes; None for any number."""
     arities: dict[str, int | None] = {"--config": 1}
-    for spec in fields():
+    specs = {spec.name: spec for spec in fields()}
+    for spec in specs.values():
         if is_bool(spec):
             arities |= {spec.flag: 0, _opposite(spec.flag): 0}
         else:
-            arities[spec.flag] = 1
+            arities[spec.flag] = None if is_words(spec) else 1
     for flag, meaning in MEGATRON_FLAGS.items():
         assert flag not in arities, f"{flag} is a flag of ours and of the Megatron table"
         match meaning:
@@ -169,6 +168,8 @@ def _arities() -> dict[str, int | None]:
                 arities[flag] = None
             case Always(values=()) | With() | Alias(value=str()):
                 arities[flag] = 0
+            case Alias(field=field) if is_words(specs[field]):
+                arities[flag] = None
             case _:
                 arities[flag] = 1
     return arities
@@ -193,14 +194,15 @@ def _flag_values(
     """Values of the fields that flags set, ours and Megatron-LM's; and the words that set them."""
     by_field: dict[str, dict[str, Any]] = {}
     for flag, name, text in _assignments(words, specs, problems):
-        if not text.strip() and specs[name].type is str:
+        of_text = specs[name].type is str or is_words(specs[name])
+        if of_text and not all(part.strip() for part in _parts(text)):
             # "$CORPUS" of a variable that is not set, more often than not.
             problems.add(f"{flag} is given an empty value", name)
             continue
         try:
             by_field.setdefault(name, {})[flag] = convert(specs[name], text)
         except ValueError as error:
-            problems.add(f"{flag} {text}: {error}", name)
+            problems.add(f"{flag} {' '.join(_parts(text))}: {error}", name)
     for name, read in by_field.items():
         first, *others = read
         for flag in others:
@@ -223,10 +225,18 @@ def _typed(flag: str, words: Mapping[str, list[str]]) -> str:
     return " ".join([flag, *words[flag]])
 
 
+def _parts(text: str | list[str]) -> list[str]:
+    return [text] if isinstance(text, str) else text
+
+
 def _assignments(
     words: Mapping[str, list[str]], specs: Mapping[str, FieldSpec], problems: Problems
-) -> Iterator[tuple[str, str, str]]:
-    """(flag, field, text) of every flag that sets a field."""
+) -> Iterator[tuple[str, str, str | list[str]]]:
+    """(flag, field, text) of every flag that sets a field; a list of those that take many words."""
+
+    def text_of(flag: str, field: str) -> str | list[str]:
+        return words[flag] if is_words(specs[field]) else words[flag][0]
+
     for spec in specs.values():
         if is_bool(spec):
             if spec.flag in words:
@@ -234,7 +244,7 @@ def _assignments(
             if _opposite(spec.flag) in words:
                 yield _opposite(spec.flag), spec.name, "false"
         elif spec.flag in words:
-            yield spec.flag, spec.name, words[spec.flag][0]
+            yield spec.flag, spec.name, text_of(spec.flag, spec.name)
     for flag, meaning in MEGATRON_FLAGS.items():
         if flag not in words:
             continue
@@ -245,7 +255,7 @@ def _assignments(
                 if values and words[flag][0] not in values:
                     problems.add(f"{flag} {words[flag][0]} is not in megalite: {why}")
             case Alias(field=field, value=None):
-                yield flag, field, words[flag][0]
+                yield flag, field, text_of(flag, field)
             case Alias(field=field, value=str(value)):
                 yield flag, field, value
 

@@ -18,68 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
+from megalite.config_model import ModelConfig
 from megalite.errors import ConfigError
 from megalite.option import option
 from megalite.tokenizer.byte import ByteTokenizer
 from megalite.tokenizer.choose import open_tokenizer
 from megalite.tokenizer.settings import TokenizerSettings
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The model: shape, positions, initial values, dropout."""
-
-    model: str = option("tiny", "Preset that every other value starts from.", metavar="NAME")
-    num_layers: int = option(4, "Transformer layers of the whole model.", metavar="LAYERS")
-    hidden_size: int = option(128, "Width of the residual stream.", metavar="FEATURES")
-    num_attention_heads: int = option(4, "Query heads.", metavar="HEADS")
-    num_kv_heads: int = option(
-        0, "Key/value heads (grouped-query attention). 0: as many as query heads.", metavar="HEADS"
-    )
-    head_dim: int = option(
-        0, "Features of a head. 0: hidden size / query heads.", metavar="FEATURES"
-    )
-    ffn_hidden_size: int = option(352, "Width of the SwiGLU MLP.", metavar="FEATURES")
-    vocab_size: int = option(0, "Vocabulary. 0: the tokenizer's.", metavar="TOKENS")
-    make_vocab_size_divisible_by: int = option(
-        128, "The vocabulary is padded to a multiple of this times tp.", metavar="TOKENS"
-    )
-    seq_length: int = option(128, "Length of a training sample.", metavar="TOKENS")
-    tie_embeddings: bool = option(False, "Share one matrix between the embedding and the head.")
-    norm_epsilon: float = option(1e-5, "Added to the mean square in RMSNorm.", metavar="X")
-    rope_theta: float = option(10000.0, "Base of the rotary frequencies.", metavar="X")
-    rope_scaling: str = option(
-        "none", "Rotary frequencies beyond the trained length.", choices=("none", "llama3")
-    )
-    rope_scaling_factor: float = option(8.0, "llama3 scaling: factor.", metavar="X")
-    rope_low_freq_factor: float = option(1.0, "llama3 scaling: low frequency factor.", metavar="X")
-    rope_high_freq_factor: float = option(
-        4.0, "llama3 scaling: high frequency factor.", metavar="X"
-    )
-    rope_original_seq_length: int = option(
-        8192, "llama3 scaling: length the model was first trained at.", metavar="TOKENS"
-    )
-    init_method_std: float = option(
-        0.02,
-        "Standard deviation of initial weights; output projections get it / sqrt(2 x layers).",
-        metavar="X",
-    )
-    hidden_dropout: float = option(
-        0.0, "Probability to drop a feature of an embedding, attention or MLP output.", metavar="P"
-    )
-    attention_dropout: float = option(
-        0.0, "Probability to drop an attention weight (takes an unfused path).", metavar="P"
-    )
-
-    @property
-    def qkv_features(self) -> int:
-        """Output features of the q, k and v projections together."""
-        return (self.num_attention_heads + 2 * self.num_kv_heads) * self.head_dim
-
-    def padded_vocab_size(self, tp: int) -> int:
-        """Vocabulary rounded up so that every tensor rank holds an equal share [tokens]."""
-        multiple = self.make_vocab_size_divisible_by * tp
-        return -(-self.vocab_size // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -125,8 +69,11 @@ class TrainConfig:
     global_batch_size: int = option(
         0, "Samples of one optimizer step. 0: micro-batch size x dp.", metavar="SAMPLES"
     )
-    steps: int = option(0, "Optimizer steps. 0: from --tokens.", metavar="STEPS")
+    steps: int = option(0, "Optimizer steps. 0: from --tokens or --num-epochs.", metavar="STEPS")
     tokens: int = option(0, "Tokens to train on, in place of --steps.", metavar="TOKENS")
+    num_epochs: int = option(
+        0, "Passes over the training data, in place of --steps.", metavar="EPOCHS"
+    )
     seed: int = option(1234, "Seed of weights, data order and dropout.", metavar="N")
     lr: float = option(3e-4, "Peak learning rate.", metavar="X")
     min_lr: float = option(0.0, "Learning rate at the end of the decay.", metavar="X")
@@ -178,10 +125,17 @@ class TrainConfig:
 class DataConfig(TokenizerSettings):
     """What the model reads."""
 
-    data: str = option(
-        "",
-        "A .txt or .jsonl file, or a .bin/.idx prefix. Default: this Python's standard library.",
-        metavar="PATH",
+    data: tuple[str, ...] = option(
+        (),
+        "A .txt or .jsonl file, or a .bin/.idx prefix; or many of them, each with a weight before "
+        "it or none. Default: this Python's standard library.",
+        metavar="[W] PATH",
+    )
+    train_data_path: tuple[str, ...] = option(
+        (), "Training data in place of a share of --data; one or many.", metavar="[W] PATH"
+    )
+    valid_data_path: tuple[str, ...] = option(
+        (), "Validation data beside --train-data-path; one or many.", metavar="[W] PATH"
     )
     mock_data: bool = option(False, "Random tokens in place of a corpus, for benchmarks.")
     split: str = option(
@@ -198,8 +152,19 @@ class DataConfig(TokenizerSettings):
         "Leave the token after an end of document out of the loss. Default: on with "
         "--reset-attention-mask.",
     )
+    data_order: str = option(
+        "epoch",
+        "Order of samples: each epoch shuffled by (seed, epoch), whatever the length of the run; "
+        "or Megatron-LM's, which depends on it.",
+        choices=("epoch", "megatron"),
+    )
+    order_samples: int = option(
+        0,
+        "Megatron-LM's order: samples of the run that it is made for. 0: steps x global batch.",
+        metavar="SAMPLES",
+    )
     data_cache_path: str = option(
-        "", "Tokenized corpora. Default: the user's cache folder.", metavar="DIR"
+        "", "Tokenized corpora and indices. Default: the user's cache folder.", metavar="DIR"
     )
 
 
@@ -286,6 +251,11 @@ class Config:
     def num_micro_batches(self) -> int:
         """Micro-batches of one step on each data rank."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.dp)
+
+    @property
+    def num_train_samples(self) -> int:
+        """Samples of the whole run."""
+        return self.train.steps * self.train.global_batch_size
 
     @property
     def tokens_per_step(self) -> int:
@@ -376,6 +346,8 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     if not train.steps and train.tokens > 0:
         values["steps"] = -(-train.tokens // max(1, batch * model.seq_length))
     resolved = config.derive(**values)
+    if config.data.data_order == "megatron" and not config.data.order_samples:
+        resolved = resolved.derive(order_samples=resolved.num_train_samples)
     return resolved.derive(**_learning_rate_steps(resolved.train))
 
 
@@ -385,6 +357,15 @@ def _tokenizer_size(data: DataConfig) -> int:
         return open_tokenizer(data).vocab_size
     except ConfigError:
         return ByteTokenizer.vocab_size
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    """A resolved configuration with steps that follow from the data, and what follows from them."""
+    following = {"lr_decay_steps", "lr_warmup_steps", "lr_wsd_decay_steps", "order_samples"}
+    defaults = _defaults()
+    opened = config.derive(steps=steps)
+    opened = opened.replace(**{name: defaults[name] for name in following & config.derived})
+    return resolve(opened)
 
 
 def _learning_rate_steps(train: TrainConfig) -> dict[str, int]:

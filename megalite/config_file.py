@@ -6,11 +6,13 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megalite.alternatives import both_given
-from megalite.config import Config, FieldSpec
+from megalite.config import Config, FieldSpec, fields
+from megalite.errors import ConfigError
 from megalite.field_values import Problems, closest, convert, suggest
 
 
@@ -67,6 +69,34 @@ def read_file(
     for names in () if is_whole else both_given(values):
         problems.add(f"--config {path}: {' and '.join(names)} contradict: give one", *names)
     return values, is_whole
+
+
+def read_saved(path: Path) -> Config:
+    """A run's `config.json` as it was in use, derived values included.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    problems = Problems()
+    specs = {spec.name: spec for spec in fields()}
+    content = _file_content(path)
+    if isinstance(content, str):
+        raise ConfigError(f"{path} {content}")
+    derived = content.pop("derived", None)
+    if not isinstance(derived, list):
+        raise ConfigError(f"{path} is not the saved configuration of a run")
+    values: dict[str, Any] = {}
+    for name, value in _named_values(path, content, problems):
+        if name not in specs:
+            problems.add(f"{path}: no field {name!r}{suggest(name, specs)}")
+        elif value is not None:
+            try:
+                values[name] = convert(specs[name], value)
+            except ValueError as error:
+                problems.add(f"{path}: {name} = {value}: {error}")
+    if problems.sentences:
+        raise ConfigError(problems.sentences)
+    return replace(Config().replace(**values), derived=frozenset(map(str, derived)))
 
 
 def _file_content(path: Path) -> dict[str, Any] | str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megalite.config import Config, fields
-from megalite.data.source import find_source, token_texts_known
+from megalite.data.source import is_text, token_texts_known, train_ingredients
 from megalite.tokenizer.settings import MEGATRON_PATTERNS, TYPES
 
 
@@ -31,7 +31,14 @@ class Effect:
 
 
 def _is_text(config: Config) -> bool:
-    return find_source(config.data).kind in ("stdlib", "text", "jsonl")
+    return is_text(config.data)
+
+
+def _is_cached(config: Config) -> bool:
+    data = config.data
+    if data.mock_data:
+        return False
+    return is_text(data) or data.data_order == "megatron" or len(train_ingredients(data)) > 1
 
 
 def _read_by(name: str) -> Effect:
@@ -89,9 +96,34 @@ _EFFECTS = (
         "with --mock-data, which has no documents to share out",
     ),
     Effect(
+        ("split",),
+        lambda c: not c.data.train_data_path,
+        "with --train-data-path, which is trained on whole",
+    ),
+    Effect(
+        ("valid_data_path",),
+        lambda c: bool(c.data.train_data_path),
+        "without --train-data-path: a share of --data is held out, of the size of --split",
+    ),
+    Effect(
+        ("valid_data_path",),
+        lambda c: c.train.eval_steps > 0,
+        "with --eval-steps 0, which validates nothing",
+    ),
+    Effect(
+        ("data_order",),
+        lambda c: not c.data.mock_data,
+        "with --mock-data, which is random in any order",
+    ),
+    Effect(
+        ("order_samples",),
+        lambda c: c.data.data_order == "megatron",
+        "without --data-order megatron: no other order depends on the length of the run",
+    ),
+    Effect(
         ("data_cache_path",),
-        _is_text,
-        "without text: no other --data is tokenized into a cache",
+        _is_cached,
+        "without text, a blend or --data-order megatron: nothing else is kept in a cache",
     ),
     Effect(
         ("sample_length",),

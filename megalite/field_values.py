@@ -51,6 +51,11 @@ def convert(spec: FieldSpec, value: Any) -> Any:
             hint = f"; did you mean {meant}?" if meant else ""
             raise ValueError(f"expected one of {', '.join(spec.choices)}{hint}")
         return value
+    if is_words(spec):
+        words = [value] if isinstance(value, str) else value
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError('expected text, or a list of texts as in ["0.7", "a", "0.3", "b"]')
+        return tuple(words)
     if not isinstance(value, str | list):
         raise ValueError("expected whole numbers separated by commas, as in 9,7")
     parts: Iterable[Any] = value.split(",") if isinstance(value, str) else value
@@ -78,6 +83,11 @@ def _whole_number(value: Any) -> int:
 def is_bool(spec: FieldSpec) -> bool:
     """Whether the field is a switch, `--x` and `--no-x`."""
     return spec.type is bool or get_args(spec.type) == (bool, NoneType)
+
+
+def is_words(spec: FieldSpec) -> bool:
+    """Whether the field takes any number of words."""
+    return spec.type == tuple[str, ...]
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

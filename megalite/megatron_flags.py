@@ -133,14 +133,17 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--recompute-modules": Refused("selective recomputation is that of the attention core"),
         # Data
         "--data-path": Alias("data"),
-        "--train-data-path": Refused("give one corpus with --data and its shares with --split"),
-        "--valid-data-path": Refused("give one corpus with --data and its shares with --split"),
         "--tokenizer-special-tokens": Refused(_SPECIAL_TOKENS),
         "--vocab-extra-ids": Refused(_SPECIAL_TOKENS),
         "--tokenizer-hf-include-special-tokens": Always(
             "what tokenizer.json puts around a text is put there"
         ),
         "--trust-remote-code": Refused("a tokenizer is a file of data; no code is loaded"),
+        "--test-data-path": Refused(
+            "nothing is tested after training; give it as --valid-data-path"
+        ),
+        "--per-split-data-args-path": Refused("give --train-data-path and --valid-data-path"),
+        "--full-validation": Refused("give the batches of a validation with --eval-steps"),
         "--num-workers": Refused("the loader maps the corpus into memory and needs no workers"),
         "--dataloader-type": Refused("the order of samples is a formula of seed and step"),
         # Checkpoints, logs

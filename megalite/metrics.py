@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
-from megalite.data.corpus import Corpus
+from megalite.data.mixture import Mixture
 from megalite.estimate import flops_per_token
 
 PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
@@ -115,13 +115,13 @@ class RunLog:
 
     Args:
         config: the run.
-        corpus: what it reads.
+        mixture: what it reads.
         folder: of the run; created.
         device: for the peak rate and the memory.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, folder: Path, device: torch.device):
-        self._config, self._corpus, self._device = config, corpus, device
+    def __init__(self, config: Config, mixture: Mixture, folder: Path, device: torch.device):
+        self._config, self._mixture, self._device = config, mixture, device
         folder.mkdir(parents=True, exist_ok=True)
         self._file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
         self._board = _open_tensorboard(config, folder)
@@ -173,7 +173,7 @@ class RunLog:
 
     def validation(self, step: int, loss: float) -> None:
         """Record a validation after `step` steps."""
-        bits_per_byte = self._corpus.bits_per_byte(loss)
+        bits_per_byte = self._mixture.bits_per_byte(loss)
         record = {"step": step, "valid_loss": loss}
         text = f"valid {step:>6d}  loss {loss:.4f}"
         if bits_per_byte is not None:

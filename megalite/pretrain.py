@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import megalite
 from megalite import cli, report
+from megalite.check import check
 from megalite.config import Config, resolve_device
 from megalite.config_file import to_toml
 from megalite.effects import notes
@@ -30,7 +31,7 @@ from megalite.program import Program, checked
 if TYPE_CHECKING:
     import torch
 
-    from megalite.data.corpus import Corpus
+    from megalite.data.mixture import Mixture
     from megalite.parallel.launch import Prepared, Rank
     from megalite.parallel.machine import Machine
     from megalite.trainer import Result, Trainer
@@ -63,7 +64,8 @@ def _describe(config: Config, told: Sequence[str]) -> None:
             version=megalite.__version__,
             device="chosen at start" if device == "auto" else f"{device}, as asked",
             back_ends=None,
-            data=config.data.data or ("random" if config.data.mock_data else "standard library"),
+            data=" ".join(config.data.train_data_path or config.data.data)
+            or ("random" if config.data.mock_data else "standard library"),
             folder=str(Path(config.run.runs) / (config.run.name or "<date>-<model>-<layout>")),
             notes=told,
         )
@@ -86,8 +88,8 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         ConfigError: all that is wrong with flags, files or devices.
     """
     config = checked(command, world)
-    from megalite.data.corpus import prepare_corpus
-    from megalite.data.samples import open_samples
+    from megalite.data.mixture import prepare_mixture
+    from megalite.data.splits import of_epochs, open_samples
     from megalite.parallel.devices import choose_device
     from megalite.parallel.launch import Prepared
     from megalite.tokenizer.choose import open_tokenizer
@@ -103,15 +105,17 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         problems.append(_taken(config.run.name, folder))
     try:
         tokenizer = open_tokenizer(config.data, config.model.vocab_size)
-        corpus = prepare_corpus(config.data, tokenizer)
-        open_samples(config, corpus)
+        mixture = prepare_mixture(config.data, tokenizer)
+        config = of_epochs(config, mixture)
+        check(config, world)
+        open_samples(config, mixture)
     except ConfigError as error:
         problems += error.violations
     if problems:
         raise ConfigError(problems)
     told = notes(config, command.given)
-    job = partial(_train, corpus=corpus, device_line=why, told=told)
-    facts = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+    job = partial(_train, mixture=mixture, device_line=why, told=told)
+    facts = {"corpus": mixture.fingerprint, "tokenizer": tokenizer.fingerprint}
     return Prepared(resolve_device(config, device), job, facts, _claim_folder)
 
 
@@ -146,11 +150,11 @@ def _taken(name: str, folder: Path) -> str:
     return f"--name {name}: {folder} exists; choose another name or remove it"
 
 
-def _train(rank: Rank, *, corpus: Corpus, device_line: str, told: tuple[str, ...]) -> int:
+def _train(rank: Rank, *, mixture: Mixture, device_line: str, told: tuple[str, ...]) -> int:
     """One rank's whole run: train, sample, save, say how it went; returns 0."""
     from contextlib import nullcontext
 
-    from megalite.data.samples import open_samples
+    from megalite.data.splits import open_samples
     from megalite.layers.sdpa import fastest_attention
     from megalite.metrics import RunLog
     from megalite.trainer import Trainer
@@ -159,9 +163,9 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str, told: tuple[str, ...
     folder = Path(config.run.runs) / config.run.name
     first = rank.groups.world_rank == 0
     if first:
-        _open_run(config, corpus, rank.device, device_line, told, folder)
-    trainer = Trainer(config, open_samples(config, corpus), rank.groups, rank.device)
-    record = RunLog(config, corpus, folder, rank.device) if first else nullcontext()
+        _open_run(config, mixture, rank.device, device_line, told, folder)
+    trainer = Trainer(config, open_samples(config, mixture), rank.groups, rank.device)
+    record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
         result = trainer.fit(log)
         sample = _sample(trainer)
@@ -169,13 +173,13 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str, told: tuple[str, ...
             trainer.save(folder / "weights")
         if first:
             assert log is not None
-            log.say(_closing(corpus, result, sample, folder, trainer))
+            log.say(_closing(mixture, result, sample, folder, trainer))
     return 0
 
 
 def _open_run(
     config: Config,
-    corpus: Corpus,
+    mixture: Mixture,
     device: torch.device,
     device_line: str,
     told: Sequence[str],
@@ -193,7 +197,7 @@ def _open_run(
             version=megalite.__version__,
             device=device_line,
             back_ends={"attention": attention_back_end(config, device), **BACK_ENDS},
-            data=corpus.describe(),
+            data=mixture.describe(),
             folder=str(folder),
             notes=told,
         )
@@ -218,7 +222,7 @@ def _sample(trainer: Trainer) -> tuple[str, str] | None:
 
 
 def _closing(
-    corpus: Corpus,
+    mixture: Mixture,
     result: Result,
     sample: tuple[str, str] | None,
     folder: Path,
@@ -231,15 +235,15 @@ def _closing(
         lines += [f"sample, continuing {sample[0]!r}:", sample[1], ""]
     lines.append(f"final train loss {result.train_loss:.4f} nats per token")
     if result.valid_loss is not None:
-        bits = corpus.bits_per_byte(result.valid_loss)
+        bits = mixture.bits_per_byte(result.valid_loss)
         lines.append(
             f"final valid loss {result.valid_loss:.4f} nats per token"
             + (f" = {bits:.4f} bits per byte" if bits is not None else "")
         )
-    if corpus.unigram_nats:
-        known = f"for comparison   {corpus.unigram_nats:.4f} knowing token counts only"
-        if corpus.bigram_nats:
-            known += f", {corpus.bigram_nats:.4f} knowing pairs of neighbours"
+    if mixture.unigram_nats:
+        known = f"for comparison   {mixture.unigram_nats:.4f} knowing token counts only"
+        if mixture.bigram_nats:
+            known += f", {mixture.bigram_nats:.4f} knowing pairs of neighbours"
         lines.append(known)
     written = ["metrics.jsonl", "config.json"]
     lines.append("")

@@ -65,7 +65,7 @@ def opening(
         ("batch", _batch(config)),
         (
             "training",
-            f"{train.steps} steps, {_si(train.steps * config.tokens_per_step)} tokens, "
+            f"{_length(config)}, "
             f"AdamW, lr {train.lr:g} ({train.lr_decay_style}, {train.lr_warmup_steps} warm-up), "
             f"{_precision(config)}, recompute {train.recompute}",
         ),
@@ -75,7 +75,11 @@ def opening(
         *(("note", note) for note in notes),
     ]
     width = max(len(name) for name, _ in rows)
-    lines = [f"megalite {version}"] + [f"  {name:<{width}s}  {text}" for name, text in rows]
+    # A blend has a line for each of its parts.
+    below = "\n" + " " * (width + 4)
+    lines = [f"megalite {version}"] + [
+        f"  {name:<{width}s}  {text.replace(chr(10), below)}" for name, text in rows
+    ]
     return "\n".join([*lines, "", _rank_table(config)])
 
 
@@ -104,6 +108,13 @@ def _layout(config: Config) -> str:
     if parallel.pp > 1:
         text += f", {parallel.schedule}"
     return text
+
+
+def _length(config: Config) -> str:
+    train = config.train
+    if train.num_epochs and not train.steps:
+        return f"{train.num_epochs} epoch{'s' if train.num_epochs > 1 else ''} of the data"
+    return f"{train.steps} steps, {_si(config.num_train_samples * config.model.seq_length)} tokens"
 
 
 def _batch(config: Config) -> str:

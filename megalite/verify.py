@@ -45,9 +45,20 @@ def _small(command: cli.Command, world: World | None) -> Small:
     }
     unread = dict.fromkeys([*boundaries, "eod_mask_loss"], False)
     groups = {spec.name: spec.group for spec in fields()}
+    # How long it trains does not matter here, and random tokens have no epochs.
+    length = {"num_epochs": 0, "steps": 1} if command.config.train.num_epochs else {}
     command = replace(
         command,
-        config=command.config.replace(data="", mock_data=True, **unread),
+        config=command.config.replace(
+            data=(),
+            train_data_path=(),
+            valid_data_path=(),
+            data_order="epoch",
+            order_samples=0,
+            mock_data=True,
+            **unread,
+            **length,
+        ),
         given={n: typed for n, typed in command.given.items() if groups[n] not in ("data", "run")},
     )
     config = checked(command, world).replace(**boundaries)

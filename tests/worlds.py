@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from megalite.config import Config, resolve
-from megalite.data.corpus import prepare_corpus
-from megalite.data.samples import open_samples
+from megalite.data.mixture import prepare_mixture
+from megalite.data.splits import open_samples
 from megalite.parallel.groups import ParallelGroups
 from megalite.trainer import Trainer
 
@@ -52,5 +52,5 @@ def make_trainer(**values: object) -> Trainer:
     )
     config = resolve(Config().replace(**{**small, **values}), size)
     groups = world_groups(config)
-    corpus = prepare_corpus(config.data)
-    return Trainer(config, open_samples(config, corpus), groups, torch.device("cpu"))
+    mixture = prepare_mixture(config.data)
+    return Trainer(config, open_samples(config, mixture), groups, torch.device("cpu"))

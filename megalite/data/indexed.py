@@ -123,6 +123,7 @@ class IndexedReader:
 
     Attributes:
         lengths: int32 [S], tokens of each sequence.
+        pointers: int64 [S], where each sequence starts in `.bin` [bytes].
         documents: int64 [D], document i is the sequences `documents[i]:documents[i + 1]`.
         tokens: all tokens in order, a read-only memory map, shape [sum(lengths)].
 
@@ -175,12 +176,12 @@ class IndexedReader:
         pointers_start = HEADER_BYTES + 4 * sequences
         documents_start = pointers_start + 8 * sequences
         self.lengths = np.frombuffer(content, "<i4", sequences, HEADER_BYTES)
-        pointers = np.frombuffer(content, "<i8", sequences, pointers_start)
+        self.pointers = np.frombuffer(content, "<i8", sequences, pointers_start)
         self.documents = np.frombuffer(content, "<i8", documents, documents_start)
-        self._check_arrays(pointers)
+        self._check_arrays()
 
-    def _check_arrays(self, pointers: np.ndarray) -> None:
-        path = self.index_path
+    def _check_arrays(self) -> None:
+        path, pointers = self.index_path, self.pointers
         if len(self.lengths) and int(self.lengths.min()) < 0:
             i = int(self.lengths.argmin())
             raise DataError(f"{path}: sequence {i} has a negative length, {int(self.lengths[i])}")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megalite.config import Config
 from megalite.data.documents import document_bounds, document_starts
-from megalite.data.samples import Samples, sample_order
+from megalite.data.samples import Samples
 from megalite.layers.batch import Documents, DropoutPlace, MicroBatch
 from megalite.parallel.data import DataGroup
 from megalite.tokenizer.choose import open_tokenizer
@@ -98,7 +98,7 @@ class Loader:
         train = self._config.train
         numbers = self._own_numbers()
         places = step * train.global_batch_size + numbers
-        samples = sample_order(places, self._train.num_samples, train.seed)
+        samples = self._train.order(places)
         return self._read(self._train, samples, numbers)
 
     def validation_batches(self) -> Iterator[Batch]:
@@ -114,7 +114,7 @@ class Loader:
             numbers = self._own_numbers()
             places = first + numbers
             exists = places < available
-            order = sample_order(np.where(exists, places, 0), self._valid.num_samples, train.seed)
+            order = self._valid.order(np.where(exists, places, 0))
             samples = np.where(exists, order, -1)
             yield self._on_device(self._read(self._valid, samples, numbers), None)
 

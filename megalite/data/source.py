@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import stat
 import sysconfig
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 
 from megalite.config import DataConfig
@@ -40,13 +42,55 @@ class Source:
     path: Path
 
 
+@dataclass(frozen=True)
+class Ingredient:
+    """One dataset of a blend, as it was named.
+
+    Attributes:
+        weight: None: by its size.
+        data: the configuration with this dataset alone.
+    """
+
+    weight: float | None
+    data: DataConfig
+
+
+def train_ingredients(data: DataConfig) -> tuple[Ingredient, ...]:
+    """What is trained on; one without words is the embedded corpus, or random tokens."""
+    return _ingredients(data, data.train_data_path or data.data)
+
+
+def valid_ingredients(data: DataConfig) -> tuple[Ingredient, ...]:
+    """What is validated on; none if it is a share of what is trained on."""
+    return _ingredients(data, data.valid_data_path) if data.valid_data_path else ()
+
+
+def _ingredients(data: DataConfig, words: Sequence[str]) -> tuple[Ingredient, ...]:
+    """Words as Megatron-LM reads them: pairs if every other one is a number, else paths."""
+    weights: Sequence[float | None] = [_number(word) for word in words[::2]]
+    paths = words[1::2]
+    if len(words) % 2 or None in weights or not words:
+        weights, paths = [None] * len(words), words
+    alone = replace(data, data=(), train_data_path=(), valid_data_path=())
+    if not words:
+        return (Ingredient(None, alone),)
+    return tuple(
+        Ingredient(weight, replace(alone, data=(path,)))
+        for weight, path in zip(weights, paths, strict=True)
+    )
+
+
 def find_source(data: DataConfig) -> Source:
-    """The source that the configuration names; whether it can be read is not checked here."""
+    """The source that the configuration of one dataset names.
+
+    Whether it can be read is not checked here.
+    """
     if data.mock_data:
         return Source("mock", Path())
     if not data.data:
         return Source("stdlib", Path(sysconfig.get_paths()["stdlib"]))
-    path = Path(data.data)
+    (name,) = data.data
+    path = Path(name)
     if path.suffix in (".bin", ".idx"):
         return Source("indexed", path.with_suffix(""))
     if _exists(_index_of(path)) or (_exists(_tokens_of(path)) and not _exists(path)):
@@ -58,24 +102,68 @@ def find_source(data: DataConfig) -> Source:
 
 def token_texts_known(data: DataConfig) -> bool:
     """Whether tokens can be shown as text, and which one ends a document is known."""
-    if find_source(data).kind == "indexed":
-        return data.tokenizer_type != "auto"
-    return not data.mock_data
+    if data.mock_data:
+        return False
+    return data.tokenizer_type != "auto" or is_text(data)
 
 
-def source_problems(data: DataConfig) -> tuple[list[str], bool]:
-    """Sentences for what is missing or unreadable, and whether the source is text."""
+def is_text(data: DataConfig) -> bool:
+    """Whether everything that is read is text, tokenized here."""
+    return all(
+        find_source(ingredient.data).kind in ("stdlib", "text", "jsonl")
+        for ingredient in (*train_ingredients(data), *valid_ingredients(data))
+    )
+
+
+def source_problems(data: DataConfig) -> list[str]:
+    """Sentences for what is missing, unreadable or no blend."""
+    problems = []
+    for flag, words, ingredients in (
+        ("--data", data.data, train_ingredients(data) if not data.train_data_path else ()),
+        ("--train-data-path", data.train_data_path, train_ingredients(data)),
+        ("--valid-data-path", data.valid_data_path, valid_ingredients(data)),
+    ):
+        if words or flag == "--data":
+            problems += _blend_problems(flag, words, ingredients)
+            for ingredient in ingredients:
+                problems += _ingredient_problems(flag, ingredient.data)
+    return problems
+
+
+def _blend_problems(
+    flag: str, words: Sequence[str], ingredients: Sequence[Ingredient]
+) -> list[str]:
+    given = f"{flag} {' '.join(words)}"
+    if ingredients and ingredients[0].weight is None:
+        if len(words) > 1 and any(_number(w) is not None and not _exists(Path(w)) for w in words):
+            return [f"{given}: a weight stands before every path or before none, as in 0.7 A 0.3 B"]
+        return []
+    return [
+        f"{given}: weight {ingredient.weight:g} must be above 0"
+        for ingredient in ingredients
+        if ingredient.weight is not None
+        and not (ingredient.weight > 0 and isfinite(ingredient.weight))
+    ]
+
+
+def _ingredient_problems(flag: str, data: DataConfig) -> list[str]:
     source = find_source(data)
-    is_text = source.kind in ("stdlib", "text", "jsonl")
+    given = f"{flag} {' '.join(data.data)}"
     files: list[Path] = []
     if source.kind == "indexed":
         files = [_tokens_of(source.path), _index_of(source.path)]
     elif source.path.suffix in _NOT_TEXT:
-        return [f"--data {data.data} is not text: unpack it to a .txt or .jsonl file"], True
+        return [f"{given} is not text: unpack it to a .txt or .jsonl file"]
     elif source.kind in ("text", "jsonl"):
         files = [source.path]
-    problems = [problem for file in files if (problem := _file_problem(file, data.data))]
-    return problems, is_text
+    return [problem for file in files if (problem := _file_problem(file, given))]
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 def _tokens_of(prefix: Path) -> Path:
@@ -98,15 +186,15 @@ def _file_problem(file: Path, given: str) -> str | None:
     try:
         status = file.stat()
     except FileNotFoundError:
-        return f"--data {given}: there is no file {file}{_near(file)}"
+        return f"{given}: there is no file {file}{_near(file)}"
     except (OSError, ValueError) as error:
-        return f"--data {given}: {file}: {getattr(error, 'strerror', error)}"
+        return f"{given}: {file}: {getattr(error, 'strerror', error)}"
     if stat.S_ISDIR(status.st_mode):
-        return f"--data {given} is a folder: give a .txt or .jsonl file, or a .bin/.idx prefix"
+        return f"{given} is a folder: give a .txt or .jsonl file, or a .bin/.idx prefix"
     if not os.access(file, os.R_OK):
-        return f"--data {given}: {file} cannot be read (permission denied)"
+        return f"{given}: {file} cannot be read (permission denied)"
     if not status.st_size and stat.S_ISREG(status.st_mode):
-        return f"--data {given}: {file} is empty"
+        return f"{given}: {file} is empty"
     return None
 
 

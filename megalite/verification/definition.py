@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
-from megalite.data.samples import Samples, sample_order
+from megalite.data.samples import Samples
 from megalite.layers.rope import rope_frequencies
 from megalite.optim.lr import learning_rate
 from megalite.parallel.rng import keep_mask, make_key, normal_slice
@@ -104,7 +104,7 @@ class Definition:
         """The global batch of a step, from the formula of the order."""
         size = self.config.train.global_batch_size
         places = step * size + np.arange(size)
-        numbers = sample_order(places, self.samples.num_samples, self.config.train.seed)
+        numbers = self.samples.order(places)
         rows = torch.tensor(np.stack([self.samples.read(int(n)) for n in numbers]))
         tokens, labels = rows[:, :-1], rows[:, 1:]
         mask = torch.ones_like(tokens, dtype=torch.bool)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
+from megalite.data.samples import sample_order
 from megalite.layers.shard import Piece
 from megalite.models.llama import DecoderLayer
 from megalite.optim.flat import FlatParameters
@@ -36,6 +37,10 @@ class VerificationSamples:
     def __init__(self, config: Config):
         self._length, self._vocab_size = config.model.seq_length + 1, config.model.vocab_size
         self._seed = config.train.seed
+
+    def order(self, places: np.ndarray) -> np.ndarray:
+        """Samples at these places of the run, int64, shape of `places`."""
+        return sample_order(places, self.num_samples, self._seed)
 
     def read(self, index: int) -> np.ndarray:
         """Tokens of one sample, int64 [seq + 1]."""

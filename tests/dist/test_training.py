@@ -133,7 +133,7 @@ def test_loss_is_averaged_over_tokens_when_ranks_hold_different_counts(
 
 
 def counts_job(path: str) -> list[int]:
-    trainer = make_trainer(dp=4, data=path, eod_mask_loss=True, micro_batch_size=1)
+    trainer = make_trainer(dp=4, data=(path,), eod_mask_loss=True, micro_batch_size=1)
     return [trainer.loader.train_batch(step).counted_tokens for step in range(3)]
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megalite.config import Config, resolve
-from megalite.data.corpus import prepare_corpus
-from megalite.data.samples import open_samples
+from megalite.data.mixture import prepare_mixture
+from megalite.data.splits import open_samples
 from megalite.layers.batch import DropoutPlace
 from megalite.layers.dropout import attention_keep, hidden_dropout
 from megalite.layers.sdpa import fastest_attention
@@ -35,7 +35,7 @@ def make_trainer(device: torch.device, **values: object) -> Trainer:
         device=device.type,
     )
     config = resolve(Config().replace(**{**small, **values}))
-    samples = open_samples(config, prepare_corpus(config.data))
+    samples = open_samples(config, prepare_mixture(config.data))
     return Trainer(config, samples, ParallelGroups.solo(), device)
 
 

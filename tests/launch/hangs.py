@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from megalite.config import Config, resolve, resolve_device
-from megalite.data.corpus import Corpus
-from megalite.data.samples import open_samples
+from megalite.data.mixture import prepare_mixture
+from megalite.data.splits import open_samples
 from megalite.layers.attention import Attention
 from megalite.optim import flat
 from megalite.parallel.environment import detect_world
@@ -242,8 +242,7 @@ def hanging(rank: Rank, name: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         if rank.groups.world_rank == hang.guilty:
             hang.plant(patch, rank)
-        corpus = Corpus("", "random tokens", "mock", 0, 0, 0)
-        samples = open_samples(rank.config, corpus)
+        samples = open_samples(rank.config, prepare_mixture(rank.config.data))
         trainer = Trainer(rank.config, samples, rank.groups, rank.device)
         trainer.fit(None)
         from megalite.sampling import generate

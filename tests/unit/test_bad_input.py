@@ -14,7 +14,8 @@ from commands import run, violations
 from megalite.config import DataConfig
 from megalite.data.corpus import prepare_corpus
 from megalite.data.indexed import IndexedReader, IndexedWriter
-from megalite.data.samples import open_samples
+from megalite.data.mixture import prepare_mixture
+from megalite.data.splits import open_samples
 from megalite.errors import DataError
 from megalite.parallel.groups import ParallelGroups
 from megalite.trainer import Trainer
@@ -128,7 +129,6 @@ def test_an_empty_validation_share_does_not_end_the_run_in_a_traceback(tmp_path:
         *("1", "--num-layers", "1", "--hidden-size", "16", "--ffn-hidden-size", "16"),
         *("--seq-length", "32", "--precision", "fp32"),
     )
-    corpus = prepare_corpus(config.data)
-    samples = open_samples(config, corpus)
+    samples = open_samples(config, prepare_mixture(config.data))
     trainer = Trainer(config, samples, ParallelGroups.solo(), torch.device("cpu"))
     assert isinstance(trainer.loader.prompt(40), list)

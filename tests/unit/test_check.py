@@ -168,7 +168,7 @@ RULES = {
         "--dp 2 --micro-batch-size 4 --global-batch-size 4",
         "--global-batch-size 4 is not a multiple of --micro-batch-size 4 x dp 2 = 8; try 8",
     ),
-    "no steps": ("--steps 0", "--steps 0 trains nothing: give --steps or --tokens"),
+    "no steps": ("--steps 0", "--steps 0 trains nothing: give --steps, --tokens or --num-epochs"),
     "warm-up": (
         "--steps 10 --lr-warmup-steps 10",
         "--lr-warmup-steps 10 must be below the 10 steps of the learning-rate schedule",

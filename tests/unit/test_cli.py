@@ -17,6 +17,7 @@ from commands import parse, word_violations
 from megalite.config import Config, FieldSpec, fields, resolve, resolve_device
 from megalite.config_file import to_toml
 from megalite.errors import ConfigError
+from megalite.field_values import is_words
 from megalite.presets import PRESETS
 
 SPECS = {spec.name: spec for spec in fields()}
@@ -236,7 +237,7 @@ def test_a_value_of_the_wrong_type_in_a_file_is_reported(
         ("-tp 2", "unknown flag -tp; did you mean --tp?"),
         ("--qqqqqqqq", "unknown flag --qqqqqqqq; see --help"),
         ("corpus.txt", "'corpus.txt' stands alone: values follow a flag, as in --data corpus.txt"),
-        ("--data-path 0.5 a 0.5 b", "--data-path takes one value; a 0.5 b is left over"),
+        ("--train-data-path --tp 2", "--train-data-path needs a value"),
         ("--dry-run yes", "'yes' stands alone: values follow a flag, as in --data yes"),
         ("--model llama3-8", "--model llama3-8 is not a preset; did you mean llama3-8b?"),
     ],
@@ -318,7 +319,15 @@ def other_value(spec: FieldSpec) -> Any:
         return spec.default + 3
     if spec.type is float:
         return spec.default / 3 + 0.1
-    return "125m" if spec.name == "model" else "x y" if spec.type is str else (2, 1)
+    return (
+        "125m"
+        if spec.name == "model"
+        else "x y"
+        if spec.type is str
+        else ("a b", "0.5")
+        if is_words(spec)
+        else (2, 1)
+    )
 
 
 OTHERS = {spec.name: other_value(spec) for spec in SPECS.values()}
@@ -329,7 +338,7 @@ CONFIGS: dict[str, Callable[[], Config]] = {
     "switched off": lambda: Config().replace(**dict.fromkeys(BOOLS, False)),
     "extreme floats": lambda: Config().replace(lr=5e-324, rope_theta=1e22, adam_eps=1 / 3),
     **{
-        f"text {text!r}": lambda text=text: Config().replace(data=text, runs=text)
+        f"text {text!r}": lambda text=text: Config().replace(data=(text, "b"), runs=text)
         for text in (
             *("a b", "with \"quotes\" and 'these'", "C:\\new\\table", "tab\tline\nend", "#=[x]"),
             *("Ünïcode-中文", "emoji-😀", "delete-\x7f", "bell-\x07"),

@@ -26,7 +26,8 @@ from megalite.data import corpus as corpus_module
 from megalite.data import entropy as entropy_module
 from megalite.data.corpus import STDLIB_CAP_BYTES, Corpus, prepare_corpus, stdlib_files
 from megalite.data.indexed import IndexedReader, IndexedWriter
-from megalite.data.samples import open_samples
+from megalite.data.mixture import prepare_mixture
+from megalite.data.splits import open_samples
 from megalite.errors import DataError
 from megalite.tokenizer.base import Tokenizer
 
@@ -42,7 +43,7 @@ def prepare(tmp_path: Path) -> Callable[..., Corpus]:
         if content is not None:
             path.write_bytes(content.encode() if isinstance(content, str) else content)
         return prepare_corpus(
-            DataConfig(data=str(path), data_cache_path=str(tmp_path / "cache" / "deep"))
+            DataConfig(data=(str(path),), data_cache_path=str(tmp_path / "cache" / "deep"))
         )
 
     return run
@@ -279,14 +280,14 @@ def test_a_cache_may_be_reached_by_another_path(
     """Relative to another folder, moved, or mounted elsewhere."""
     (tmp_path / "a.txt").write_text("hello\n")
     monkeypatch.chdir(tmp_path)
-    first = prepare_corpus(DataConfig(data="a.txt", data_cache_path="cache"))
+    first = prepare_corpus(DataConfig(data=("a.txt",), data_cache_path="cache"))
     before = documents(first)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    second = prepare_corpus(DataConfig(data="../a.txt", data_cache_path="../cache"))
+    second = prepare_corpus(DataConfig(data=("../a.txt",), data_cache_path="../cache"))
     assert documents(second) == before
     (tmp_path / "cache").rename(tmp_path / "moved")
-    third = prepare_corpus(DataConfig(data="../a.txt", data_cache_path=f"{tmp_path}/moved"))
+    third = prepare_corpus(DataConfig(data=("../a.txt",), data_cache_path=f"{tmp_path}/moved"))
     assert documents(third) == before
 
 
@@ -296,7 +297,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, below: str)
     (tmp_path / "a.txt").write_text("hello\n")
     folder = f"{tmp_path}/file{below}"
     with pytest.raises(DataError) as caught:
-        prepare_corpus(DataConfig(data=f"{tmp_path}/a.txt", data_cache_path=folder))
+        prepare_corpus(DataConfig(data=(f"{tmp_path}/a.txt",), data_cache_path=folder))
     (found,) = caught.value.violations
     assert folder in found
     assert "--data-cache-path" in found
@@ -305,7 +306,7 @@ def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, below: str)
 def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """A folder in the place of the lock: root may write everywhere else."""
     (tmp_path / "a.txt").write_text("hello\n")
-    data = DataConfig(data=f"{tmp_path}/a.txt", data_cache_path=f"{tmp_path}/cache")
+    data = DataConfig(data=(f"{tmp_path}/a.txt",), data_cache_path=f"{tmp_path}/cache")
     corpus = prepare_corpus(data)
     Path(f"{corpus.prefix}.json").unlink()
     Path(f"{corpus.prefix}.lock").unlink()
@@ -335,7 +336,7 @@ def test_without_a_cache_path_the_users_cache_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("hello\n")
-    data = DataConfig(data=f"{tmp_path}/a.txt")
+    data = DataConfig(data=(f"{tmp_path}/a.txt",))
     monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/xdg")
     assert Path(prepare_corpus(data).prefix).parent == tmp_path / "xdg" / "megalite"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
@@ -364,7 +365,7 @@ corpus._tokenize = slow
 Path(sys.argv[2]).touch()
 while len(list(Path(sys.argv[1]).glob("ready*"))) < 3:
     time.sleep(0.001)
-data = DataConfig(data=sys.argv[1] + "/a.txt", data_cache_path=sys.argv[1] + "/cache")
+data = DataConfig(data=(sys.argv[1] + "/a.txt",), data_cache_path=sys.argv[1] + "/cache")
 print(json.dumps(asdict(corpus.prepare_corpus(data))))
 """
 
@@ -534,7 +535,7 @@ def test_a_foreign_dataset_is_described_where_it_is(tmp_path: Path, suffix: str)
     writer.end_document()
     writer.end_document()
     writer.close()
-    data = DataConfig(data=f"{tmp_path}/p{suffix}", data_cache_path=f"{tmp_path}/cache")
+    data = DataConfig(data=(f"{tmp_path}/p{suffix}",), data_cache_path=f"{tmp_path}/cache")
     corpus = prepare_corpus(data)
     assert (corpus.prefix, corpus.documents, corpus.tokens) == (f"{tmp_path}/p", 2, 3)
     assert (corpus.max_token, corpus.text_bytes, corpus.unigram_nats) == (70_000, 0, 0.0)
@@ -551,14 +552,16 @@ def test_a_foreign_dataset_with_a_negative_token_is_refused(tmp_path: Path) -> N
     writer.end_document()
     writer.close()
     with pytest.raises(DataError, match=r"p\.bin holds a negative token id, -7"):
-        prepare_corpus(DataConfig(data=f"{tmp_path}/p"))
+        prepare_corpus(DataConfig(data=(f"{tmp_path}/p",)))
 
 
 @pytest.mark.parametrize("text", ["a line of 40 kB\n" * 2500, "all in one line " * 75_000])
 def test_a_text_of_any_shape_can_be_split(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_text(text)
-    config = resolve(Config().replace(data=str(tmp_path / "a.txt"), data_cache_path=str(tmp_path)))
-    train, valid = open_samples(config, prepare_corpus(config.data))
+    config = resolve(
+        Config().replace(data=(str(tmp_path / "a.txt"),), data_cache_path=str(tmp_path))
+    )
+    train, valid = open_samples(config, prepare_mixture(config.data))
     share = valid.num_samples / (train.num_samples + valid.num_samples)
     assert 0.02 < share < 0.08
 
@@ -573,7 +576,7 @@ def test_a_disk_that_fills_up_keeps_nothing(
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         with pytest.raises(DataError, match="cannot write the tokenized corpus"):
-            prepare_corpus(DataConfig(data=str(tmp_path / "a.txt"), data_cache_path=str(cache)))
+            prepare_corpus(DataConfig(data=(str(tmp_path / "a.txt"),), data_cache_path=str(cache)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
@@ -588,5 +591,7 @@ def test_a_file_system_without_locks_serves(
 
     (tmp_path / "a.txt").write_text("a line of text\n" * 100)
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    corpus = prepare_corpus(DataConfig(data=str(tmp_path / "a.txt"), data_cache_path=str(tmp_path)))
+    corpus = prepare_corpus(
+        DataConfig(data=(str(tmp_path / "a.txt"),), data_cache_path=str(tmp_path))
+    )
     assert corpus.text_bytes == 1500

@@ -9,6 +9,7 @@ import pytest
 from commands import parse, word_violations
 
 from megalite.config import Config, fields
+from megalite.field_values import is_words
 from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Refused, With
 
 SPECS = {spec.name: spec for spec in fields()}
@@ -51,7 +52,8 @@ def test_an_alias_with_a_value_equals_our_flag(flag: str) -> None:
     text = text_for(spec.name)
     config = parse(flag, text).config
     assert config == parse(spec.flag, text).config == parse(f"{flag}={text}").config
-    assert value(config, spec.name) == spec.type(text) != spec.default
+    want = (text,) if is_words(spec) else spec.type(text)
+    assert value(config, spec.name) == want != spec.default
     assert config.replace(**{spec.name: value(parse().config, spec.name)}) == parse().config, (
         "and nothing else"
     )
@@ -88,7 +90,8 @@ def test_an_alias_without_a_value_equals_our_flag(flag: str) -> None:
         ("--bf16", "precision", "bf16"),
         ("--recompute-activations", "recompute", "selective"),
         ("--recompute-granularity full", "recompute", "full"),
-        ("--data-path a.txt", "data", "a.txt"),
+        ("--data-path a.txt", "data", ("a.txt",)),
+        ("--data-path 0.7 a 0.3 b", "data", ("0.7", "a", "0.3", "b")),
     ],
 )
 def test_meaning(argv: str, name: str, want: Any) -> None:

@@ -15,11 +15,12 @@ import torch
 
 from megalite.config import Config, resolve
 from megalite.data.corpus import Corpus
+from megalite.data.mixture import Mixture, Part
 from megalite.metrics import DelayedScalars, Reading, RunLog, peak_flops, peak_memory_bytes
 
 CPU = torch.device("cpu")
-RANDOM = Corpus("", "random tokens", "mock", 0, 0, 0)
-TEXT = Corpus("x", "a text", "abc", 1, 100, 256, text_bytes=200)
+RANDOM = Mixture((Part(Corpus("", "random tokens", "mock", 0, 0, 0)),))
+TEXT = Mixture((Part(Corpus("x", "a text", "abc", 1, 100, 256, text_bytes=200)),))
 KEYS = ["step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "step_ms", "memory_bytes"]
 
 
@@ -79,13 +80,13 @@ def test_numbers_that_json_does_not_have_are_text(
     assert ("gradient not finite: step skipped" in line) == (place == "grad_norm")
 
 
-@pytest.mark.parametrize("corpus", [RANDOM, TEXT])
-def test_validations(tmp_path: Path, capsys: pytest.CaptureFixture, corpus: Corpus) -> None:
-    with RunLog(settings(), corpus, tmp_path, CPU) as log:
+@pytest.mark.parametrize("mixture", [RANDOM, TEXT])
+def test_validations(tmp_path: Path, capsys: pytest.CaptureFixture, mixture: Mixture) -> None:
+    with RunLog(settings(), mixture, tmp_path, CPU) as log:
         log.validation(15, 2.5)
     want = {"step": 15, "valid_loss": 2.5}
     out = capsys.readouterr().out
-    if corpus is TEXT:  # two bytes a token
+    if mixture is TEXT:  # two bytes a token
         want["valid_bits_per_byte"] = pytest.approx(2.5 / math.log(2) / 2, rel=1e-14)
         assert out == "valid     15  loss 2.5000  1.8034 bits per byte\n"
     else:

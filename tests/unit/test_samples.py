@@ -7,6 +7,7 @@ import math
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,14 +15,11 @@ import pytest
 from megalite.config import Config, resolve
 from megalite.data.corpus import Corpus
 from megalite.data.indexed import IndexedWriter
+from megalite.data.mixture import Mixture, Part
 from megalite.data.permutation import permute
-from megalite.data.samples import (
-    MockSamples,
-    StreamSamples,
-    open_samples,
-    sample_order,
-    split_bounds,
-)
+from megalite.data.samples import MockSamples, StreamSamples, sample_order
+from megalite.data.splits import open_samples, split_bounds
+from megalite.data.token_store import TokenStore
 from megalite.errors import DataError
 
 # The permutation
@@ -112,8 +110,13 @@ def test_neighbours_go_anywhere() -> None:
 # Samples of a stream
 
 
+def store(tokens: np.ndarray, vocab: int, name: str) -> TokenStore:
+    return TokenStore(SimpleNamespace(tokens=tokens), name, vocab)
+
+
 def stream(tokens: int, start: int, stop: int, seq: int, vocab: int = 10_000) -> StreamSamples:
-    return StreamSamples(np.arange(tokens, dtype=np.uint16), start, stop, seq, vocab, "stream")
+    whole = store(np.arange(tokens, dtype=np.uint16), vocab, "stream")
+    return StreamSamples(whole, start, stop, seq, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +152,7 @@ def test_samples_tile_their_part(start: int, stop: int, seq: int, count: int) ->
 )
 def test_a_token_outside_the_vocabulary_is_named(tokens: list[int], dtype: str, wrong: int) -> None:
     content = np.array([0, 1, 2, *tokens, 1], dtype)
-    samples = StreamSamples(content, 1, 8, 2, 10, "corpus.bin")
+    samples = StreamSamples(store(content, 10, "corpus.bin"), 1, 8, 2, seed=0)
     assert samples.read(0).tolist() == [1, 2, 3]
     with pytest.raises(DataError) as caught:
         samples.read(1)
@@ -250,7 +253,7 @@ def test_a_place_does_not_depend_on_what_is_asked_with_it() -> None:
 # Opening a corpus
 
 
-def indexed_corpus(folder: Path, lengths: list[int], max_token: int = 256) -> Corpus:
+def indexed_corpus(folder: Path, lengths: list[int], max_token: int = 256) -> Mixture:
     """Token i of the stream is i % 251."""
     prefix = folder / "corpus"
     writer = IndexedWriter(prefix, np.dtype("<u2"))
@@ -260,7 +263,8 @@ def indexed_corpus(folder: Path, lengths: list[int], max_token: int = 256) -> Co
         writer.end_document()
         first += length
     writer.close()
-    return Corpus(str(prefix), "my corpus", "f", len(lengths), first, max_token)
+    corpus = Corpus(str(prefix), "my corpus", "f", len(lengths), first, max_token)
+    return Mixture((Part(corpus),))
 
 
 def settings(**values: object) -> Config:
@@ -324,7 +328,7 @@ def test_a_corpus_of_a_larger_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 def test_random_tokens_of_training_and_validation_differ() -> None:
-    corpus = Corpus("", "random tokens", "mock", 0, 0, 0)
+    corpus = Mixture((Part(Corpus("", "random tokens", "mock", 0, 0, 0)),))
     config = settings(mock_data=True, vocab_size=1000, seq_length=16)
     train, valid = open_samples(config, corpus)
     assert train.num_samples == valid.num_samples > 1 << 32

@@ -83,7 +83,7 @@ def test_a_rank_within_its_own_limit_ends_with_the_others(world: World) -> None:
 
 def test_a_rank_that_moves_slowly_keeps_all_alive(world: World) -> None:
     numbers = iter(range(1000))
-    world.run(2.5, lambda: world.activities[1].at(f"action {next(numbers) // 8}"))
+    world.run(2.5, lambda: world.activities[1].at(f"action {next(numbers) // 2}"))
     assert world.ended == []
 
 

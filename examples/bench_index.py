@@ -1,0 +1,84 @@
+"""How long do the indices of Megatron-LM's order take, and how much memory?
+
+    python examples/bench_index.py
+    python examples/bench_index.py --documents 10_000_000 --epochs 3
+    python examples/bench_index.py --blend 10_000_000
+
+Documents of random lengths, one sequence each. The floor is what no exact implementation can avoid:
+numpy's own RandomState.shuffle of as many int32. Memory is the highest resident size of this
+process, the lengths (4 bytes a document) included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+
+import numpy as np
+
+from megalite.data.blend import Greedy, compiler
+from megalite.data.megatron_index import build_index
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--documents", type=int, default=100_000_000)
+    parser.add_argument("--mean", type=int, default=500, help="tokens of a document")
+    parser.add_argument("--seq-length", type=int, default=4096)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--blend", type=int, default=0, metavar="SAMPLES", help="a blend instead")
+    options = parser.parse_args()
+    if options.blend:
+        blend(options.blend)
+    else:
+        index(options.documents, options.mean, options.seq_length, options.epochs)
+
+
+def index(documents: int, mean: int, seq_length: int, epochs: int) -> None:
+    """Time of the three arrays, beside the floor."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 2 * mean, documents, dtype=np.int32)
+    at_start = peak_bytes()
+    whole = int(lengths.sum(dtype=np.int64))
+    num_samples = (epochs * whole - 1) // seq_length
+    start = time.perf_counter()
+    built = build_index(lengths, 0, documents, num_samples, seq_length, 1234)
+    taken_s = time.perf_counter() - start
+    print(
+        f"{documents:,} documents, {whole:,} tokens, {epochs} epoch{'s' if epochs > 1 else ''}, "
+        f"sequence {seq_length}: {len(built.shuffle):,} samples"
+    )
+    print(f"index        {taken_s:8.2f} s")
+    arrays = (built.documents, built.samples, built.shuffle)
+    print(f"its arrays   {sum(array.nbytes for array in arrays) / 2**20:8.0f} MiB")
+    print(f"peak         {peak_bytes() / 2**20:8.0f} MiB, before {at_start / 2**20:.0f} MiB")
+    start = time.perf_counter()
+    np.random.RandomState(1234).shuffle(built.documents)
+    print(f"floor        {time.perf_counter() - start:8.2f} s (the shuffle of documents alone)")
+
+
+def blend(samples: int) -> None:
+    """Time of a blend of eight datasets, with the compiler if there is one."""
+    weights = [0.31, 0.23, 0.17, 0.11, 0.08, 0.05, 0.03, 0.02]
+    for name, compiled in (("Python", None), ("numba", compiler())):
+        if name == "numba" and compiled is None:
+            print("numba is not installed")
+            continue
+        greedy = Greedy(weights, compiled=compiled)
+        greedy.extend(1)  # compiles
+        start = time.perf_counter()
+        greedy.extend(samples - 1)
+        print(f"{name:<8s} {samples:,} samples of 8 datasets: {time.perf_counter() - start:.2f} s")
+
+
+def peak_bytes() -> int:
+    """Highest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Which documents a step of a run was trained on, from the run's configuration alone.
+
+The order of samples is a formula, so nothing is recorded while a run goes. No torch import.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megalite.config import Config
+from megalite.data.mixture import prepare_mixture
+from megalite.data.source import source_problems, token_texts_known
+from megalite.data.splits import open_samples
+from megalite.data.token_store import Piece
+from megalite.errors import ConfigError
+from megalite.tokenizer.choose import open_tokenizer
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample of a global batch.
+
+    Attributes:
+        place: in the global batch, from 0.
+        sample: its number in the training data.
+        pieces: the documents in it, in order; none of random tokens.
+        texts: of each piece; None where the tokenizer is not known.
+    """
+
+    place: int
+    sample: int
+    pieces: tuple[Piece, ...]
+    texts: tuple[str | None, ...]
+
+
+def ledger(config: Config, step: int) -> list[Entry]:
+    """The samples of a step's global batch.
+
+    Args:
+        config: as it was saved, with every derived value.
+        step: as it is logged: the first is 1.
+
+    Raises:
+        ConfigError: there is no such step, or the data cannot be read.
+    """
+    train = config.train
+    problems = source_problems(config.data)
+    if not 1 <= step <= train.steps:
+        problems.append(f"--step {step}: the run has the steps 1 to {train.steps}")
+    if problems:
+        raise ConfigError(problems)
+    tokenizer = open_tokenizer(config.data, config.model.vocab_size)
+    mixture = prepare_mixture(config.data, tokenizer)
+    samples, _ = open_samples(config, mixture)
+    known = token_texts_known(config.data)
+    first = (step - 1) * train.global_batch_size
+    entries = []
+    for place, sample in enumerate(samples.order(first + np.arange(train.global_batch_size))):
+        pieces = tuple(samples.pieces(int(sample)))
+        texts: list[str | None] = [None] * len(pieces)
+        if known:
+            tokens = samples.read(int(sample))
+            cuts = np.cumsum([piece.stop - piece.start for piece in pieces])[:-1]
+            texts = [tokenizer.decode(part.tolist()) for part in np.split(tokens, cuts)]
+        entries.append(Entry(place, int(sample), pieces, tuple(texts)))
+    return entries

@@ -1,0 +1,230 @@
+"""Training and validation samples of a run: which sequences, in which order. No torch import."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+
+from megalite.config import Config, with_steps
+from megalite.data.blend import normalized
+from megalite.data.blended_samples import BlendedSamples
+from megalite.data.cache import cache_folder
+from megalite.data.corpus import Corpus
+from megalite.data.index_cache import IndexCache
+from megalite.data.indexed import IndexedReader
+from megalite.data.megatron_samples import MegatronSamples
+from megalite.data.mixture import Mixture, Part
+from megalite.data.samples import DocumentSamples, MockSamples, StreamSamples
+from megalite.data.token_store import TokenStore
+from megalite.errors import DataError
+
+MEGATRON_SURPLUS = 0.005
+"""Megatron-LM builds so much more of each dataset of a blend than its weight asks for."""
+
+
+@dataclass(frozen=True)
+class _Request:
+    """Samples of one split.
+
+    Attributes:
+        which: "training" or "validation".
+        share: which share of `--split` of each part; None: all of it.
+        samples: that the run takes.
+        order_samples: that Megatron-LM's order is made for.
+        may_be_empty: nobody will read it.
+    """
+
+    which: str
+    share: int | None
+    samples: int
+    order_samples: int
+    may_be_empty: bool = False
+
+
+def open_samples(config: Config, mixture: Mixture) -> tuple[DocumentSamples, DocumentSamples]:
+    """Training and validation samples.
+
+    Raises:
+        DataError: a split is shorter than one sample or than the order needs, token ids exceed the
+            vocabulary, or an index cannot be kept.
+    """
+    model, train = config.model, config.train
+    if config.data.mock_data:
+        return (
+            MockSamples(model.seq_length, model.vocab_size, train.seed),
+            MockSamples(model.seq_length, model.vocab_size, train.seed + 1),
+        )
+    batches = train.eval_steps
+    if train.eval_interval:  # Megatron-LM's order is made for all validations of the run
+        batches *= train.steps // train.eval_interval + 1
+    whole = bool(config.data.train_data_path)
+    requests = [
+        _Request(
+            "training",
+            None if whole else 0,
+            config.num_train_samples,
+            config.data.order_samples,
+        ),
+        _Request(
+            "validation",
+            None if whole else 1,
+            train.eval_steps * train.global_batch_size,
+            batches * train.global_batch_size,
+            may_be_empty=not train.eval_steps,
+        ),
+    ]
+    read = (mixture.train, mixture.valid or mixture.train)
+    train_samples, valid_samples = (
+        _open_split(config, parts, request) for parts, request in zip(read, requests, strict=True)
+    )
+    return train_samples, valid_samples
+
+
+def _open_split(config: Config, parts: Sequence[Part], request: _Request) -> DocumentSamples:
+    """The samples of one split, blended if there are many parts."""
+    opened, problems = [], []
+    for part, samples in zip(parts, _samples_of_parts(config, parts, request), strict=True):
+        try:
+            opened.append(_open_part(config, part.corpus, request, samples))
+        except DataError as error:
+            problems += error.violations
+    if problems:
+        raise DataError(problems)
+    if len(opened) == 1:
+        return opened[0]
+    if not all(part.num_samples for part in opened):
+        # Nobody reads it.
+        return opened[0]
+    cache = IndexCache(cache_folder(config.data))
+    weights = _weights(parts)
+    if config.data.data_order == "epoch":
+        return BlendedSamples(opened, weights, request.samples, cache)
+    return _blend_as_megatron(opened, weights, request, cache)
+
+
+def _weights(parts: Sequence[Part]) -> list[float] | None:
+    weights = [part.weight for part in parts if part.weight is not None]
+    return weights or None
+
+
+def _samples_of_parts(config: Config, parts: Sequence[Part], request: _Request) -> list[int | None]:
+    """Samples that Megatron-LM's order of each part is made for; None: those of one epoch."""
+    weights = _weights(parts)
+    if weights is None or (len(parts) == 1 and config.data.train_data_path):
+        return [request.order_samples] if len(parts) == 1 else [None] * len(parts)
+    return [
+        math.ceil(math.ceil(request.order_samples * weight) * (1 + MEGATRON_SURPLUS))
+        for weight in normalized(weights)
+    ]
+
+
+def _blend_as_megatron(
+    parts: Sequence[DocumentSamples],
+    weights: Sequence[float] | None,
+    request: _Request,
+    cache: IndexCache,
+) -> DocumentSamples:
+    """Megatron-LM's blend of its datasets; without weights each is used at most once."""
+    sizes = [part.num_samples for part in parts]
+    if weights is None and request.samples > sum(sizes):
+        raise DataError(
+            f"--data-order megatron uses each dataset of a blend without weights once: "
+            f"{sum(sizes):,} {request.which} samples, but the run takes {request.samples:,}; give "
+            "weights, fewer steps or --data-order epoch"
+        )
+    # It divides given weights by their sum twice, which rounds twice.
+    ratios = [float(size) for size in sizes] if weights is None else normalized(weights)
+    blended = BlendedSamples(parts, ratios, request.samples, cache)
+    if blended.num_samples < request.samples:
+        raise DataError(
+            f"--data-order megatron: this blend takes more {request.which} samples of a dataset "
+            "than Megatron-LM prepares; give other weights or --data-order epoch"
+        )
+    return blended
+
+
+def _open_part(
+    config: Config, corpus: Corpus, request: _Request, order_samples: int | None
+) -> DocumentSamples:
+    """The samples of one part's share."""
+    data, model = config.data, config.model
+    if corpus.max_token >= model.vocab_size:
+        raise DataError(
+            f"{corpus.description} holds token id {corpus.max_token}, but --vocab-size is "
+            f"{model.vocab_size}: give the size of its tokenizer"
+        )
+    reader = IndexedReader(corpus.prefix)  # type: ignore[arg-type]
+    store = TokenStore(reader, corpus.description, model.vocab_size)
+    begin, end = 0, len(reader.lengths)
+    if request.share is not None:
+        begin, end = split_bounds(data.split, end)[request.share]
+    start = int(reader.lengths[:begin].sum(dtype=np.int64))
+    stop = start + int(reader.lengths[begin:end].sum(dtype=np.int64))
+    stream = StreamSamples(store, start, stop, model.seq_length, config.train.seed)
+    if not stream.num_samples and not request.may_be_empty:
+        raise DataError(_too_short(config, corpus, request, stop - start))
+    if data.data_order == "epoch" or not stream.num_samples:
+        return stream
+    return MegatronSamples(
+        store,
+        corpus.fingerprint,
+        begin,
+        end,
+        order_samples,
+        model.seq_length,
+        config.train.seed,
+        IndexCache(cache_folder(data)),
+    )
+
+
+def _too_short(config: Config, corpus: Corpus, request: _Request, tokens: int) -> str:
+    split = config.data.split
+    whose = f"the {request.which} share of --split {split}" if request.share is not None else "it"
+    sentence = (
+        f"{corpus.description}: {whose} holds {tokens} tokens, fewer than one sample of "
+        f"--seq-length {config.model.seq_length} + 1: give more text, a shorter --seq-length"
+    )
+    if request.share is not None:
+        sentence += " or another --split"
+    return sentence + (", or --eval-steps 0" if request.which == "validation" else "")
+
+
+def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int]]:
+    """Sequence ranges of the shares of `--split`, rounded as Megatron-LM does.
+
+    "969,30,1" over S sequences -> [(0, round(.969 S)), (round(.969 S), round(.999 S)), ...].
+    """
+    shares = [float(part) for part in split.split(",")]
+    total = sum(shares)
+    # Each share is normalised before they are summed up, as there: ties then round alike.
+    cuts = accumulate((share / total for share in shares), initial=0.0)
+    marks = [round(cut * num_sequences) for cut in cuts]
+    return list(pairwise(marks))
+
+
+def of_epochs(config: Config, mixture: Mixture) -> Config:
+    """The configuration with the steps that `--num-epochs` comes to, if it is given.
+
+    Samples that do not fill a global batch after the last epoch are left out.
+
+    Raises:
+        DataError: as `open_samples`, or the data does not fill one global batch.
+    """
+    epochs = config.train.num_epochs
+    if not epochs:
+        return config
+    in_epochs = config.replace(data_order="epoch")
+    request = _Request("training", None if config.data.train_data_path else 0, 0, 0)
+    parts = [_open_part(in_epochs, part.corpus, request, None) for part in mixture.train]
+    samples = epochs * sum(part.num_samples for part in parts)
+    batch = config.train.global_batch_size
+    if samples < batch:
+        raise DataError(
+            f"--num-epochs {epochs}: {samples} samples do not fill a --global-batch-size of "
+            f"{batch}: give a smaller one, or more epochs"
+        )
+    return with_steps(config, samples // batch)

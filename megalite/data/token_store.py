@@ -1,0 +1,92 @@
+"""Ranges of a dataset's tokens, and the documents they come from. No torch import."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megalite.data.indexed import IndexedReader
+from megalite.errors import DataError
+
+Span = tuple[int, int]
+"""Tokens [start, stop) of a dataset."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a document in a sample.
+
+    Attributes:
+        dataset: its name.
+        document: its number in the dataset.
+        start, stop: tokens of the document, from 0.
+    """
+
+    dataset: str
+    document: int
+    start: int
+    stop: int
+
+
+class TokenStore:
+    """The tokens of one dataset.
+
+    Args:
+        reader: of the dataset.
+        name: of it, for messages.
+        vocab_size: token ids must be below it.
+    """
+
+    def __init__(self, reader: IndexedReader, name: str, vocab_size: int):
+        self._reader, self._name, self._vocab_size = reader, name, vocab_size
+        # Slicing a plain array is several times faster than slicing a memory map.
+        self._tokens = np.asarray(reader.tokens)
+        self._token_bytes = self._tokens.itemsize
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int32."""
+        return self._reader.lengths
+
+    def sequence_start(self, sequence: int) -> int:
+        """First token of a sequence."""
+        return int(self._reader.pointers[sequence]) // self._token_bytes
+
+    def gather(self, spans: Sequence[Span]) -> np.ndarray:
+        """The tokens of the spans, one after the other, int64.
+
+        Raises:
+            DataError: a token id that the vocabulary does not have.
+        """
+        ranges = [self._tokens[start:stop] for start, stop in spans]
+        together = ranges[0] if len(ranges) == 1 else np.concatenate(ranges)
+        least, most = int(together.min()), int(together.max())
+        if least < 0 or most >= self._vocab_size:
+            wrong = most if least >= 0 else least
+            raise DataError(
+                f"{self._name}: token id {wrong} near token {spans[0][0]} is outside "
+                f"--vocab-size {self._vocab_size}"
+            )
+        return together.astype(np.int64)
+
+    def pieces(self, spans: Sequence[Span]) -> list[Piece]:
+        """The documents that the spans run through, in order."""
+        return [piece for span in spans for piece in self._pieces(*span)]
+
+    def _pieces(self, start: int, stop: int) -> list[Piece]:
+        documents, pointers = self._reader.documents, self._reader.pointers
+        found: list[Piece] = []
+        while start < stop:
+            # Documents and sequences without tokens start where the next ones do, before them.
+            sequence = bisect_right(pointers, start * self._token_bytes) - 1
+            document = bisect_right(documents, sequence) - 1
+            first = self.sequence_start(int(documents[document]))
+            behind = int(documents[document + 1])
+            end = self.sequence_start(behind) if behind < len(pointers) else len(self._tokens)
+            part = min(stop, end)
+            found.append(Piece(self._name, document, start - first, part - first))
+            start = part
+        return found
