@@ -79,7 +79,7 @@ class IndexedWriter:
         try:
             self._open(at, "w+b" if resume is None else "r+b")
         except BaseException:
-            self._close_files()
+            self.release()
             if resume is None:
                 self.discard()
             raise
@@ -193,11 +193,12 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Remove the temporary files."""
-        self._close_files()
+        self.release()
         for name in ("bin", "lengths", "documents", "idx"):
             Path(f"{self._temporary}.{name}").unlink(missing_ok=True)
 
-    def _close_files(self) -> None:
+    def release(self) -> None:
+        """Close the temporary files and leave them for a writer that resumes."""
         # On a full disk closing fails too: what was not written is not wanted any more.
         for file in self._files.values():
             with suppress(OSError):
