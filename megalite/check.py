@@ -14,11 +14,11 @@ from math import isfinite
 from types import MappingProxyType
 
 from megalite.config import Config, fields, resolve
-from megalite.data.source import source_problems
+from megalite.data.source import source_problems, token_texts_known
 from megalite.effects import without_effect
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World
-from megalite.tokenizer.byte import ByteTokenizer
+from megalite.tokenizer.choose import open_tokenizer
 
 Violations = Iterator[str]
 
@@ -221,18 +221,28 @@ def _data(config: Config) -> Violations:
         )
     problems, is_text = source_problems(data)
     yield from problems
-    if data.eod_mask_loss and not is_text:
+    if data.eod_mask_loss and not token_texts_known(data):
         why = (
             "the random tokens of --mock-data have no documents"
             if data.mock_data
-            else "which token ends a document of a .bin is not known"
+            else "which token ends a document of a .bin is not known; give its --tokenizer-type"
         )
         yield f"--eod-mask-loss needs text: {why}"
-    if is_text and config.model.vocab_size < ByteTokenizer.vocab_size:
-        yield (
-            f"--vocab-size {config.model.vocab_size} is below the {ByteTokenizer.vocab_size} "
-            "tokens of the byte tokenizer"
-        )
+    if is_text or data.tokenizer_type != "auto":
+        yield from _tokenizer(config)
+
+
+def _tokenizer(config: Config) -> Violations:
+    kind, given = config.data.tokenizer, config.model.vocab_size
+    try:
+        tokenizer = open_tokenizer(config.data, 0 if "vocab_size" in config.derived else given)
+    except ConfigError as error:
+        about = f"--tokenizer-type {kind}"
+        for problem in error.violations:
+            yield problem if problem.startswith("--") else f"{about}: {problem}"
+        return
+    if given < tokenizer.vocab_size:
+        yield f"--vocab-size {given} is below the {tokenizer.vocab_size} tokens of {kind}"
 
 
 def _waits(config: Config) -> Violations:

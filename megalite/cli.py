@@ -283,7 +283,7 @@ def _help_parser(
         if is_bool(spec):
             extra = {"action": argparse.BooleanOptionalAction}
         elif spec.choices:
-            extra = {"metavar": "|".join(spec.choices)}
+            extra = {"metavar": spec.metavar or "|".join(spec.choices)}
         groups[spec.group].add_argument(spec.flag, dest=spec.name, help=_help(spec), **extra)
     return parser
 

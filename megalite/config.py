@@ -18,12 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
+from megalite.errors import ConfigError
+from megalite.option import option
 from megalite.tokenizer.byte import ByteTokenizer
-
-
-def option(default: Any, doc: str, *, metavar: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with the line that `--help` shows. The unit stands in `metavar`."""
-    return field(default=default, metadata={"doc": doc, "metavar": metavar, "choices": choices})
+from megalite.tokenizer.choose import open_tokenizer
+from megalite.tokenizer.settings import TokenizerSettings
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(TokenizerSettings):
     """What the model reads."""
 
     data: str = option(
@@ -356,7 +355,7 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     if not model.head_dim and heads > 0 and model.hidden_size % heads == 0:
         values["head_dim"] = model.hidden_size // heads
     if not model.vocab_size:
-        values["vocab_size"] = ByteTokenizer.vocab_size
+        values["vocab_size"] = _tokenizer_size(config.data)
     if parallel.sequence_parallel is None:
         values["sequence_parallel"] = parallel.tp > 1
     batch = train.global_batch_size or train.micro_batch_size * dp
@@ -365,6 +364,14 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
         values["steps"] = -(-train.tokens // max(1, batch * model.seq_length))
     resolved = config.derive(**values)
     return resolved.derive(**_learning_rate_steps(resolved.train))
+
+
+def _tokenizer_size(data: DataConfig) -> int:
+    """Vocabulary of the tokenizer; what is wrong with it is told by `megalite.check`."""
+    try:
+        return open_tokenizer(data).vocab_size
+    except ConfigError:
+        return ByteTokenizer.vocab_size
 
 
 def _learning_rate_steps(train: TrainConfig) -> dict[str, int]:

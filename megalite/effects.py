@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megalite.config import Config, fields
-from megalite.data.source import find_source
+from megalite.data.source import find_source, token_texts_known
+from megalite.tokenizer.settings import MEGATRON_PATTERNS, NEEDED
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,16 @@ class Effect:
 
 def _is_text(config: Config) -> bool:
     return find_source(config.data).kind in ("stdlib", "text", "jsonl")
+
+
+def _read_by(name: str) -> Effect:
+    """A setting of some tokenizers."""
+    types = [kind for kind, needed in NEEDED.items() if name in needed]
+    return Effect(
+        (name,),
+        lambda c: c.data.tokenizer in types,
+        f"without --tokenizer-type {' or '.join(types)}",
+    )
 
 
 _EFFECTS = (
@@ -84,8 +95,23 @@ _EFFECTS = (
     ),
     Effect(
         ("sample_length",),
-        _is_text,
+        lambda c: token_texts_known(c.data),
         "without text: of other --data no token has a text that is known here",
+    ),
+    Effect(
+        ("tokenizer_type",),
+        lambda c: (
+            not c.data.mock_data
+            or "vocab_size" in c.derived
+            or c.data.tokenizer_type == "NullTokenizer"
+        ),
+        "with --mock-data and --vocab-size, which leave nothing to ask a tokenizer",
+    ),
+    *map(_read_by, ("tokenizer_model", "vocab_file", "merge_file", "tiktoken_pattern")),
+    Effect(
+        ("tiktoken_num_special_tokens",),
+        lambda c: c.data.tiktoken_pattern in MEGATRON_PATTERNS,
+        f"without --tiktoken-pattern {' or '.join(sorted(MEGATRON_PATTERNS))}",
     ),
 )
 

@@ -47,7 +47,9 @@ def convert(spec: FieldSpec, value: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError("expected text")
         if spec.choices and value not in spec.choices:
-            raise ValueError(f"expected one of {', '.join(spec.choices)}")
+            meant = closest(value, spec.choices)
+            hint = f"; did you mean {meant}?" if meant else ""
+            raise ValueError(f"expected one of {', '.join(spec.choices)}{hint}")
         return value
     if not isinstance(value, str | list):
         raise ValueError("expected whole numbers separated by commas, as in 9,7")

@@ -53,10 +53,7 @@ MegatronFlag = Alias | Always | Refused | With
 
 _CHECKPOINTS = "only the final weights are written, to runs/<name>/weights; leave it out"
 _SAMPLES = "lengths are given in steps (--train-iters) or --tokens"
-_TOKENIZER = (
-    "text is tokenized by bytes; tokenize it beforehand, give the .bin/.idx prefix as --data "
-    "and the tokenizer's size as --vocab-size"
-)
+_SPECIAL_TOKENS = "special tokens are those of the tokenizer's files and --tiktoken-pattern"
 _EXPERTS = "there are no experts: megalite trains dense LLaMA models"
 _PROFILER = "there is no built-in profiler"
 _LOGS = "scalars go to runs/<name>/metrics.jsonl, and to TensorBoard there if it is installed"
@@ -138,10 +135,12 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--data-path": Alias("data"),
         "--train-data-path": Refused("give one corpus with --data and its shares with --split"),
         "--valid-data-path": Refused("give one corpus with --data and its shares with --split"),
-        "--tokenizer-type": Refused(_TOKENIZER),
-        "--tokenizer-model": Refused(_TOKENIZER),
-        "--vocab-file": Refused(_TOKENIZER),
-        "--merge-file": Refused(_TOKENIZER),
+        "--tokenizer-special-tokens": Refused(_SPECIAL_TOKENS),
+        "--vocab-extra-ids": Refused(_SPECIAL_TOKENS),
+        "--tokenizer-hf-include-special-tokens": Always(
+            "what tokenizer.json puts around a text is put there"
+        ),
+        "--trust-remote-code": Refused("a tokenizer is a file of data; no code is loaded"),
         "--num-workers": Refused("the loader maps the corpus into memory and needs no workers"),
         "--dataloader-type": Refused("the order of samples is a formula of seed and step"),
         "--reset-position-ids": Refused("positions run through the sample"),

@@ -90,6 +90,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     from megalite.data.samples import open_samples
     from megalite.parallel.devices import choose_device
     from megalite.parallel.launch import Prepared
+    from megalite.tokenizer.choose import open_tokenizer
 
     problems: list[str] = []
     device, why = config.parallel.device, ""
@@ -101,7 +102,8 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     if config.run.name and folder.exists():
         problems.append(_taken(config.run.name, folder))
     try:
-        corpus = prepare_corpus(config.data)
+        tokenizer = open_tokenizer(config.data, config.model.vocab_size)
+        corpus = prepare_corpus(config.data, tokenizer)
         open_samples(config, corpus)
     except ConfigError as error:
         problems += error.violations
@@ -109,7 +111,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         raise ConfigError(problems)
     told = notes(config, command.given)
     job = partial(_train, corpus=corpus, device_line=why, told=told)
-    facts = {"corpus": corpus.fingerprint}
+    facts = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
     return Prepared(resolve_device(config, device), job, facts, _claim_folder)
 
 
@@ -162,7 +164,7 @@ def _train(rank: Rank, *, corpus: Corpus, device_line: str, told: tuple[str, ...
     record = RunLog(config, corpus, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
         result = trainer.fit(log)
-        sample = _sample(trainer) if corpus.text_bytes else None
+        sample = _sample(trainer)
         if config.run.save_weights:
             trainer.save(folder / "weights")
         if first:
@@ -201,14 +203,16 @@ def _open_run(
 
 
 def _sample(trainer: Trainer) -> tuple[str, str] | None:
-    """(prompt, continuation) as text; None if none was asked for."""
+    """(prompt, continuation) as text; None if none was asked for, or tokens have no known text."""
+    from megalite.data.source import token_texts_known
     from megalite.sampling import generate
-    from megalite.tokenizer.byte import ByteTokenizer
+    from megalite.tokenizer.choose import open_tokenizer
 
-    count = trainer.config.run.sample_length
-    if not count:
+    config = trainer.config
+    count = config.run.sample_length
+    if not count or not token_texts_known(config.data):
         return None
-    tokenizer = ByteTokenizer()
+    tokenizer = open_tokenizer(config.data, config.model.vocab_size)
     prompt = trainer.loader.prompt(PROMPT_TOKENS)
     return tokenizer.decode(prompt), tokenizer.decode(generate(trainer, prompt, count))
 
@@ -233,10 +237,10 @@ def _closing(
             + (f" = {bits:.4f} bits per byte" if bits is not None else "")
         )
     if corpus.unigram_nats:
-        lines.append(
-            f"for comparison   {corpus.unigram_nats:.4f} knowing token counts only, "
-            f"{corpus.bigram_nats:.4f} knowing pairs of neighbours"
-        )
+        known = f"for comparison   {corpus.unigram_nats:.4f} knowing token counts only"
+        if corpus.bigram_nats:
+            known += f", {corpus.bigram_nats:.4f} knowing pairs of neighbours"
+        lines.append(known)
     written = ["metrics.jsonl", "config.json"]
     lines.append("")
     if trainer.config.run.save_weights:

@@ -13,21 +13,24 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from megalite.config import DataConfig
+from megalite.data.entropy import TokenCounter
 from megalite.data.indexed import IndexedReader, IndexedWriter, token_dtype
 from megalite.data.source import Source, find_source
 from megalite.errors import DataError
+from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.byte import ByteTokenizer
 
-FORMAT = 3
+FORMAT = 4
 """Part of the cache's key: raised when the same text would give other files."""
 
 STDLIB_CAP_BYTES = 16 << 20
@@ -35,13 +38,16 @@ STDLIB_LEAST_BYTES = 1 << 20
 SEQUENCE_BYTES = range(256, 4096)
 WANTED_SEQUENCES = 64
 """A text file is one document, cut into so many sequences, or more if they would be longer than
-that; at line ends where there are any. So a split by sequences (Megatron's unit) can cut inside."""
+that; at line ends where there are any. So a split by sequences (Megatron's unit) can cut inside.
+Other tokenizers than that of bytes see the text uncut, and their tokens are cut."""
+
+PART_BYTES = 16 << 20
+"""A longer text file is tokenized in parts, cut at a line end: the memory it takes has a bound."""
 
 _SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
     | {"_vendor", "_bundled", "lib-dynload"}
 )
-_COUNT_CHUNK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Corpus:
         max_token: largest token id seen (of a foreign dataset: in its first 16 Mi tokens).
         text_bytes: bytes of the text; 0 if unknown.
         unigram_nats, bigram_nats: entropy of a token, and of a token given the one before [nats];
-            0 if unknown.
+            0 if unknown, as the latter is of a large vocabulary (`TokenCounter`).
     """
 
     prefix: str
@@ -81,17 +87,20 @@ class Corpus:
             return self.description
         text = f"{self.description}: {self.documents:,} documents, {self.tokens:,} tokens"
         if self.unigram_nats:
-            text += (
-                f"; entropy {self.unigram_nats:.3f} nats by token counts, "
-                f"{self.bigram_nats:.3f} by pairs"
-            )
+            text += f"; entropy {self.unigram_nats:.3f} nats by token counts"
+        if self.bigram_nats:
+            text += f", {self.bigram_nats:.3f} by pairs"
         return text
 
 
-def prepare_corpus(data: DataConfig) -> Corpus:
+def prepare_corpus(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corpus:
     """Find or tokenize the corpus that the configuration names.
 
     Safe to call from many processes at once: one tokenizes, the others wait.
+
+    Args:
+        data: the configuration.
+        tokenizer: of its text; None: that of bytes.
 
     Raises:
         DataError: unreadable, empty or malformed input, or a cache that cannot be written.
@@ -101,14 +110,15 @@ def prepare_corpus(data: DataConfig) -> Corpus:
         return Corpus("", "random tokens", "mock", 0, 0, 0)
     if source.kind == "indexed":
         return _describe_indexed(source.path)
+    tokenizer = tokenizer or ByteTokenizer()
     folder = _cache_folder(data)
-    prefix = folder / f"{source.kind}-{_cache_key(source)}"
+    prefix = folder / f"{source.kind}-{_cache_key(source, tokenizer)}"
     cached = _read_cache(prefix)
     if cached is None:
         with _locked(prefix):
             cached = _read_cache(prefix)
             if cached is None:
-                cached = _tokenize(source, prefix)
+                cached = _tokenize(source, prefix, tokenizer)
     return cached
 
 
@@ -138,12 +148,12 @@ def stdlib_files(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: key[path].digest())
 
 
-def _tokenize(source: Source, prefix: Path) -> Corpus:
+def _tokenize(source: Source, prefix: Path, tokenizer: Tokenizer) -> Corpus:
     """Write .bin, .idx and, last, the sidecar that marks them as complete."""
     try:
-        writer = IndexedWriter(prefix, token_dtype(ByteTokenizer.vocab_size))
+        writer = IndexedWriter(prefix, token_dtype(tokenizer.vocab_size))
         try:
-            corpus = _write_tokens(source, prefix, writer)
+            corpus = _write_tokens(source, prefix, writer, tokenizer)
         finally:
             writer.discard()
         facts = asdict(corpus)
@@ -159,19 +169,24 @@ def _tokenize(source: Source, prefix: Path) -> Corpus:
     return corpus
 
 
-def _write_tokens(source: Source, prefix: Path, writer: IndexedWriter) -> Corpus:
-    tokenizer = ByteTokenizer()
-    counter = _TokenCounter(tokenizer.vocab_size)
+def _write_tokens(
+    source: Source, prefix: Path, writer: IndexedWriter, tokenizer: Tokenizer
+) -> Corpus:
+    counter = TokenCounter(tokenizer.vocab_size)
     digest = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint}".encode())
     text_bytes = documents = 0
-    for text, ends_document in _sequences(source):
-        tokens = np.frombuffer(text, np.uint8).astype(np.uint16)
+    is_bytes = isinstance(tokenizer, ByteTokenizer)
+    for text, ends_document in _sequences(source, SEQUENCE_BYTES if is_bytes else None):
+        tokens = _tokens(text, tokenizer)
         if ends_document and len(tokens):
-            tokens = np.append(tokens, np.uint16(tokenizer.eod))
-        if len(tokens):
-            writer.add_sequence(tokens)
-            counter.add(tokens)
-            digest.update(tokens.tobytes())
+            tokens = np.append(tokens, tokens.dtype.type(tokenizer.eod))
+        # Bytes were cut before: any place is between two tokens.
+        uncut = is_bytes or source.kind != "text"
+        for sequence in [tokens] if uncut else _cut(tokens):
+            if len(sequence):
+                writer.add_sequence(sequence)
+        counter.add(tokens)
+        digest.update(tokens.tobytes())
         if ends_document:
             writer.end_document()
             documents += 1
@@ -216,13 +231,41 @@ def _describe_indexed(prefix: Path) -> Corpus:
     )
 
 
-def _sequences(source: Source) -> Iterator[tuple[bytes, bool]]:
+def _tokens(text: bytes, tokenizer: Tokenizer) -> np.ndarray:
+    """Tokens of a text, int [tokens]. Bytes that are not UTF-8 are tokens of bytes, and elsewhere
+    U+FFFD."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return np.frombuffer(text, np.uint8).astype(np.uint16)
+    try:
+        decoded = text.decode("utf-8", "surrogatepass")  # of JSON; the tokenizer replaces them
+    except UnicodeDecodeError:
+        decoded = text.decode("utf-8", "replace")
+    return tokenizer.encode_batch([decoded])[0]
+
+
+def _cut(tokens: np.ndarray) -> list[np.ndarray]:
+    """Tokens of a text file in sequences of nearly equal lengths."""
+    count = min(len(tokens) // SEQUENCE_BYTES.start, WANTED_SEQUENCES)
+    count = max(count, -(-len(tokens) // SEQUENCE_BYTES.stop), 1)
+    return np.array_split(tokens, count)
+
+
+def _sequences(source: Source, lengths: range | None) -> Iterator[tuple[bytes, bool]]:
     """Text of each sequence, and whether it is the last of its document.
+
+    Args:
+        source: what to read.
+        lengths: of the sequences of a text file [bytes]; None: parts as large as memory should
+            hold.
 
     Raises:
         DataError: the source cannot be read.
     """
-    read = {"stdlib": _stdlib_sequences, "jsonl": _jsonl_sequences, "text": _text_sequences}
+    read: dict[str, Callable[[Path], Iterator[tuple[bytes, bool]]]] = {
+        "stdlib": _stdlib_sequences,
+        "jsonl": _jsonl_sequences,
+        "text": partial(_text_sequences, lengths=lengths or range(PART_BYTES, PART_BYTES)),
+    }
     sequences = read[source.kind](source.path)
     while True:
         # Only reading is in here: what fails in writing is not the source's fault.
@@ -255,10 +298,10 @@ def _stdlib_sequences(root: Path) -> Iterator[tuple[bytes, bool]]:
         yield text, True
 
 
-def _text_sequences(path: Path) -> Iterator[tuple[bytes, bool]]:
+def _text_sequences(path: Path, lengths: range) -> Iterator[tuple[bytes, bool]]:
     with open(path, "rb") as file:
         wanted = path.stat().st_size // WANTED_SEQUENCES
-        size = max(SEQUENCE_BYTES.start, min(SEQUENCE_BYTES.stop, wanted))
+        size = max(lengths.start, min(lengths.stop, wanted))
         current = _about(size, file)
         while current:
             following = _about(size, file)
@@ -266,12 +309,15 @@ def _text_sequences(path: Path) -> Iterator[tuple[bytes, bool]]:
             current = following
 
 
-def _about(size: int, file: BinaryIO) -> bytes:
-    """Lines of about so many bytes together, or a part of a long one; empty at the end."""
+def _about(size: int, file: BufferedReader) -> bytes:
+    """Lines of about so many bytes together, or a part of a long one, cut between two characters;
+    empty at the end."""
     parts, total = [], 0
     while total < size and (line := file.readline(2 * size)):
         parts.append(line)
         total += len(line)
+    while parts and b"\x80" <= file.peek(1)[:1] < b"\xc0":  # inside a character of UTF-8
+        parts.append(file.read(1))
     return b"".join(parts)
 
 
@@ -291,50 +337,6 @@ def _jsonl_sequences(path: Path) -> Iterator[tuple[bytes, bool]]:
             yield text.encode("utf-8", "surrogatepass"), True
 
 
-class _TokenCounter:
-    """Counts tokens and pairs of neighbours, a large chunk at a time."""
-
-    def __init__(self, vocab_size: int):
-        self.total = 0
-        self.largest = 0
-        self._size = vocab_size
-        self._pairs = np.zeros(vocab_size * vocab_size, np.int64)
-        self._buffer: list[np.ndarray] = []
-        self._buffered = 0
-
-    def add(self, tokens: np.ndarray) -> None:
-        self.total += len(tokens)
-        self._buffer.append(tokens)
-        self._buffered += len(tokens)
-        if self._buffered >= _COUNT_CHUNK_TOKENS:
-            self._count()
-
-    def entropies(self) -> tuple[float, float]:
-        """(unigram, bigram) entropy of the stream in nats: H(x) and H(x | the token before)."""
-        self._count()
-        pairs = self._pairs.reshape(self._size, self._size)
-        first = _entropy(pairs.sum(axis=1))
-        return _entropy(pairs.sum(axis=0)), _entropy(self._pairs) - first
-
-    def _count(self) -> None:
-        if not self._buffered:
-            return
-        stream = np.concatenate(self._buffer).astype(np.int64)
-        self.largest = max(self.largest, int(stream.max()))
-        codes = stream[:-1] * self._size + stream[1:]
-        self._pairs += np.bincount(codes, minlength=len(self._pairs))
-        self._buffer = [stream[-1:]]  # the next pair begins here
-        self._buffered = 0
-
-
-def _entropy(counts: np.ndarray) -> float:
-    total = counts.sum()
-    if not total:
-        return 0.0
-    shares = counts[counts > 0] / total
-    return float(-(shares * np.log(shares)).sum())
-
-
 def _cache_folder(data: DataConfig) -> Path:
     if data.data_cache_path:
         folder = Path(data.data_cache_path)
@@ -351,10 +353,10 @@ def _cache_folder(data: DataConfig) -> Path:
     return folder
 
 
-def _cache_key(source: Source) -> str:
+def _cache_key(source: Source, tokenizer: Tokenizer) -> str:
     """Names what is tokenized by path, sizes and times of change: content is not read again."""
     files = stdlib_files(source.path) if source.kind == "stdlib" else [source.path]
-    digest = hashlib.sha256(f"{FORMAT} {ByteTokenizer.fingerprint}".encode())
+    digest = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint}".encode())
     for path in files:
         try:
             stat = path.stat()

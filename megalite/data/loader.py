@@ -20,7 +20,7 @@ from megalite.config import Config
 from megalite.data.samples import Samples, sample_order
 from megalite.layers.batch import DropoutPlace, MicroBatch
 from megalite.parallel.data import DataGroup
-from megalite.tokenizer.byte import ByteTokenizer
+from megalite.tokenizer.choose import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Loader:
     ):
         self._config, self._dp, self._device = config, dp, device
         self._train, self._valid = train, valid
+        self._eod = open_tokenizer(config.data, config.model.vocab_size).eod
 
     def train_batch(self, step: int) -> Batch:
         """The batch of optimizer step `step`, 0 first."""
@@ -108,7 +109,7 @@ class Loader:
                 tokens[place] = split.read(int(samples[place]))
         mask = np.broadcast_to(samples[..., None] >= 0, (*samples.shape, length))
         if self._config.data.eod_mask_loss:
-            mask = mask & (tokens[..., :-1] != ByteTokenizer.eod)
+            mask = mask & (tokens[..., :-1] != self._eod)
         on_device = self._to_device(tokens)
         mask_on_device = self._to_device(np.ascontiguousarray(mask))
         numbers_on_device = self._to_device(numbers)

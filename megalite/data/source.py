@@ -56,6 +56,13 @@ def find_source(data: DataConfig) -> Source:
     return Source("text", path)
 
 
+def token_texts_known(data: DataConfig) -> bool:
+    """Whether tokens can be shown as text, and which one ends a document is known."""
+    if find_source(data).kind == "indexed":
+        return data.tokenizer_type != "auto"
+    return not data.mock_data
+
+
 def source_problems(data: DataConfig) -> tuple[list[str], bool]:
     """Sentences for what is missing or unreadable, and whether the source is text."""
     source = find_source(data)

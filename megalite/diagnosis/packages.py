@@ -133,7 +133,7 @@ def _tokenizers() -> Row:
         for name in ("sentencepiece", "tiktoken", "tokenizers")
         if (version := version_of(name))
     ]
-    text = "bytes; other tokenizers' corpora are read as .bin/.idx"
+    text = "bytes, GPT-2's and tiktoken's files; with their packages SentencePiece, tokenizer.json"
     if found:
         text += f" ({', '.join(found)} installed)"
     return Row("tokenizers", OK, text)

@@ -26,7 +26,8 @@ class HuggingFaceTokenizer:
     """A tokenizer.json. See `Tokenizer` for the attributes.
 
     What the file's post-processor puts around a text is put there (LLaMA 3's beginning of text), as
-    by Megatron-LM's HuggingFaceTokenizer; megatron-core's, since 0.14, leaves it out. A document
+    by Megatron-LM's own HuggingFaceTokenizer; that of `megatron.core.tokenizers` leaves it out. A
+    document
     ends with the `eos_token` of tokenizer_config.json or special_tokens_map.json beside the file,
     or else with the one of <|endoftext|>, <|end_of_text|>, </s> and <eos> that it has. Truncation
     and padding in the file are left out: they are not of the text.

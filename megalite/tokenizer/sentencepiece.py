@@ -24,8 +24,10 @@ class SentencePieceTokenizer:
     symbols; its user-defined symbols are ordinary tokens, found in every text.
 
     With `bos` every text begins with the model's beginning of sentence, also an empty one: so does
-    Megatron-LM's Llama2Tokenizer. Its GPTSentencePieceTokenizer puts nothing there, nor do
-    megatron-core's tokenizers since 0.14, of whatever name.
+    Megatron-LM's own Llama2Tokenizer (`megatron.training.tokenizer`). Its GPTSentencePieceTokenizer
+    puts nothing there, nor do the newer `megatron.core.tokenizers` under any name.
+    SentencePieceTokenizer is the newer one: the older adds <CLS>, <SEP>, <EOD> and <MASK> to the
+    model's pieces, and ends documents with that <EOD>.
 
     Args:
         path: the .model file.

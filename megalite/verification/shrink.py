@@ -97,6 +97,11 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
         reverse_micro_batches=False,
         data="",
         mock_data=False,
+        tokenizer_type="auto",
+        tokenizer_model="",
+        vocab_file="",
+        merge_file="",
+        tiktoken_pattern="",
         eod_mask_loss=True,
         eval_steps=0,
     )

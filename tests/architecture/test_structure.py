@@ -23,7 +23,7 @@ LAYERS = [
     {"data", "models", "cli"},
     {"layers", "config_file"},
     {"parallel", "megalite_kernels", "field_values", "alternatives"},
-    {"presets", "megatron_flags", "config", "tokenizer", "errors"},
+    {"presets", "megatron_flags", "config", "tokenizer", "errors", "option"},
 ]
 
 NO_TORCH = [
@@ -53,8 +53,16 @@ NO_TORCH = [
     "megalite.pipeline.schedules",
     "megalite.pipeline.simulate",
     "megalite.pretrain",
+    "megalite.option",
     "megalite.program",
     "megalite.report",
+    "megalite.tokenizer.bpe",
+    "megalite.tokenizer.byte",
+    "megalite.tokenizer.choose",
+    "megalite.tokenizer.hf",
+    "megalite.tokenizer.null",
+    "megalite.tokenizer.sentencepiece",
+    "megalite.tokenizer.settings",
     "megalite.verification.bounds",
     "megalite.verification.shrink",
     "megalite.verify",

@@ -192,7 +192,7 @@ RULES = {
     },
     "vocabulary of bytes": (
         "--vocab-size 256",
-        "--vocab-size 256 is below the 257 tokens of the byte tokenizer",
+        "--vocab-size 256 is below the 257 tokens of ByteTokenizer",
     ),
     **{
         f"name {name!r}": (

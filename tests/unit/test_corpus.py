@@ -23,10 +23,12 @@ import pytest
 
 from megalite.config import Config, DataConfig, resolve
 from megalite.data import corpus as corpus_module
+from megalite.data import entropy as entropy_module
 from megalite.data.corpus import STDLIB_CAP_BYTES, Corpus, prepare_corpus, stdlib_files
 from megalite.data.indexed import IndexedReader, IndexedWriter
 from megalite.data.samples import open_samples
 from megalite.errors import DataError
+from megalite.tokenizer.base import Tokenizer
 
 EOD = 256
 
@@ -52,9 +54,9 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     done: list[Path] = []
     tokenize = corpus_module._tokenize
 
-    def record(source: corpus_module.Source, prefix: Path) -> Corpus:
+    def record(source: corpus_module.Source, prefix: Path, tokenizer: Tokenizer) -> Corpus:
         done.append(source.path)
-        return tokenize(source, prefix)
+        return tokenize(source, prefix, tokenizer)
 
     monkeypatch.setattr(corpus_module, "_tokenize", record)
     return done
@@ -350,11 +352,11 @@ from megalite.data import corpus
 
 tokenize = corpus._tokenize
 
-def slow(source, prefix):
+def slow(source, prefix, tokenizer):
     with open(sys.argv[1] + "/log", "a") as log:
         log.write("x")
     time.sleep(0.3)
-    prepared = tokenize(source, prefix)
+    prepared = tokenize(source, prefix, tokenizer)
     time.sleep(0.1)
     return prepared
 
@@ -421,7 +423,7 @@ def test_entropies(
     prepare: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch, name: str, chunk: int
 ) -> None:
     """However the counter cuts the stream."""
-    monkeypatch.setattr(corpus_module, "_COUNT_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(entropy_module, "_CHUNK_TOKENS", chunk)
     corpus = prepare(TEXTS[name])
     want = entropies(stream(corpus))
     assert (corpus.unigram_nats, corpus.bigram_nats) == pytest.approx(want, abs=1e-9)

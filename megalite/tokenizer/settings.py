@@ -1,0 +1,67 @@
+"""What says which tokenizer it is: fields of a configuration, flags of a tool.
+
+Types have Megatron-LM's names. They do what its own classes of these names do
+(`megatron.training.tokenizer`), but for SentencePieceTokenizer, which is as in megatron-core's newer
+`megatron.core.tokenizers`: see the docstring of each, and `docs/megatron_flags.md`. No torch or
+numpy import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from megalite.option import option
+
+NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "ByteTokenizer": (),
+        "SentencePieceTokenizer": ("tokenizer_model",),
+        "GPTSentencePieceTokenizer": ("tokenizer_model",),
+        "Llama2Tokenizer": ("tokenizer_model",),
+        "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+        "TikTokenizer": ("tokenizer_model", "tiktoken_pattern"),
+        "HuggingFaceTokenizer": ("tokenizer_model",),
+        "NullTokenizer": ("vocab_size",),
+    }
+)
+"""The types, and the fields that each needs."""
+
+PATTERNS = ("gpt2", "cl100k_base", "o200k_base", "llama3", "v1", "v2")
+"""How the text of a rank file is split."""
+
+MEGATRON_PATTERNS = frozenset({"v1", "v2"})
+"""Of Megatron-LM: special tokens before the ranks, and a size that says how many ranks count."""
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """The tokenizer's type and files."""
+
+    tokenizer_type: str = option(
+        "auto",
+        f"Tokenizer of the text: {', '.join(NEEDED)}. auto: ByteTokenizer; of a .bin, none is "
+        "known.",
+        metavar="TYPE",
+        choices=("auto", *NEEDED),
+    )
+    tokenizer_model: str = option(
+        "", "SentencePiece model, tiktoken ranks, or tokenizer.json.", metavar="FILE"
+    )
+    vocab_file: str = option("", "GPT-2's vocab.json.", metavar="FILE")
+    merge_file: str = option("", "GPT-2's merges.txt.", metavar="FILE")
+    tiktoken_pattern: str = option(
+        "",
+        "How the text of tiktoken ranks is split, and their special tokens: one of "
+        f"{', '.join(PATTERNS)}.",
+        metavar="NAME",
+    )
+    tiktoken_num_special_tokens: int = option(
+        1000, "Tokens before the ranks, with the patterns v1 and v2.", metavar="TOKENS"
+    )
+
+    @property
+    def tokenizer(self) -> str:
+        """The type in use."""
+        return "ByteTokenizer" if self.tokenizer_type == "auto" else self.tokenizer_type
