@@ -26,6 +26,7 @@ setup(
         "megalite.optim",
         "megalite.parallel",
         "megalite.pipeline",
+        "megalite.preprocessing",
         "megalite.tokenizer",
         "megalite.verification",
         "megalite_kernels",

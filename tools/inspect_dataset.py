@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     if wants_document and values["ids"]:
         print(" ".join(str(token) for token in document(dataset, values["document"]).tolist()))
     elif wants_document:
-        tokenizer = open_tokenizer(tokenizer_settings(values))
+        tokenizer = open_tokenizer(tokenizer_settings(values), values["vocab_size"])
         print(document_text(dataset, values["document"], tokenizer))
     elif values["verify"]:
         wrong = verify(dataset, print)

@@ -81,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
         inputs=values["input"],
         output_prefix=values["output_prefix"],
         tokenizer=tokenizer_settings(values),
+        vocab_size=values["vocab_size"],
         json_keys=values["json_keys"],
         append_eod=values["append_eod"],
         workers=values["workers"],

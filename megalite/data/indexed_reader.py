@@ -27,6 +27,7 @@ class IndexedReader:
         dtype: of the tokens.
         num_tokens: sum(lengths).
         lengths: int32 [S], tokens of each sequence.
+        pointers: int64 [S], where each sequence starts in `.bin` [bytes].
         documents: int64 [D], document i is the sequences `documents[i]:documents[i + 1]`.
         tokens: all tokens in order, a read-only memory map, shape [num_tokens]. Prefer `read`.
 
@@ -89,6 +90,8 @@ class IndexedReader:
         self.num_tokens = self._check_sequences(file, sequences)
         self._check_documents(file, documents_start, documents, sequences)
         self.lengths = _map(file, np.dtype("<i4"), sequences, HEADER_BYTES)
+        pointers_start = HEADER_BYTES + 4 * sequences
+        self.pointers = _map(file, np.dtype("<i8"), sequences, pointers_start)
         self.documents = _map(file, np.dtype("<i8"), documents, documents_start)
 
     def _check_size(self, file: BinaryIO) -> None:

@@ -7,15 +7,19 @@ would give.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megalite.data.indexed import FileSum
 from megalite.errors import DataError
+
+if TYPE_CHECKING:
+    from megalite.tokenizer.base import Tokenizer
 
 _FORMAT = "megalite dataset 1"
 
@@ -60,6 +64,11 @@ class Sidecar:
     bin: FileSum
     idx: FileSum
     sources: tuple[Source, ...]
+
+    @property
+    def content(self) -> str:
+        """Names the tokens and their documents: equal for equal files."""
+        return hashlib.sha256(f"{self.bin.sha256} {self.idx.sha256}".encode()).hexdigest()
 
     def write(self, path: Path) -> None:
         """Write it to a file."""
@@ -120,12 +129,12 @@ def _sidecar(content: Mapping[str, Any]) -> Sidecar:
     )
 
 
-def tokenizer_problem(prefix: Path | str, sidecar: Sidecar, fingerprint: str) -> str | None:
-    """Why a run with a tokenizer of this fingerprint cannot use the dataset; None if it can."""
-    if sidecar.tokenizer_fingerprint == fingerprint:
+def tokenizer_problem(prefix: Path | str, sidecar: Sidecar, tokenizer: Tokenizer) -> str | None:
+    """Why a tokenizer cannot be used with the dataset; None if it wrote it."""
+    if tokenizer.fingerprint == sidecar.tokenizer_fingerprint:
         return None
     return (
         f"{prefix} was tokenized with {sidecar.tokenizer_type} ({sidecar.tokenizer_fingerprint}), "
-        f"but the run's tokenizer is {fingerprint}: give the same one with --tokenizer-type and "
-        "--tokenizer-model"
+        f"but the tokenizer given is {tokenizer.fingerprint}: give that one with --tokenizer-type "
+        "and --tokenizer-model"
     )

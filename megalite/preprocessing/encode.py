@@ -14,7 +14,8 @@ import numpy as np
 from megalite.data.indexed import token_dtype
 from megalite.preprocessing.reading import Bad, Chunk, Lines, Rows, too_long
 from megalite.tokenizer.base import Tokenizer
-from megalite.tokenizer.choose import TokenizerSettings, open_tokenizer
+from megalite.tokenizer.choose import open_tokenizer
+from megalite.tokenizer.settings import TokenizerSettings
 
 SHOWN_BAD = 5
 """How many of the records that are left out are described."""
@@ -25,13 +26,14 @@ class Encoding:
     """What is done with every record.
 
     Attributes:
-        tokenizer: which one.
+        tokenizer, vocab_size: which one; see `open_tokenizer`.
         keys: the field of each dataset.
         append_eod: end documents that are not empty with the end-of-document token.
         limit: longest record [bytes].
     """
 
     tokenizer: TokenizerSettings
+    vocab_size: int
     keys: tuple[str, ...]
     append_eod: bool
     limit: int
@@ -86,7 +88,7 @@ def encode_chunk(encoding: Encoding, chunk: Chunk) -> Result:
                 for i, field in enumerate(fields):
                     texts[i].append(field)
                     text_bytes[i] += sizes[i]
-    tokenizer = _opened(encoding.tokenizer)
+    tokenizer = _opened(encoding.tokenizer, encoding.vocab_size)
     return Result(
         datasets=tuple(
             _encode(tokenizer, each, size, encoding.append_eod)
@@ -189,6 +191,6 @@ def _json_type(value: object) -> str:
 
 
 @cache
-def _opened(settings: TokenizerSettings) -> Tokenizer:
+def _opened(settings: TokenizerSettings, vocab_size: int) -> Tokenizer:
     """The tokenizer of this process."""
-    return open_tokenizer(settings)
+    return open_tokenizer(settings, vocab_size)

@@ -50,9 +50,10 @@ def document(dataset: Dataset, number: int) -> np.ndarray:
     if not 0 <= number < documents:
         raise ConfigError(f"--document {number}: there are documents 0 to {documents - 1}")
     first, last = (int(each) for each in reader.documents[number : number + 2])
-    start = int(reader.lengths[:first].sum(dtype=np.int64))
-    stop = start + int(reader.lengths[first:last].sum(dtype=np.int64))
-    return reader.read(start, stop)
+    if first == last:
+        return np.empty(0, reader.dtype)
+    start = int(reader.pointers[first]) // reader.dtype.itemsize
+    return reader.read(start, start + int(reader.lengths[first:last].sum(dtype=np.int64)))
 
 
 def document_text(dataset: Dataset, number: int, tokenizer: Tokenizer) -> str:
@@ -62,7 +63,7 @@ def document_text(dataset: Dataset, number: int, tokenizer: Tokenizer) -> str:
         ConfigError: there is none of that number, or another tokenizer wrote it.
     """
     if dataset.sidecar:
-        problem = tokenizer_problem(dataset.prefix, dataset.sidecar, tokenizer.fingerprint)
+        problem = tokenizer_problem(dataset.prefix, dataset.sidecar, tokenizer)
         if problem:
             raise ConfigError(problem)
     tokens = document(dataset, number).tolist()

@@ -72,7 +72,7 @@ def prepare(settings: Settings) -> Job:
     inputs, wrong = find_inputs(settings.inputs)
     wrong += problems(settings, inputs)
     try:
-        tokenizer = open_tokenizer(settings.tokenizer)
+        tokenizer = open_tokenizer(settings.tokenizer, settings.vocab_size)
     except ConfigError as error:
         wrong += error.violations
     if wrong:
@@ -169,7 +169,11 @@ class Job:
     ) -> State:
         settings = self._settings
         encoding = Encoding(
-            settings.tokenizer, settings.json_keys, settings.append_eod, self._limit
+            settings.tokenizer,
+            settings.vocab_size,
+            settings.json_keys,
+            settings.append_eod,
+            self._limit,
         )
         results = encode_in_order(encoding, self._chunks(state.place), settings.workers)
         show(self._progress(state))
@@ -230,7 +234,7 @@ class Job:
     ) -> Sidecar:
         tokenizer = self._tokenizer
         return Sidecar(
-            tokenizer_type=self._settings.tokenizer.type or "ByteTokenizer",
+            tokenizer_type=self._settings.tokenizer.tokenizer,
             tokenizer_fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
             eod=tokenizer.eod,

@@ -10,7 +10,7 @@ from pathlib import Path
 from megalite.field_values import suggest
 from megalite.preprocessing.inputs import STANDARD_INPUT, Input
 from megalite.preprocessing.reading import TEXT_DOCUMENTS
-from megalite.tokenizer.choose import TokenizerSettings
+from megalite.tokenizer.settings import TokenizerSettings
 
 DEFAULT_MAX_DOCUMENT_MB = 16
 
@@ -22,7 +22,7 @@ class Settings:
     Attributes:
         inputs: files, folders, globs, or "-" for standard input; see `inputs`.
         output_prefix: PREFIX_{key}_document.bin, .idx and .json will be written.
-        tokenizer: which one.
+        tokenizer, vocab_size: which one; see `open_tokenizer`.
         json_keys: fields of a record, one dataset each.
         append_eod: end documents that are not empty with the end-of-document token.
         workers: processes that encode; the result does not depend on their number.
@@ -36,6 +36,7 @@ class Settings:
     inputs: tuple[str, ...]
     output_prefix: str
     tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    vocab_size: int = 0
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))

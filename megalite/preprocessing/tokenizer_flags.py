@@ -1,28 +1,28 @@
-"""The flags that choose a tokenizer, in Megatron-LM's spelling."""
+"""The flags that choose a tokenizer: those of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields
+from typing import Any, cast
 
 from megalite.preprocessing.flags import Flag
-from megalite.tokenizer.choose import PATTERNS, TYPES, TokenizerSettings
+from megalite.tokenizer.settings import TokenizerSettings
 
 TOKENIZER_FLAGS = (
-    Flag("--tokenizer-type", "The tokenizer.", "ByteTokenizer", choices=tuple(TYPES)),
-    Flag("--tokenizer-model", "Its SentencePiece model, ranks or tokenizer.json."),
-    Flag("--vocab-file", "GPT-2's vocab.json."),
-    Flag("--merge-file", "GPT-2's merges.txt."),
-    Flag("--tiktoken-pattern", "How the text of ranks is split.", choices=PATTERNS),
+    *(
+        Flag(
+            "--" + item.name.replace("_", "-"),
+            item.metadata["doc"],
+            cast("str | int", item.default),
+            item.metadata["choices"],
+        )
+        for item in fields(TokenizerSettings)
+    ),
+    Flag("--vocab-size", "Of NullTokenizer, and of Megatron-LM's tiktoken patterns [tokens].", 0),
 )
 
 
 def tokenizer_settings(values: Mapping[str, Any]) -> TokenizerSettings:
     """The settings that these flags stand for."""
-    return TokenizerSettings(
-        type=values["tokenizer_type"],
-        model=values["tokenizer_model"],
-        vocab_file=values["vocab_file"],
-        merge_file=values["merge_file"],
-        pattern=values["tiktoken_pattern"],
-    )
+    return TokenizerSettings(**{item.name: values[item.name] for item in fields(TokenizerSettings)})
