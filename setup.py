@@ -42,7 +42,17 @@ setup(
         "triton; platform_system == 'Linux'",
     ],
     extras_require={
-        "test": ["pytest>=8", "transformers>=4.45", "ruff>=0.9", "mypy>=1.14"],
+        "test": [
+            "pytest>=8",
+            "transformers>=4.45",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "pyarrow",
+            "zstandard",
+            # Its dataset code is the oracle of the format. It needs torch, numpy and packaging.
+            "megatron-core>=0.12; platform_system == 'Linux'",
+        ],
+        "data": ["pyarrow", "zstandard"],
         "log": ["tensorboard"],
     },
     entry_points={
