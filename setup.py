@@ -26,6 +26,7 @@ setup(
         "megalite.optim",
         "megalite.parallel",
         "megalite.pipeline",
+        "megalite.preprocessing",
         "megalite.tokenizer",
         "megalite.verification",
         "megalite_kernels",
@@ -43,8 +44,11 @@ setup(
     extras_require={
         "test": [
             *("pytest>=8", "transformers>=4.45", "ruff>=0.9", "mypy>=1.14"),
-            *("hypothesis>=6", "tiktoken>=0.9", "tokenizers>=0.20"),
+            *("hypothesis>=6", "tiktoken>=0.9", "tokenizers>=0.20", "pyarrow", "zstandard"),
+            # Its dataset code is the oracle of the format. It needs torch, numpy and packaging.
+            "megatron-core>=0.12; platform_system == 'Linux'",
         ],
+        "data": ["pyarrow", "zstandard"],
         "hf": ["tokenizers>=0.20"],
         "log": ["tensorboard"],
     },

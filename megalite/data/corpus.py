@@ -24,6 +24,7 @@ from megalite.config import DataConfig
 from megalite.data.cache import cache_folder, locked
 from megalite.data.entropy import TokenCounter
 from megalite.data.indexed import IndexedReader, IndexedWriter, token_dtype
+from megalite.data.sidecar import read_sidecar, tokenizer_problem
 from megalite.data.source import Source, find_source
 from megalite.errors import DataError
 from megalite.tokenizer.base import Tokenizer
@@ -58,7 +59,7 @@ class Corpus:
         description: what it is, for people.
         fingerprint: of the tokens; ranks with different fingerprints refuse to train together.
         documents, tokens: their numbers.
-        max_token: largest token id seen (of a foreign dataset: in its first 16 Mi tokens).
+        max_token: largest token id seen (of a dataset without sidecar: in its first 16 Mi tokens).
         text_bytes: bytes of the text; 0 if unknown.
         unigram_nats, bigram_nats: entropy of a token, and of a token given the one before [nats];
             0 if unknown, as the latter is of a large vocabulary (`TokenCounter`).
@@ -104,12 +105,12 @@ def prepare_corpus(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corp
     Raises:
         DataError: unreadable, empty or malformed input, or a cache that cannot be written.
     """
+    tokenizer = tokenizer or ByteTokenizer()
     source = find_source(data)
     if source.kind == "mock":
         return Corpus("", "random tokens", "mock", 0, 0, 0)
     if source.kind == "indexed":
-        return _describe_indexed(source.path)
-    tokenizer = tokenizer or ByteTokenizer()
+        return _describe_indexed(source.path, tokenizer, named=data.tokenizer_type != "auto")
     folder = cache_folder(data)
     prefix = folder / f"{source.kind}-{_cache_key(source, tokenizer)}"
     cached = _read_cache(prefix)
@@ -213,8 +214,23 @@ def _describe(source: Source) -> str:
     return str(source.path)
 
 
-def _describe_indexed(prefix: Path) -> Corpus:
+def _describe_indexed(prefix: Path, tokenizer: Tokenizer, *, named: bool) -> Corpus:
+    """What is known of a dataset: by its sidecar, or by looking at its first tokens."""
     reader = IndexedReader(prefix)
+    sidecar = read_sidecar(prefix)
+    if sidecar:
+        problem = tokenizer_problem(prefix, sidecar, tokenizer)
+        if problem and named:
+            raise DataError(f"--data {problem}")
+        return Corpus(
+            prefix=str(prefix),
+            description=str(prefix),
+            fingerprint=sidecar.content[:16],
+            documents=sidecar.documents,
+            tokens=sidecar.tokens,
+            max_token=max(0, sidecar.max_token),
+            text_bytes=0 if problem else sidecar.text_bytes,  # its text cannot be shown
+        )
     with open(f"{prefix}.idx", "rb") as index:  # of 100 million documents it has 2 GB
         digest = hashlib.file_digest(index, "sha256")
     head = np.asarray(reader.tokens[: 1 << 24])

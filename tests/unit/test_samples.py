@@ -111,7 +111,8 @@ def test_neighbours_go_anywhere() -> None:
 
 
 def store(tokens: np.ndarray, vocab: int, name: str) -> TokenStore:
-    return TokenStore(SimpleNamespace(tokens=tokens), name, vocab)
+    reader = SimpleNamespace(dtype=tokens.dtype, read=lambda start, stop: tokens[start:stop])
+    return TokenStore(reader, name, vocab)
 
 
 def stream(tokens: int, start: int, stop: int, seq: int, vocab: int = 10_000) -> StreamSamples:

@@ -1,0 +1,167 @@
+"""Command lines of the tools: every word is looked at, and all that is wrong is told at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar
+
+from megalite.errors import ConfigError
+from megalite.field_values import suggest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of a tool.
+
+    Attributes:
+        name: with its dashes.
+        doc: for `--help`.
+        default: what it is without; its type says what it takes: a bool nothing, an int a whole
+            number, a str one value, a tuple one or more.
+        choices: the values that a str may have; () for any.
+    """
+
+    name: str
+    doc: str
+    default: bool | int | str | tuple[str, ...] = ""
+    choices: tuple[str, ...] = ()
+
+
+_METAVARS: Mapping[type, str] = MappingProxyType({int: "N", str: "VALUE", tuple: "VALUE"})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:  # noqa: ARG002
+        return str(action.metavar)
+
+
+def read_flags(
+    argv: Sequence[str],
+    flags: Sequence[Flag],
+    *,
+    prog: str,
+    description: str,
+    refused: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[dict[str, Any], list[str]]:
+    """Values by the flags' names without dashes, and a sentence for everything that is wrong.
+
+    Args:
+        argv: words of the command line.
+        flags: that there are.
+        prog, description: of the tool, for `--help`.
+        refused: flags of Megatron-LM's tool that are not here, and why.
+
+    Raises:
+        SystemExit: after printing `--help`.
+    """
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        formatter_class=_Help,
+        usage="%(prog)s [flags]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for flag in flags:
+        takes = type(flag.default)
+        if takes is bool:
+            parser.add_argument(flag.name, action="store_true", help=flag.doc)
+            continue
+        doc = flag.doc + (f" (default: {_shown(flag.default)})" if flag.default else "")
+        # Any number of values, so that a wrong number is one problem among others.
+        metavar = "|".join(flag.choices) or _METAVARS[takes]
+        parser.add_argument(flag.name, nargs="*", metavar=metavar, help=doc.replace("%", "%%"))
+    given, unknown = parser.parse_known_args(list(argv))
+    problems = _unknown(unknown, [flag.name for flag in flags], refused)
+    values: dict[str, Any] = {}
+    for flag in flags:
+        key = flag.name.lstrip("-").replace("-", "_")
+        values[key] = flag.default
+        if not hasattr(given, key):
+            continue
+        try:
+            values[key] = _value(flag, getattr(given, key))
+        except ValueError as error:
+            problems.append(f"{flag.name} {error}")
+    return values, problems
+
+
+def _value(flag: Flag, given: Any) -> Any:
+    """What was given, as the flag's type."""
+    if isinstance(flag.default, bool):
+        return True
+    if not given or not all(word.strip() for word in given):
+        raise ValueError("needs a value")
+    if isinstance(flag.default, tuple):
+        return tuple(given)
+    value, *left_over = given
+    if left_over:
+        raise ValueError(f"takes one value; {' '.join(left_over)} is left over")
+    if isinstance(flag.default, int):
+        try:
+            return int(value)
+        except ValueError:
+            raise ValueError(f"{value}: expected a whole number") from None
+    if flag.choices and value not in flag.choices:
+        raise ValueError(f"{value} is unknown{suggest(value, flag.choices, every=True)}")
+    return value
+
+
+def _unknown(words: Sequence[str], known: Sequence[str], refused: Mapping[str, str]) -> list[str]:
+    problems = []
+    after_flag = False
+    for word in words:
+        flag = word.partition("=")[0]
+        if not word.startswith("-"):
+            if not after_flag:
+                problems.append(f"{word!r} stands alone: values follow a flag")
+            continue
+        after_flag = True
+        if flag in refused:
+            problems.append(f"{flag} is not in megalite: {refused[flag]}")
+        else:
+            problems.append(f"unknown flag {flag}{suggest(flag, known)}")
+    return problems
+
+
+def _shown(default: object) -> str:
+    return " ".join(default) if isinstance(default, tuple) else str(default)
+
+
+def together(problems: list[str], prepare: Callable[[], T]) -> T:
+    """What `prepare` returns.
+
+    Raises:
+        ConfigError: the problems so far and those that `prepare` finds.
+    """
+    try:
+        prepared = prepare()
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.violations]) from None
+    if problems:
+        raise ConfigError(problems)
+    return prepared
+
+
+def end(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run a tool's `main` on this process's words; exit with its code, 2 for bad input."""
+    try:
+        code = main(sys.argv[1:])
+    except ConfigError as error:
+        print(error.message(), file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt as interrupt:
+        print(f"megalite: {interrupt or 'stopped by SIGINT'}", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,190 @@
+"""Looks into an indexed dataset: figures, lengths, one document, and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megalite.data.indexed import FileSum, IndexedReader
+from megalite.data.indexed_format import BLOCK
+from megalite.data.sidecar import Sidecar, read_sidecar, tokenizer_problem
+from megalite.errors import ConfigError, DataError
+from megalite.tokenizer.base import Tokenizer
+
+_BAR = 40
+"""Characters of the longest bar of a histogram."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An open dataset and its sidecar, if it has one."""
+
+    prefix: Path
+    reader: IndexedReader
+    sidecar: Sidecar | None
+
+
+def open_dataset(prefix: Path) -> Dataset:
+    """Open a dataset by its prefix, or by the name of one of its files.
+
+    Raises:
+        DataError: it breaks a rule of the format, or its sidecar describes other files.
+    """
+    if prefix.suffix in (".bin", ".idx"):
+        prefix = prefix.with_suffix("")
+    return Dataset(prefix, IndexedReader(prefix), read_sidecar(prefix))
+
+
+def document(dataset: Dataset, number: int) -> np.ndarray:
+    """Tokens of a document, counted from 0.
+
+    Raises:
+        ConfigError: there is none of that number.
+    """
+    reader = dataset.reader
+    documents = len(reader.documents) - 1
+    if not 0 <= number < documents:
+        raise ConfigError(f"--document {number}: there are documents 0 to {documents - 1}")
+    first, last = (int(each) for each in reader.documents[number : number + 2])
+    if first == last:
+        return np.empty(0, reader.dtype)
+    start = int(reader.pointers[first]) // reader.dtype.itemsize
+    return reader.read(start, start + int(reader.lengths[first:last].sum(dtype=np.int64)))
+
+
+def document_text(dataset: Dataset, number: int, tokenizer: Tokenizer) -> str:
+    """Text of a document; the end-of-document token is left out.
+
+    Raises:
+        ConfigError: there is none of that number, or another tokenizer wrote it.
+    """
+    if dataset.sidecar:
+        problem = tokenizer_problem(dataset.prefix, dataset.sidecar, tokenizer)
+        if problem:
+            raise ConfigError(problem)
+    tokens = document(dataset, number).tolist()
+    if tokens and tokens[-1] == tokenizer.eod:
+        tokens.pop()
+    return tokenizer.decode(tokens)
+
+
+def statistics(dataset: Dataset) -> str:
+    """Figures of a dataset, and what its sidecar says."""
+    reader, sidecar = dataset.reader, dataset.sidecar
+    documents = len(reader.documents) - 1
+    lines = [
+        f"{dataset.prefix}",
+        f"  documents  {documents:,}",
+        f"  sequences  {len(reader.lengths):,}",
+        f"  tokens     {reader.num_tokens:,} of {reader.dtype.name}",
+    ]
+    if documents:
+        lines.append(f"  mean       {reader.num_tokens / documents:,.1f} tokens a document")
+    if sidecar is None:
+        return "\n".join([*lines, "  no sidecar: its tokenizer is not known"])
+    return "\n".join(
+        [
+            *lines,
+            f"  tokenizer  {sidecar.tokenizer_type}, {sidecar.vocab_size:,} tokens, "
+            f"{sidecar.tokenizer_fingerprint}",
+            f"  documents end with token {sidecar.eod}"
+            if sidecar.append_eod
+            else "  documents end with no token of their own",
+            f"  text       {sidecar.text_bytes:,} bytes",
+            f"  largest id {sidecar.max_token}",
+            f"  left out   {sidecar.left_out:,} records of {len(sidecar.sources):,} files",
+        ]
+    )
+
+
+def histogram(dataset: Dataset) -> str:
+    """How many documents are how long, as text; lengths double from line to line."""
+    counts = np.zeros(64, np.int64)
+    for lengths in _document_lengths(dataset.reader):
+        bins = np.ceil(np.log2(np.maximum(lengths, 1) + 0.5)).astype(np.int64)
+        counts += np.bincount(np.where(lengths, bins, 0), minlength=64)
+    used = np.flatnonzero(counts)
+    if not len(used):
+        return "  no documents"
+    lines = [f"  {'tokens':>21}  documents"]
+    for i in range(used[0], used[-1] + 1):
+        span = "0" if not i else f"{1 << i >> 1:,} to {(1 << i) - 1:,}" if i > 1 else "1"
+        bar = "#" * -(-_BAR * int(counts[i]) // int(counts.max()))
+        lines.append(f"  {span:>21}  {counts[i]:>12,}  {bar}")
+    return "\n".join(lines)
+
+
+def _document_lengths(reader: IndexedReader) -> Iterator[np.ndarray]:
+    """Tokens of each document, block by block."""
+    for start in range(0, len(reader.documents) - 1, BLOCK):
+        ends = reader.documents[start : start + BLOCK + 1]
+        lengths = reader.lengths[ends[0] : ends[-1]]
+        tokens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        yield np.diff(tokens[ends - ends[0]])
+
+
+def verify(dataset: Dataset, show: Callable[[str], None]) -> list[str]:
+    """Read everything; a sentence for each thing that is wrong. The format was checked at open.
+
+    Args:
+        dataset: to check.
+        show: told what was found to be right.
+    """
+    reader, sidecar, prefix = dataset.reader, dataset.sidecar, dataset.prefix
+    show(f"format: {len(reader.lengths):,} sequences, both files fit each other")
+    low, high = _token_range(reader)
+    problems = [] if low >= 0 else [f"{prefix}.bin holds a negative token id, {low}"]
+    if sidecar is None:
+        show(f"token ids: {low} to {high}")
+        show("no sidecar: neither vocabulary nor checksums can be checked")
+        return problems
+    if high >= sidecar.vocab_size:
+        problems.append(
+            f"{prefix}.bin holds token id {high}, but its tokenizer has {sidecar.vocab_size}"
+        )
+    found = {
+        "documents": len(reader.documents) - 1,
+        "sequences": len(reader.lengths),
+        "tokens": reader.num_tokens,
+        "max_token": high if reader.num_tokens else -1,
+    }
+    problems += [
+        f"{prefix}.json says {name} {getattr(sidecar, name)}, found {value}"
+        for name, value in found.items()
+        if getattr(sidecar, name) != value
+    ]
+    for suffix, expected in (("bin", sidecar.bin), ("idx", sidecar.idx)):
+        actual = _sum_of(Path(f"{prefix}.{suffix}"))
+        if actual != expected:
+            problems.append(
+                f"{prefix}.{suffix}: SHA-256 {expected.sha256} expected by {prefix}.json, found "
+                f"{actual.sha256}"
+            )
+    if not problems:
+        show(f"token ids: {low} to {high}, below {sidecar.vocab_size}")
+        show("figures and checksums: as the sidecar says")
+    return problems
+
+
+def _token_range(reader: IndexedReader) -> tuple[int, int]:
+    """The smallest and the largest token id; (0, 0) of none."""
+    low, high = [], []
+    for start in range(0, reader.num_tokens, BLOCK):
+        block = reader.read(start, min(start + BLOCK, reader.num_tokens))
+        low.append(int(block.min()))
+        high.append(int(block.max()))
+        low, high = [min(low)], [max(high)]
+    return min(low, default=0), max(high, default=0)
+
+
+def _sum_of(path: Path) -> FileSum:
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+            return FileSum(file.tell(), digest.hexdigest())
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None

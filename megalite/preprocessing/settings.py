@@ -1,0 +1,85 @@
+"""What a preprocessing run is told, and the rules across it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megalite.field_values import suggest
+from megalite.preprocessing.inputs import STANDARD_INPUT, Input
+from megalite.preprocessing.reading import TEXT_DOCUMENTS
+from megalite.tokenizer.settings import TokenizerSettings
+
+DEFAULT_MAX_DOCUMENT_MB = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A preprocessing run.
+
+    Attributes:
+        inputs: files, folders, globs, or "-" for standard input; see `inputs`.
+        output_prefix: PREFIX_{key}_document.bin, .idx and .json will be written.
+        tokenizer, vocab_size: which one; see `open_tokenizer`.
+        json_keys: fields of a record, one dataset each.
+        append_eod: end documents that are not empty with the end-of-document token.
+        workers: processes that encode; the result does not depend on their number.
+        text_documents: what one document of a text file is, one of TEXT_DOCUMENTS.
+        max_document_mb: longest document, line or row [MiB]; longer ones are left out.
+        strict: end with an error at the first record that has to be left out.
+        resume: go on where an interrupted run of the same settings was.
+        log_interval: a line of progress every so many documents; 0: every few seconds.
+    """
+
+    inputs: tuple[str, ...]
+    output_prefix: str
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    vocab_size: int = 0
+    json_keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    text_documents: str = "file"
+    max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB
+    strict: bool = False
+    resume: bool = False
+    log_interval: int = 0
+
+    def prefix(self, key: str) -> Path:
+        """Of a key's dataset, as Megatron-LM names it."""
+        return Path(f"{self.output_prefix}_{key}_document")
+
+
+def problems(settings: Settings, inputs: list[Input]) -> Iterator[str]:
+    """A sentence for everything that is wrong with the settings; the inputs were found."""
+    if not settings.inputs:
+        yield "--input is missing"
+    if settings.workers < 1:
+        yield f"--workers {settings.workers}: at least 1 process has to encode"
+    if settings.max_document_mb < 1 or settings.max_document_mb > 1024:
+        yield f"--max-document-mb {settings.max_document_mb}: from 1 to 1024"
+    if settings.log_interval < 0:
+        yield f"--log-interval {settings.log_interval}: a number of documents is 0 or more"
+    if settings.text_documents not in TEXT_DOCUMENTS:
+        nearest = suggest(settings.text_documents, TEXT_DOCUMENTS, every=True)
+        yield f"--text-documents {settings.text_documents} is unknown{nearest}"
+    keys = settings.json_keys
+    for key in {key for key in keys if keys.count(key) > 1}:
+        yield f"--json-keys: {key} is named twice"
+    for key in keys:
+        if not key or "/" in key or "\0" in key:
+            yield f"--json-keys: {key!r} cannot be part of a file's name"
+    if len(keys) > 1 and (text := [each for each in inputs if each.kind == "text"]):
+        yield f"--json-keys {' '.join(keys)}: a text file has no keys, but {text[0].path} is one"
+    if settings.resume and any(each.path == STANDARD_INPUT for each in inputs):
+        yield "--resume: standard input cannot be read from the middle; give files"
+    folder = Path(settings.output_prefix).parent
+    if not settings.output_prefix:
+        yield "--output-prefix is missing"
+    elif settings.output_prefix.endswith("/"):
+        yield f"--output-prefix {settings.output_prefix}: the beginning of a file's name is missing"
+    elif not folder.is_dir():
+        yield f"--output-prefix {settings.output_prefix}: there is no folder {folder}"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield f"--output-prefix {settings.output_prefix}: {folder} cannot be written"

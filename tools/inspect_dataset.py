@@ -1,0 +1,64 @@
+"""What is in a .bin/.idx dataset, and is it whole?
+
+python tools/inspect_dataset.py --input corpus_text_document                 figures, lengths
+python tools/inspect_dataset.py --input corpus_text_document --document 17   its text
+python tools/inspect_dataset.py --input corpus_text_document --verify        read everything
+
+Exit code 2 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalite.errors import DataError
+from megalite.preprocessing.flags import Flag, end, read_flags, together
+from megalite.preprocessing.inspection import (
+    document,
+    document_text,
+    histogram,
+    open_dataset,
+    statistics,
+    verify,
+)
+from megalite.preprocessing.tokenizer_flags import TOKENIZER_FLAGS, tokenizer_settings
+from megalite.tokenizer.choose import open_tokenizer
+
+FLAGS = (
+    Flag("--input", "Prefix of the dataset."),
+    Flag("--document", "Print the document of this number, counted from 0.", -1),
+    Flag("--ids", "Print its token ids instead of its text.", False),
+    Flag("--verify", "Read all tokens; check their range, figures and checksums.", False),
+    *TOKENIZER_FLAGS,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the tool; returns its exit code."""
+    values, problems = read_flags(argv, FLAGS, prog="inspect_dataset.py", description=__doc__ or "")
+    wants_document = "--document" in argv
+    if not values["input"]:
+        problems.append("--input is missing")
+    if values["ids"] and not wants_document:
+        problems.append("--ids has no effect without --document")
+    dataset = together(problems, lambda: open_dataset(Path(values["input"])))
+    if wants_document and values["ids"]:
+        print(" ".join(str(token) for token in document(dataset, values["document"]).tolist()))
+    elif wants_document:
+        tokenizer = open_tokenizer(tokenizer_settings(values), values["vocab_size"])
+        print(document_text(dataset, values["document"], tokenizer))
+    elif values["verify"]:
+        wrong = verify(dataset, print)
+        if wrong:
+            raise DataError(wrong)
+    else:
+        print(statistics(dataset))
+        print(histogram(dataset))
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in `... | head`
+    end(main)

@@ -1,0 +1,45 @@
+"""All .bin/.idx datasets of a folder into one.
+
+python tools/merge_datasets.py --input parts --output-prefix corpus_text_document
+
+They follow each other in the natural order of their names: part_2 before part_10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from megalite.preprocessing.flags import Flag, end, read_flags, together
+from megalite.preprocessing.merge import find_datasets, merge
+
+FLAGS = (
+    Flag("--input", "Folder of the datasets to merge."),
+    Flag("--output-prefix", "PREFIX of the .bin, .idx and .json to write."),
+)
+REFUSED = MappingProxyType({"--multimodal": "datasets hold text alone"})
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the tool; returns its exit code."""
+    values, problems = read_flags(
+        argv, FLAGS, prog="merge_datasets.py", description=__doc__ or "", refused=REFUSED
+    )
+    problems += [f"{flag.name} is missing" for flag in FLAGS if f"{flag.name}" not in argv]
+    prefixes = together(problems, lambda: find_datasets(Path(values["input"])))
+    for prefix in prefixes:
+        print(prefix)
+    output = Path(values["output_prefix"])
+    sidecar = merge(prefixes, output)
+    if sidecar is None:
+        print(f"{output}.bin, .idx; no .json, as one of the datasets has none")
+    else:
+        print(
+            f"{output}.bin, .idx, .json: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    end(main)
