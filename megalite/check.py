@@ -190,6 +190,31 @@ def _batch(config: Config) -> Violations:
             f"--micro-batch-size {train.micro_batch_size} x dp {dp} = {unit}"
             f"{_nearest_multiples(train.global_batch_size, unit)}"
         )
+    yield from _ramp(config, unit)
+
+
+def _ramp(config: Config, unit: int) -> Violations:
+    """Rules of --rampup-batch-size; `unit` is the smallest possible batch."""
+    full, ramp = config.train.global_batch_size, config.train.rampup_batch_size
+    given = f"--rampup-batch-size {_join(ramp)}"
+    if not ramp:
+        return
+    if len(ramp) != 3 or min(ramp) < 1:
+        yield f"{given}: expected START,INCREMENT,SAMPLES, all above 0, as in {unit},{unit},1000"
+        return
+    start, increment, _ = ramp
+    for what, size in (("START", start), ("INCREMENT", increment)):
+        if size % unit:
+            yield (
+                f"{given}: {what} is not a multiple of --micro-batch-size "
+                f"{config.train.micro_batch_size} x dp {config.parallel.dp} = {unit}"
+                f"{_nearest_multiples(size, unit)}"
+            )
+    if start >= full or (full - start) % increment:
+        yield (
+            f"{given} does not lead to --global-batch-size {full}: the batch grows from START by "
+            "whole INCREMENTs"
+        )
 
 
 def _length(config: Config) -> Violations:

@@ -18,7 +18,15 @@ from typing import Any
 from megalite.alternatives import ALTERNATIVES, both_given, has_effect
 from megalite.config import Config, FieldSpec, fields
 from megalite.config_file import read_file
-from megalite.field_values import Problems, closest, convert, is_bool, is_words, suggest
+from megalite.field_values import (
+    Problems,
+    closest,
+    convert,
+    is_bool,
+    is_words,
+    suggest,
+    takes_many,
+)
 from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Refused, With
 from megalite.presets import PRESETS
 
@@ -160,7 +168,7 @@ def _arities() -> dict[str, int | None]:
         if is_bool(spec):
             arities |= {spec.flag: 0, _opposite(spec.flag): 0}
         else:
-            arities[spec.flag] = None if is_words(spec) else 1
+            arities[spec.flag] = None if takes_many(spec) else 1
     for flag, meaning in MEGATRON_FLAGS.items():
         assert flag not in arities, f"{flag} is a flag of ours and of the Megatron table"
         match meaning:
@@ -168,7 +176,7 @@ def _arities() -> dict[str, int | None]:
                 arities[flag] = None
             case Always(values=()) | With() | Alias(value=str()):
                 arities[flag] = 0
-            case Alias(field=field) if is_words(specs[field]):
+            case Alias(field=field) if takes_many(specs[field]):
                 arities[flag] = None
             case _:
                 arities[flag] = 1
@@ -235,7 +243,7 @@ def _assignments(
     """(flag, field, text) of every flag that sets a field; a list of those that take many words."""
 
     def text_of(flag: str, field: str) -> str | list[str]:
-        return words[flag] if is_words(specs[field]) else words[flag][0]
+        return words[flag] if takes_many(specs[field]) else words[flag][0]
 
     for spec in specs.values():
         if is_bool(spec):

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
+from megalite.batch_sizes import BatchSizes
 from megalite.config_model import ModelConfig
 from megalite.errors import ConfigError
 from megalite.option import option
@@ -68,6 +69,11 @@ class TrainConfig:
     micro_batch_size: int = option(4, "Samples of one forward pass.", metavar="SAMPLES")
     global_batch_size: int = option(
         0, "Samples of one optimizer step. 0: micro-batch size x dp.", metavar="SAMPLES"
+    )
+    rampup_batch_size: tuple[int, ...] = option(
+        (),
+        "The batch grows from START by INCREMENT at a time over the first SAMPLES samples.",
+        metavar="START,INCREMENT,SAMPLES",
     )
     steps: int = option(0, "Optimizer steps. 0: from --tokens or --num-epochs.", metavar="STEPS")
     tokens: int = option(0, "Tokens to train on, in place of --steps.", metavar="TOKENS")
@@ -249,17 +255,22 @@ class Config:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of one step on each data rank."""
+        """Micro-batches of one step on each data rank, after the batch has grown."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.parallel.dp)
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Samples of every step over all ranks."""
+        return BatchSizes(self.train.global_batch_size, self.train.rampup_batch_size)
 
     @property
     def num_train_samples(self) -> int:
         """Samples of the whole run."""
-        return self.train.steps * self.train.global_batch_size
+        return self.batch_sizes.consumed(self.train.steps)
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
+        """Tokens of one optimizer step over all ranks, after the batch has grown."""
         return self.train.global_batch_size * self.model.seq_length
 
     @property
@@ -344,7 +355,8 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     batch = train.global_batch_size or train.micro_batch_size * dp
     values["global_batch_size"] = batch
     if not train.steps and train.tokens > 0:
-        values["steps"] = -(-train.tokens // max(1, batch * model.seq_length))
+        samples = -(-train.tokens // max(1, model.seq_length))
+        values["steps"] = BatchSizes(batch, train.rampup_batch_size).steps_for(samples)
     resolved = config.derive(**values)
     if config.data.data_order == "megatron" and not config.data.order_samples:
         resolved = resolved.derive(order_samples=resolved.num_train_samples)

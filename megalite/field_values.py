@@ -58,7 +58,11 @@ def convert(spec: FieldSpec, value: Any) -> Any:
         return tuple(words)
     if not isinstance(value, str | list):
         raise ValueError("expected whole numbers separated by commas, as in 9,7")
-    parts: Iterable[Any] = value.split(",") if isinstance(value, str) else value
+    parts = [
+        part
+        for word in ([value] if isinstance(value, str) else value)
+        for part in (word.split(",") if isinstance(word, str) else [word])
+    ]
     return tuple(_whole_number(part) for part in parts)
 
 
@@ -86,8 +90,13 @@ def is_bool(spec: FieldSpec) -> bool:
 
 
 def is_words(spec: FieldSpec) -> bool:
-    """Whether the field takes any number of words."""
+    """Whether the field holds any number of texts."""
     return spec.type == tuple[str, ...]
+
+
+def takes_many(spec: FieldSpec) -> bool:
+    """Whether the field's flag takes any number of words."""
+    return spec.type in (tuple[str, ...], tuple[int, ...])
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

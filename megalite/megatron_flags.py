@@ -111,7 +111,6 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         # Batch, length, optimizer
         "--train-iters": Alias("steps"),
         "--train-samples": Refused(_SAMPLES),
-        "--rampup-batch-size": Refused("the batch size is constant"),
         "--optimizer": Always("the optimizer is AdamW (Megatron's adam)", ("adam",)),
         "--lr-warmup-iters": Alias("lr_warmup_steps"),
         "--lr-decay-iters": Alias("lr_decay_steps"),

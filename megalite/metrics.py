@@ -150,13 +150,14 @@ class RunLog:
         seconds = max(reading.seconds, 1e-9)
         self._training_s += seconds
         self._steps_done += 1
-        tokens = self._config.tokens_per_step
+        sizes, length = self._config.batch_sizes, self._config.model.seq_length
+        tokens = sizes.size(step - 1) * length
         record: dict[str, Any] = {
             "step": step,
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
-            "tokens": step * tokens,
+            "tokens": sizes.consumed(step) * length,
             "tokens_per_s": tokens / seconds,
             "step_ms": seconds * 1e3,
             "memory_bytes": peak_memory_bytes(self._device),

@@ -120,11 +120,20 @@ def _length(config: Config) -> str:
 def _batch(config: Config) -> str:
     train = config.train
     return (
-        f"{train.global_batch_size} samples of {config.model.seq_length} tokens a step "
-        f"= {config.num_micro_batches} micro-batches of {train.micro_batch_size} "
+        f"{train.global_batch_size} samples of {config.model.seq_length} tokens a step"
+        f"{_ramp(config)} = {config.num_micro_batches} micro-batches of {train.micro_batch_size} "
         f"on {config.parallel.dp} data rank{'s' if config.parallel.dp > 1 else ''}; "
         f"{_si(config.tokens_per_step)} tokens"
     )
+
+
+def _ramp(config: Config) -> str:
+    sizes = config.batch_sizes
+    if not sizes.is_ramp:
+        return ""
+    start, increment, samples = sizes.ramp
+    step = sizes.phases[-1].first_step + 1
+    return f" (from {start} by {increment} over {samples} samples, all from step {step} on)"
 
 
 def _precision(config: Config) -> str:

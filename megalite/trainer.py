@@ -71,7 +71,8 @@ class Trainer:
         self._activity = groups.activity
         dtype = DTYPES[config.train.precision]
         plan = SCHEDULES[config.parallel.schedule](config.parallel.pp, config.num_micro_batches)
-        self.program = _checked(lower(plan))
+        # A batch that grows has more micro-batches later.
+        self._programs = {config.num_micro_batches: _checked(lower(plan))}
         self.stages: dict[int, LlamaStage] = {}
         for spec in stage_specs(config):
             if plan.stage_rank[spec.stage] == groups.pp.rank:
@@ -114,7 +115,8 @@ class Trainer:
             losses = self._token_losses(logits, micro_batch)
             return losses.sum() * scale.to(losses.dtype)
 
-        losses = self.executor.run(self.program, batch.micro_batches, head)
+        program = self._program(len(batch.micro_batches))
+        losses = self.executor.run(program, batch.micro_batches, head)
         self._activity.enter("summing gradients", self._activity.position)
         for flat in self.flats.values():
             flat.finish_reduction()
@@ -228,6 +230,13 @@ class Trainer:
         if not results:
             return torch.zeros(1, dtype=torch.float64, device=self.device)
         return torch.stack(list(results.values())).double().sum()[None]
+
+    def _program(self, num_micro_batches: int) -> Program:
+        if num_micro_batches not in self._programs:
+            schedule = SCHEDULES[self.config.parallel.schedule]
+            program = lower(schedule(self.groups.pp.size, num_micro_batches))
+            self._programs[num_micro_batches] = _checked(program)
+        return self._programs[num_micro_batches]
 
     def _forward_program(self, num_micro_batches: int) -> Program:
         return lower(forward_only(self.groups.pp.size, num_micro_batches))

@@ -55,9 +55,10 @@ def ledger(config: Config, step: int) -> list[Entry]:
     mixture = prepare_mixture(config.data, tokenizer)
     samples, _ = open_samples(config, mixture)
     known = token_texts_known(config.data)
-    first = (step - 1) * train.global_batch_size
+    sizes = config.batch_sizes
+    places = sizes.consumed(step - 1) + np.arange(sizes.size(step - 1))
     entries = []
-    for place, sample in enumerate(samples.order(first + np.arange(train.global_batch_size))):
+    for place, sample in enumerate(samples.order(places)):
         pieces = tuple(samples.pieces(int(sample)))
         texts: list[str | None] = [None] * len(pieces)
         if known:

@@ -95,9 +95,9 @@ class Loader:
         return batch
 
     def _read_step(self, step: int) -> _Rows:
-        train = self._config.train
-        numbers = self._own_numbers()
-        places = step * train.global_batch_size + numbers
+        sizes = self._config.batch_sizes
+        numbers = self._own_numbers(sizes.size(step))
+        places = sizes.consumed(step) + numbers
         samples = self._train.order(places)
         return self._read(self._train, samples, numbers)
 
@@ -111,7 +111,7 @@ class Loader:
         wanted = train.eval_steps * train.global_batch_size
         available = min(wanted, self._valid.num_samples)
         for first in range(0, available, train.global_batch_size):
-            numbers = self._own_numbers()
+            numbers = self._own_numbers(train.global_batch_size)
             places = first + numbers
             exists = places < available
             order = self._valid.order(np.where(exists, places, 0))
@@ -123,10 +123,10 @@ class Loader:
         samples = self._valid if self._valid.num_samples else self._train
         return samples.read(0)[:length].tolist()
 
-    def _own_numbers(self) -> np.ndarray:
+    def _own_numbers(self, size: int) -> np.ndarray:
         """Numbers j of this rank's samples in a global batch, int64 [micro-batches, B]."""
-        config = self._config
-        count, rows = config.num_micro_batches, config.train.micro_batch_size
+        rows = self._config.train.micro_batch_size
+        count = size // (rows * self._dp.size)
         micro_batch, row = np.arange(count)[:, None], np.arange(rows)[None, :]
         return (micro_batch * self._dp.size + self._dp.rank) * rows + row
 

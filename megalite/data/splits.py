@@ -221,10 +221,11 @@ def of_epochs(config: Config, mixture: Mixture) -> Config:
     request = _Request("training", None if config.data.train_data_path else 0, 0, 0)
     parts = [_open_part(in_epochs, part.corpus, request, None) for part in mixture.train]
     samples = epochs * sum(part.num_samples for part in parts)
-    batch = config.train.global_batch_size
-    if samples < batch:
+    sizes = config.batch_sizes
+    if samples < sizes.size(0):
         raise DataError(
             f"--num-epochs {epochs}: {samples} samples do not fill a --global-batch-size of "
-            f"{batch}: give a smaller one, or more epochs"
+            f"{sizes.size(0)}: give a smaller one, or more epochs"
         )
-    return with_steps(config, samples // batch)
+    # The last step that is filled ends before one more sample than there are.
+    return with_steps(config, sizes.steps_for(samples + 1) - 1)

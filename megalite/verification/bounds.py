@@ -54,7 +54,8 @@ def derive(config: Config) -> Bounds:
     )
     layer = 18 + sum(map(log2, sums))
     forward = model.num_layers * layer + 2 * log2(model.hidden_size) + log2(model.vocab_size) + 8
-    tokens = config.tokens_per_step
+    # Of the smallest batch: fewer tokens average out less.
+    tokens = config.batch_sizes.size(0) * model.seq_length
     # Backward makes two products for each one of the forward; the last one sums over the tokens.
     backward = 3 * forward + log2(tokens)
     return Bounds(

@@ -102,8 +102,8 @@ class Definition:
 
     def batch(self, step: int) -> DefinedBatch:
         """The global batch of a step, from the formula of the order."""
-        size = self.config.train.global_batch_size
-        places = step * size + np.arange(size)
+        sizes = self.config.batch_sizes
+        places = sizes.consumed(step) + np.arange(sizes.size(step))
         numbers = self.samples.order(places)
         rows = torch.tensor(np.stack([self.samples.read(int(n)) for n in numbers]))
         tokens, labels = rows[:, :-1], rows[:, 1:]

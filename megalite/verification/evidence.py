@@ -73,6 +73,13 @@ class Evidence:
             ]
         ).sum(0)
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of each data rank in this step."""
+        return len(self.batch.tokens) // (
+            self.config.train.micro_batch_size * self.config.parallel.dp
+        )
+
     def micro_batches(self) -> list[list[int]]:
         """Samples of each micro-batch, by data rank and then micro-batch."""
         train, dp = self.config.train, self.config.parallel.dp
@@ -80,7 +87,7 @@ class Evidence:
         return [
             [(m * dp + r) * rows + row for row in range(rows)]
             for r in range(dp)
-            for m in range(self.config.num_micro_batches)
+            for m in range(self.num_micro_batches)
         ]
 
     def gradients_of(self, samples: Sequence[int]) -> Weights:
@@ -92,7 +99,7 @@ class Evidence:
 
     def data_rank_samples(self, rank: int) -> list[int]:
         """Samples of one data rank."""
-        count = self.config.num_micro_batches
+        count = self.num_micro_batches
         mine = self.micro_batches()[rank * count : (rank + 1) * count]
         return [sample for micro_batch in mine for sample in micro_batch]
 
@@ -122,14 +129,15 @@ def common_factor(pairs: Sequence[tuple[Tensor, Tensor]]) -> float | None:
     return factor
 
 
-def factor_in_words(factor: float, config: Config) -> str:
+def factor_in_words(factor: float, evidence: Evidence) -> str:
     """`2 times too large, as tp and the micro-batches are 2`."""
+    config, count = evidence.config, evidence.num_micro_batches
     sizes: Mapping[str, int] = {
         "tp": config.parallel.tp,
         "pp": config.parallel.pp,
         "dp": config.parallel.dp,
-        "the number of micro-batches": config.num_micro_batches,
-        "dp x micro-batches": config.parallel.dp * config.num_micro_batches,
+        "the number of micro-batches": count,
+        "dp x micro-batches": config.parallel.dp * count,
         "world size": config.world_size,
     }
     large = factor if factor > 1 else 1 / factor if factor > 0 else 0.0

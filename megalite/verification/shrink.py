@@ -62,6 +62,7 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
     vocab_size, multiple = _vocabulary(config)
     micro_batches = _micro_batches(config.num_micro_batches, pp)
     micro_batch_size = min(2, train.micro_batch_size)
+    unit = micro_batch_size * dp
     small = config.given().replace(
         num_layers=sum(layers),
         pp_layers=layers if pp > 1 else (),
@@ -80,7 +81,8 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
         init_method_std=0.1,
         dp=dp,
         micro_batch_size=micro_batch_size,
-        global_batch_size=micro_batches * micro_batch_size * dp,
+        global_batch_size=micro_batches * unit,
+        rampup_batch_size=_ramp(config, micro_batches, unit),
         steps=STEPS,
         tokens=0,
         # Comparing takes longer than a step, and what runs here says little of the run itself.
@@ -146,6 +148,13 @@ def _sequence(length: int, tp: int) -> int:
     """A few positions per tensor rank; divisible by tp if the length is."""
     short = tp * max(3, -(-24 // tp))
     return short if length % tp == 0 else short + 1
+
+
+def _ramp(config: Config, micro_batches: int, unit: int) -> tuple[int, ...]:
+    """One micro-batch first, all of them after two steps, if the batch grows."""
+    if not config.train.rampup_batch_size or micro_batches == 1:
+        return ()
+    return (unit, (micro_batches - 1) * unit, 2 * unit)
 
 
 def _micro_batches(count: int, pp: int) -> int:

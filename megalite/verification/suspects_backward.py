@@ -88,7 +88,7 @@ def _sum_of_copies(evidence: Evidence, world_rank: int, part: Part) -> Tensor:
 
 def _data_ranks(evidence: Evidence, names: set[str]) -> Iterator[str]:
     """The sum over the data ranks."""
-    dp, count = evidence.config.parallel.dp, evidence.config.num_micro_batches
+    dp, count = evidence.config.parallel.dp, evidence.num_micro_batches
     if dp == 1:
         return
     own = [evidence.gradients_of(evidence.data_rank_samples(rank)) for rank in range(dp)]
@@ -163,7 +163,7 @@ def _shared_factor(evidence: Evidence, names: set[str]) -> Iterator[str]:
     if factor is None:
         return
     which = "every gradient" if names == set(right) else _which(evidence, names)
-    yield f"{which} is {factor_in_words(factor, evidence.config)}"
+    yield f"{which} is {factor_in_words(factor, evidence)}"
 
 
 def _which(evidence: Evidence, names: set[str]) -> str:

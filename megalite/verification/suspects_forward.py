@@ -31,7 +31,7 @@ def activation_suspects(evidence: Evidence, first: Difference) -> Iterator[str]:
     ours, theirs = _seen(evidence, first), _right(evidence, first)
     factor = common_factor([(ours, theirs)])
     if factor is not None:
-        yield f"{first.name} is {factor_in_words(factor, evidence.config)}"
+        yield f"{first.name} is {factor_in_words(factor, evidence)}"
 
 
 def loss_suspects(evidence: Evidence, first: Difference) -> Iterator[str]:
@@ -41,7 +41,7 @@ def loss_suspects(evidence: Evidence, first: Difference) -> Iterator[str]:
             yield sentence
     if first.theirs:
         factor = first.ours / first.theirs
-        words = factor_in_words(factor, evidence.config)
+        words = factor_in_words(factor, evidence)
         if "that is" in words:
             yield f"the loss is {words}"
 

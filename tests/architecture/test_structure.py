@@ -23,11 +23,13 @@ LAYERS = [
     {"data", "models", "cli"},
     {"layers", "config_file"},
     {"parallel", "megalite_kernels", "field_values", "alternatives"},
-    {"presets", "megatron_flags", "config", "config_model", "option", "tokenizer", "errors"},
+    {"presets", "megatron_flags", "config", "config_model", "batch_sizes"}
+    | {"option", "tokenizer", "errors"},
 ]
 
 NO_TORCH = [
     "megalite.alternatives",
+    "megalite.batch_sizes",
     "megalite.check",
     "megalite.cli",
     "megalite.config",

@@ -47,6 +47,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "clipping": ("", "--clip-grad 0.1", "--clip-grad 0"),
     "rate": ("", "--lr-decay-style linear", "--lr-decay-style WSD", "--lr-decay-style constant"),
     "rope": ("", "--rope-scaling llama3"),
+    "growing batch": ("", "--rampup-batch-size 12 12 30"),
     "documents": ("", "--reset-attention-mask", "--reset-position-ids"),
 }
 
