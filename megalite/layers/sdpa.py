@@ -46,6 +46,8 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> 
     """The documents one after the other as sequences of their own: what lies between them is not
     computed. Source: Dao, "FlashAttention-2", arXiv:2307.08691."""
     batch, heads, length, dim = q.shape
+    # Not every version of torch takes fewer key/value heads here.
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
     q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, dim) for x in (q, k, v))
     bounds, longest = documents.bounds, documents.longest
     mixed = varlen_attn(
@@ -57,7 +59,6 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> 
         max_q=longest,
         max_k=longest,
         window_size=(-1, 0),
-        enable_gqa=heads != k.shape[1],
     )
     assert isinstance(mixed, Tensor), "no auxiliary results were asked for"
     return mixed.view(batch, length, heads, dim).transpose(1, 2)

@@ -30,6 +30,7 @@ def defined(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # of torch's backward thread
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_attention_inside_documents(dtype: torch.dtype, share: float) -> None:
@@ -50,7 +51,8 @@ def test_attention_inside_documents(dtype: torch.dtype, share: float) -> None:
     wanted_gradients = torch.autograd.grad(wanted, exact, seed.to(dtype).double())
     unit = UNIT if dtype == torch.bfloat16 else torch.finfo(dtype).eps
     for ours, theirs in zip((out, *gradients), (wanted, *wanted_gradients), strict=True):
-        error = (ours.double() - theirs).norm() / theirs.norm()
+        # Documents of one token leave no gradient to queries and keys.
+        error = (ours.double() - theirs).norm() / (theirs.norm() or seed.norm())
         # One rounding of the result, of the weights and of the products that go into sums; those
         # of S terms in the same precision grow an error by less than the root of S.
         assert error < 3 * unit * (1 if dtype == torch.bfloat16 else S**0.5), f"{error}"
