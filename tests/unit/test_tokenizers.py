@@ -485,8 +485,8 @@ def test_what_is_remembered_has_a_bound(folder: Path, monkeypatch: pytest.Monkey
     for _ in range(100):
         text = " ".join(rng.choices(words, k=20)) + " " + "y" * rng.randrange(99)
         assert ours.encode(text) == reference("llama3").encode_ordinary(text)
-        assert len(ours._words) <= 50
-    assert all(len(word) <= bpe_module._KEPT_CHARACTERS for word in ours._words)
+        assert len(ours._pieces) <= 50
+    assert all(len(piece) <= bpe_module._KEPT_CHARACTERS for piece in ours._pieces)
 
 
 # SentencePiece
