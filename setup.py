@@ -43,6 +43,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "transformers>=4.45", "ruff>=0.9", "mypy>=1.14"],
         "log": ["tensorboard"],
+        "blend": ["numba"],
     },
     entry_points={
         "console_scripts": [
