@@ -51,6 +51,7 @@ setup(
         "data": ["pyarrow", "zstandard"],
         "hf": ["tokenizers>=0.20"],
         "log": ["tensorboard"],
+        "blend": ["numba"],
     },
     entry_points={
         "console_scripts": [

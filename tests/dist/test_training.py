@@ -322,3 +322,24 @@ def lost_collective_job() -> float:
 def test_the_limit_of_a_collective_holds_on_every_axis(pool: RankPool) -> None:
     outcomes = pool.run(4, lost_collective_job)
     assert all(outcome.value < 5 for outcome in outcomes[::2])
+
+
+@pytest.mark.parametrize("order", ["epoch", "megatron"])
+def test_a_blend_is_the_same_on_one_rank_and_on_two(
+    pool: RankPool, tmp_path: Path, order: str
+) -> None:
+    for name in "ab":
+        lines = (f"{number} lines of {name}\n" * 3 for number in range(400))
+        (tmp_path / f"{name}.txt").write_text("".join(lines))
+    blend = ["--data", "0.7", f"{tmp_path}/a.txt", "0.3", f"{tmp_path}/b.txt"]
+    flags = [*SMALL, *blend, "--data-order", order, "--data-cache-path", f"{tmp_path}/cache"]
+    flags += ["--split", "80,20", "--eval-steps", "2"]
+    one = run_in_pool(pool, flags, 1, tmp_path)
+    two = run_in_pool(pool, [*flags, "--dp", "2"], 2, tmp_path)
+    smaller = run_in_pool(pool, [*flags, "--micro-batch-size", "1"], 1, tmp_path)
+    for other in (two, smaller):
+        assert worst(other.losses, one.losses) <= 1e-6
+        assert worst(other.grad_norms, one.grad_norms) <= 1e-5
+        assert worst(other.valid_losses, one.valid_losses) <= 1e-6
+    alone = run_in_pool(pool, [*SMALL, "--data", f"{tmp_path}/a.txt"], 1, tmp_path)
+    assert worst(alone.losses, one.losses) > 1e-4, "the blend has an effect"
