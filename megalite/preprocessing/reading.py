@@ -207,7 +207,7 @@ def _records(
             end = _first_end(held, form) if block else len(held)
             size = end or len(held) - 2  # what ends a record may begin with the last two bytes
             place, held = behind(size), held[size:]
-            if not end:
+            if block and not end:
                 continue
             yield Bad(start.input, dropping, too_long(limit)), place
             dropping = 0

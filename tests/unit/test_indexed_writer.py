@@ -65,13 +65,13 @@ def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="module")
-def megatron() -> Iterator[ModuleType]:
+def megatron() -> ModuleType:
     reason = "megatron-core is not installed: pip install 'megalite[test]' on Linux"
     pytest.importorskip("megatron.core", reason=reason, exc_type=ImportError)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the optional packages that it looks for
         from megatron.core.datasets import indexed_dataset
-    yield indexed_dataset
+    return indexed_dataset
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<i4", "<u1"])
