@@ -43,15 +43,12 @@ setup(
     ],
     extras_require={
         "test": [
-            "pytest>=8",
-            "transformers>=4.45",
-            "ruff>=0.9",
-            "mypy>=1.14",
-            "pyarrow",
-            "zstandard",
+            *("pytest>=8", "transformers>=4.45", "ruff>=0.9", "mypy>=1.14"),
+            *("hypothesis>=6", "tiktoken>=0.9", "tokenizers>=0.20", "pyarrow", "zstandard"),
             # Its dataset code is the oracle of the format. It needs torch, numpy and packaging.
             "megatron-core>=0.12; platform_system == 'Linux'",
         ],
+        "hf": ["tokenizers>=0.20"],
         "data": ["pyarrow", "zstandard"],
         "log": ["tensorboard"],
     },

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megalite.config import Config, fields
 from megalite.data.source import find_source, token_texts_known
-from megalite.tokenizer.settings import MEGATRON_PATTERNS, NEEDED
+from megalite.tokenizer.settings import MEGATRON_PATTERNS, TYPES
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def _is_text(config: Config) -> bool:
 
 def _read_by(name: str) -> Effect:
     """A setting of some tokenizers."""
-    types = [kind for kind, needed in NEEDED.items() if name in needed]
+    types = [kind for kind, needed in TYPES.items() if name in needed]
     return Effect(
         (name,),
         lambda c: c.data.tokenizer in types,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from pool import RankPool
 from torch import Tensor
@@ -90,3 +92,15 @@ def worst(ours: list[float], theirs: list[float]) -> float:
     """Largest relative difference."""
     assert len(ours) == len(theirs) > 0
     return max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_tool(name: str) -> ModuleType:
+    """A script of `tools/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

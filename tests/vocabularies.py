@@ -77,8 +77,9 @@ def write_ranks(path: Path, content: dict[bytes, int] | None = None) -> Path:
 
 
 def write_megatron_ranks(path: Path) -> Path:
-    """Megatron-LM's JSON list of ranks."""
-    ordered = sorted(ranks().items(), key=lambda item: item[1])
+    """Megatron-LM's JSON list of ranks; there the first 256 are the bytes in their order."""
+    single = [(bytes([byte]), byte) for byte in range(256)]
+    ordered = [*single, *sorted(ranks().items(), key=lambda item: item[1])[256:]]
     entries = [
         {
             "rank": rank,

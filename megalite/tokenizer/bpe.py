@@ -21,7 +21,7 @@ import regex
 from megalite.errors import ConfigError, DataError
 from megalite.tokenizer.files import read_gpt2, read_ranks
 from megalite.tokenizer.merges import merges_of_pairs, merges_of_ranks
-from megalite.tokenizer.patterns import GPT2_PATTERN, STYLES
+from megalite.tokenizer.patterns import GPT2_PATTERN, LEAST_SPECIAL_TOKENS, STYLES
 from megalite.tokenizer.text import well_formed
 
 if TYPE_CHECKING:
@@ -239,12 +239,18 @@ def rank_tokenizer(
         engine: see `BytePairTokenizer`.
 
     Raises:
-        DataError: an unreadable or malformed file, or fewer ranks than `vocab_size` asks for.
+        ConfigError: an unreadable or malformed file, a number of special tokens that cannot be,
+            or fewer ranks than `vocab_size` asks for.
     """
     style = STYLES[pattern]
     ranks = read_ranks(path)
     if style.special_first:
         wanted = (vocab_size or MEGATRON_VOCAB_SIZE) - num_special_tokens
+        if not LEAST_SPECIAL_TOKENS <= num_special_tokens <= MEGATRON_VOCAB_SIZE - 256:
+            raise ConfigError(
+                f"--tiktoken-num-special-tokens {num_special_tokens} must be from "
+                f"{LEAST_SPECIAL_TOKENS} to {MEGATRON_VOCAB_SIZE - 256}"
+            )
         if vocab_size and not 256 <= wanted <= len(ranks):
             raise DataError(
                 f"{path} has {len(ranks)} ranks: with {num_special_tokens} special tokens before "

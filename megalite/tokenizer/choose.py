@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megalite.errors import ConfigError
 from megalite.tokenizer.byte import ByteTokenizer
-from megalite.tokenizer.settings import NEEDED, PATTERNS, TokenizerSettings
+from megalite.tokenizer.settings import PATTERNS, TYPES, TokenizerSettings
 
 if TYPE_CHECKING:
     from megalite.tokenizer.base import Tokenizer
@@ -62,7 +62,7 @@ def open_tokenizer(
 def _problems(settings: TokenizerSettings, vocab_size: int) -> Iterator[str]:
     """What the type needs and the settings do not say."""
     given = {**vars(settings), "vocab_size": vocab_size}
-    for name in NEEDED[settings.tokenizer]:
+    for name in TYPES[settings.tokenizer]:
         if not given[name]:
             hint = f", one of {', '.join(PATTERNS)}" if name == "tiktoken_pattern" else ""
             flag = name.replace("_", "-")

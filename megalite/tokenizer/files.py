@@ -14,6 +14,9 @@ from typing import Any
 
 from megalite.errors import DataError
 
+_MOST = (1 << 31) - (1 << 20)
+"""Token ids are 32-bit numbers, special tokens after the last one too."""
+
 
 def read_ranks(path: str) -> dict[bytes, int]:
     """Rank of each token.
@@ -49,7 +52,7 @@ def _lines(path: str, content: bytes) -> Iterator[tuple[str, bytes, int]]:
             token, rank = base64.b64decode(text, validate=True), int(rank_text)
         except (ValueError, binascii.Error):
             token, rank = b"", -1
-        if not token or rank < 0:
+        if not token or not 0 <= rank < _MOST:
             raise DataError(
                 f"{path}: line {number} is {_short(line)}; expected a token in base64 and its "
                 "rank, as in tiktoken's files"
@@ -89,7 +92,7 @@ def read_gpt2(
     """
     vocabulary = _parse_json(vocab_file, read_bytes(vocab_file))
     if not isinstance(vocabulary, dict) or not all(
-        isinstance(number, int) and number >= 0 for number in vocabulary.values()
+        isinstance(number, int) and 0 <= number < _MOST for number in vocabulary.values()
     ):
         raise DataError(f"{vocab_file}: expected one JSON object of tokens and their ids")
     if len(set(vocabulary.values())) < len(vocabulary):

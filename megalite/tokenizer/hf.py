@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -48,7 +49,7 @@ class HuggingFaceTokenizer:
         import tokenizers
 
         file = Path(path)
-        if file.is_dir():
+        if os.path.isdir(path):
             file = file / "tokenizer.json"
         self._content = read_bytes(str(file))
         try:

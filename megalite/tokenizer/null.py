@@ -50,7 +50,8 @@ class NullTokenizer:
         return " ".join(str(int(t)) for t in tokens)
 
     def _number(self, word: str) -> int:
-        if not (word.isascii() and word.isdigit() and int(word) < self.vocab_size):
+        short = len(word) <= 20  # Python reads no number of thousands of digits
+        if not (short and word.isascii() and word.isdigit() and int(word) < self.vocab_size):
             raise DataError(
                 f"NullTokenizer: {word[:40]!r} is no token id from 0 to {self.vocab_size - 1}"
             )

@@ -1,7 +1,7 @@
 """What says which tokenizer it is: fields of a configuration, flags of a tool.
 
 Types have Megatron-LM's names. They do what its own classes of these names do
-(`megatron.training.tokenizer`), but for SentencePieceTokenizer, which is as in megatron-core's newer
+(`megatron.training.tokenizer`), but for SentencePieceTokenizer, which is as in the newer
 `megatron.core.tokenizers`: see the docstring of each, and `docs/megatron_flags.md`. No torch or
 numpy import.
 """
@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from megalite.option import option
 
-NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+TYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "ByteTokenizer": (),
         "SentencePieceTokenizer": ("tokenizer_model",),
@@ -41,10 +41,10 @@ class TokenizerSettings:
 
     tokenizer_type: str = option(
         "auto",
-        f"Tokenizer of the text: {', '.join(NEEDED)}. auto: ByteTokenizer; of a .bin, none is "
+        f"Tokenizer of the text: {', '.join(TYPES)}. auto: ByteTokenizer; of a .bin, none is "
         "known.",
         metavar="TYPE",
-        choices=("auto", *NEEDED),
+        choices=("auto", *TYPES),
     )
     tokenizer_model: str = option(
         "", "SentencePiece model, tiktoken ranks, or tokenizer.json.", metavar="FILE"

@@ -23,6 +23,12 @@ WITHOUT_EFFECT = {
     "--split 90,10": "with --mock-data",
     "--data-cache-path somewhere": "without text",
     "--sample-length 9": "without text",
+    "--tokenizer-type ByteTokenizer": "with --mock-data and --vocab-size",
+    "--tokenizer-model x": "without --tokenizer-type SentencePieceTokenizer or",
+    "--vocab-file x": "without --tokenizer-type GPT2BPETokenizer",
+    "--merge-file x": "without --tokenizer-type GPT2BPETokenizer",
+    "--tiktoken-pattern v2": "without --tokenizer-type TikTokenizer",
+    "--tiktoken-num-special-tokens 9": "without --tiktoken-pattern v1 or v2",
 }
 REST = {
     "--min-lr 1e-5": "--lr-decay-style constant",
@@ -32,6 +38,7 @@ REST = {
     "--split 90,10": "--mock-data",
     "--data-cache-path somewhere": "--mock-data",
     "--sample-length 9": "--mock-data",
+    "--tokenizer-type ByteTokenizer": "--mock-data --vocab-size 300",
 }
 WITH_EFFECT = [
     *(f"--rope-scaling llama3 {flag}" for flag in WITHOUT_EFFECT if "--rope" in flag),
@@ -44,6 +51,9 @@ WITH_EFFECT = [
     "--split 90,10",
     "--data-cache-path somewhere",
     "--sample-length 9",
+    "--tokenizer-type ByteTokenizer",
+    "--tokenizer-type ByteTokenizer --mock-data",
+    "--tokenizer-type NullTokenizer --mock-data --vocab-size 300",
     # What switches something off asks for nothing.
     "--eval-interval 0 --eval-steps 0",
     "--min-lr 0 --lr-decay-style constant",
