@@ -278,11 +278,12 @@ def test_the_limit_is_the_same_wherever_blocks_end(
 
 
 @pytest.mark.usefixtures("_tiny_pieces")
-def test_a_paragraph_that_is_too_long(tmp_path: Path) -> None:
-    content = "a\n\n\n" + "long\nline\n" * 30 + "\nb\nc\n\n" + "d" * 101
+@pytest.mark.parametrize("first", range(1, 8))
+def test_a_paragraph_that_is_too_long(tmp_path: Path, first: int) -> None:
+    content = "a" * first + "\n\n\n" + "long\nline\n" * 30 + "\nb\nc\n\n" + "d" * 101
     (tmp_path / "a.txt").write_text(content)
     found, bad = read(tmp_path / "a.txt", documents="blank-line", limit=100)
-    assert found == [("a",), ("b\nc",)]
+    assert found == [("a" * first,), ("b\nc",)]
     assert [(name, record) for name, record, _ in bad] == [("a.txt", 4), ("a.txt", 68)]
 
 
