@@ -236,7 +236,7 @@ def test_a_killed_run_goes_on_and_its_output_is_the_same(
     message = refused(tmp_path, "preprocess_data.py", *flags)
     assert "k.partial holds what an interrupted run" in message
     assert "--resume" in message
-    other = refused(tmp_path, "preprocess_data.py", *flags, "--resume", "--max-document-mb", 8)
+    other = refused(tmp_path, "preprocess_data.py", *flags, "--resume", "--max-document-mb", 4)
     assert "k.partial had other values of --max-document-mb" in other
     before = json.loads((tmp_path / "k.partial/journal").read_text())["place"]["offset"]
     assert before > 0
