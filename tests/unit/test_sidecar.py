@@ -131,7 +131,7 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"b\.idx is missing"):
         find_datasets(tmp_path)
     (tmp_path / "none").mkdir()
-    with pytest.raises(ConfigError, match="it holds no .bin and .idx"):
+    with pytest.raises(ConfigError, match=r"it holds no \.bin and \.idx"):
         find_datasets(tmp_path / "none")
 
 
