@@ -9,7 +9,7 @@ unknown to the other are split differently (regex 2026 knows Unicode 17, tiktoke
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import chain
@@ -20,7 +20,7 @@ import regex
 
 from megalite.errors import ConfigError, DataError
 from megalite.tokenizer.files import read_gpt2, read_ranks
-from megalite.tokenizer.merges import merges_of_pairs, merges_of_ranks
+from megalite.tokenizer.merges import Merges, merges_of_pairs, merges_of_ranks
 from megalite.tokenizer.patterns import GPT2_PATTERN, LEAST_SPECIAL_TOKENS, STYLES
 from megalite.tokenizer.text import well_formed
 
@@ -41,13 +41,10 @@ of stack somewhere between these and a million white-space characters."""
 
 _KEPT = 1 << 16
 _KEPT_CHARACTERS = 32
-"""Tokens are remembered for so many strings up to this length; then all are forgotten."""
+"""Tokens are remembered for so many pieces up to this length; then all are forgotten."""
 
 _SPLIT_POINT = regex.compile(r"(?<=\S) ")
 """A piece begins there with every pattern of `patterns`, whatever stands around."""
-
-_BETWEEN_SPLIT_POINTS = regex.compile(r"\s*+\S++(?:(?! )\s++\S++)*+(?:(?! )\s++\z)?+|\s++")
-"""Words, mostly: this is faster than a vocabulary's own pattern, and most are remembered."""
 
 
 class BytePairTokenizer:
@@ -84,6 +81,7 @@ class BytePairTokenizer:
         installed = find_spec("tiktoken") is not None
         if engine == "tiktoken" and not installed:
             raise ConfigError("tiktoken is not installed: pip install tiktoken")
+        self._find_pieces = regex.compile(pattern).findall
         self._use_tiktoken = engine != "regex" and installed and pairs is None
 
     @cached_property
@@ -130,8 +128,8 @@ class BytePairTokenizer:
     def _encode_chunk(self, text: str) -> list[int]:
         if self._use_tiktoken and len(text) <= _TIKTOKEN_CHARACTERS:
             return self._encoding.encode_ordinary(text)
-        words = _BETWEEN_SPLIT_POINTS.findall(text)
-        return list(chain.from_iterable(map(self._words.__getitem__, words)))
+        pieces = self._find_pieces(text)
+        return list(chain.from_iterable(map(self._pieces.__getitem__, pieces)))
 
     # Each of these is built when it is first needed: the size of a vocabulary needs none.
 
@@ -147,24 +145,10 @@ class BytePairTokenizer:
         )
 
     @cached_property
-    def _words(self) -> _Remembered:
+    def _pieces(self) -> _Pieces:
         if self._pairs is None:
-            whole, merges = self._tokens, merges_of_ranks(self._tokens)
-        else:
-            whole, merges = {}, merges_of_pairs(self._tokens, self._pairs)
-
-        def merge(piece: str) -> list[int]:
-            content = piece.encode()
-            token = whole.get(content)
-            return merges.merge(content) if token is None else [token]
-
-        find_pieces = regex.compile(self._pattern).findall
-        pieces = _Remembered(merge)
-
-        def split(word: str) -> list[int]:
-            return list(chain.from_iterable(map(pieces.__getitem__, find_pieces(word))))
-
-        return _Remembered(split)
+            return _Pieces(self._tokens, merges_of_ranks(self._tokens))
+        return _Pieces({}, merges_of_pairs(self._tokens, self._pairs))
 
     @cached_property
     def _bytes(self) -> dict[int, bytes]:
@@ -177,19 +161,26 @@ class BytePairTokenizer:
         return regex.finditer("|".join(map(regex.escape, longest_first)), text)
 
 
-class _Remembered(dict[str, list[int]]):
-    """Tokens of strings as a function gives them; of short ones they are remembered."""
+class _Pieces(dict[str, list[int]]):
+    """Tokens of pieces of text; those of short pieces are remembered.
 
-    def __init__(self, tokens_of: Callable[[str], list[int]]):
+    Args:
+        whole: pieces that are tokens as they are.
+        merges: what happens to the others.
+    """
+
+    def __init__(self, whole: Mapping[bytes, int], merges: Merges):
         super().__init__()
-        self._tokens_of = tokens_of
+        self._whole, self._merges = whole, merges
 
-    def __missing__(self, text: str) -> list[int]:
-        ids = self._tokens_of(text)
-        if len(text) <= _KEPT_CHARACTERS:
+    def __missing__(self, piece: str) -> list[int]:
+        content = piece.encode()
+        token = self._whole.get(content)
+        ids = self._merges.merge(content) if token is None else [token]
+        if len(piece) <= _KEPT_CHARACTERS:
             if len(self) >= _KEPT:
                 self.clear()
-            self[text] = ids
+            self[piece] = ids
         return ids
 
 

@@ -43,18 +43,14 @@ class Merges:
     def _short(self, tokens: list[int]) -> list[int]:
         find, size, merged = self.priorities.get, self.size, self.merged
         order = [find(left * size + right, _NONE) for left, right in itertools.pairwise(tokens)]
-        while order:
-            best = min(order)
-            if best == _NONE:
-                break
+        order.append(_NONE)  # of the last token, which has no neighbour
+        while (best := min(order)) != _NONE:
             i = order.index(best)
-            token = merged[best]
-            tokens[i : i + 2] = [token]
-            del order[i]
+            token = tokens[i] = merged[best]
+            del tokens[i + 1], order[i + 1]
+            order[i] = _NONE if i == len(order) - 1 else find(token * size + tokens[i + 1], _NONE)
             if i:
                 order[i - 1] = find(tokens[i - 1] * size + token, _NONE)
-            if i < len(order):
-                order[i] = find(token * size + tokens[i + 1], _NONE)
         return tokens
 
     def _long(self, tokens: list[int]) -> list[int]:

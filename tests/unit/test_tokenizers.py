@@ -32,7 +32,8 @@ from megalite.tokenizer.merges import Merges, merges_of_pairs, merges_of_ranks
 from megalite.tokenizer.patterns import STYLES
 from megalite.tokenizer.settings import PATTERNS, TYPES, TokenizerSettings
 
-EXAMPLES, ALL_EXAMPLES = 300, 100_000
+EXAMPLES, ALL_EXAMPLES = 300, 20_000  # of hypothesis, for each pattern and library
+STRINGS = 100_000  # drawn at random, for each pattern
 
 # Random text
 
@@ -188,6 +189,24 @@ def test_tokens_are_those_of_tiktoken(folder: Path, style: str) -> None:
 @pytest.mark.parametrize("style", PATTERNS)
 def test_tokens_are_those_of_tiktoken_on_many_texts(folder: Path, style: str) -> None:
     check_ranks(folder, style, ALL_EXAMPLES)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("style", PATTERNS)
+def test_tokens_of_random_strings(folder: Path, style: str) -> None:
+    """All characters alike, so that most are rare ones."""
+    theirs, ours = reference(style), of_ranks(folder, style, "regex")
+    rng = random.Random(7)
+    characters = [
+        chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000 and c not in disagreeing()
+    ]
+    words = vocabularies.training_text().split(" ")
+    for _ in range(STRINGS):
+        pools = rng.choices((characters, words, FRAGMENTS), k=rng.randrange(12))
+        text = "".join(map(rng.choice, pools)).translate(disagreeing())
+        tokens = theirs.encode_ordinary(text)
+        assert ours.encode(text) == tokens
+        assert ours.decode(tokens) == text
 
 
 @pytest.mark.parametrize("style", PATTERNS)
@@ -466,8 +485,8 @@ def test_what_is_remembered_has_a_bound(folder: Path, monkeypatch: pytest.Monkey
     for _ in range(100):
         text = " ".join(rng.choices(words, k=20)) + " " + "y" * rng.randrange(99)
         assert ours.encode(text) == reference("llama3").encode_ordinary(text)
-        assert len(ours._words) <= 50
-    assert all(len(word) <= bpe_module._KEPT_CHARACTERS for word in ours._words)
+        assert len(ours._pieces) <= 50
+    assert all(len(piece) <= bpe_module._KEPT_CHARACTERS for piece in ours._pieces)
 
 
 # SentencePiece
