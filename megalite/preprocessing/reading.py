@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megalite.errors import DataError
 from megalite.preprocessing.inputs import Input
 from megalite.preprocessing.streams import ByteStream, DamagedError
 
@@ -111,7 +112,7 @@ def chunks(
         start: where to begin.
 
     Raises:
-        OSError: a file cannot be read.
+        DataError: a file cannot be read.
     """
     parts: list[Lines | Rows] = []
     bad: list[Bad] = []
@@ -145,11 +146,21 @@ def _size(part: Lines | Rows) -> int:
 def _steps(
     source: Input, start: Place, keys: Sequence[str], text_documents: str, limit: int
 ) -> Iterator[_Step]:
-    if source.kind == "parquet":
-        from megalite.preprocessing.parquet import rows
+    try:
+        if source.kind == "parquet":
+            from megalite.preprocessing.parquet import rows
 
-        yield from rows(source, start, keys, limit)
-        return
+            yield from rows(source, start, keys, limit)
+        else:
+            yield from _stream_steps(source, start, text_documents, limit)
+    except OSError as error:
+        raise DataError(
+            f"{source.path} cannot be read: {error.strerror or error}; when it can, the same "
+            "command with --resume goes on"
+        ) from None
+
+
+def _stream_steps(source: Input, start: Place, text_documents: str, limit: int) -> Iterator[_Step]:
     stream = ByteStream(source)
     try:
         if source.kind == "text" and text_documents == "file":
@@ -207,7 +218,7 @@ def _records(
             end = _first_end(held, form) if block else len(held)
             size = end or len(held) - 2  # what ends a record may begin with the last two bytes
             place, held = behind(size), held[size:]
-            if not end:
+            if block and not end:
                 continue
             yield Bad(start.input, dropping, too_long(limit)), place
             dropping = 0

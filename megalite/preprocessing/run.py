@@ -190,15 +190,7 @@ class Job:
 
     def _chunks(self, start: Place) -> Iterator[Chunk]:
         settings = self._settings
-        try:
-            yield from chunks(
-                self._inputs, settings.json_keys, settings.text_documents, self._limit, start
-            )
-        except OSError as error:
-            raise DataError(
-                f"{error.filename} cannot be read: {error.strerror}; when it can, the same command "
-                "with --resume goes on"
-            ) from None
+        return chunks(self._inputs, settings.json_keys, settings.text_documents, self._limit, start)
 
     def _refuse(self, journal: Journal, why: str, bad: Sequence[Bad], count: int) -> NoReturn:
         """End with an error about what is in the inputs; no dataset will come of them."""

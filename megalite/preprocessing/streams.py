@@ -70,7 +70,7 @@ class ByteStream:
 
     def skip(self, size: int) -> None:
         """Pass over bytes that an earlier run has read."""
-        if self._new is None:
+        if self._new is None and size:
             self.position = self._file.seek(size)
             return
         while size:

@@ -65,7 +65,7 @@ def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(scope="module")
-def megatron() -> Iterator[ModuleType]:
+def megatron() -> ModuleType:
     reason = "megatron-core is not installed: pip install 'megalite[test]' on Linux"
     pytest.importorskip("megatron.core", reason=reason, exc_type=ImportError)
     with warnings.catch_warnings():

@@ -1,0 +1,330 @@
+"""Speed and memory of preprocessing, side by side with its rivals on this machine.
+
+    python examples/bench_preprocess.py                        SentencePiece and tiktoken, 32 MB
+    python examples/bench_preprocess.py --megabytes 128 --rounds 5
+    python examples/bench_preprocess.py --memory --megabytes 2000 --csv memory.csv
+
+Each round runs, one after the other on the same text and with two processes,
+
+    bare      the tokenizer's library alone: texts in memory, encoded one by one, nothing written
+    megalite  `tools/preprocess_data.py --workers 2`, the whole command
+    pool      what Megatron-LM's preprocess_data.py does: a pool maps single lines, 32 at a time,
+              through JSON and the tokenizer; the parent appends document after document
+
+and the figures are medians over the rounds. `--memory` samples the resident memory of each process
+of one run instead. The text is made here: words of Zipf's distribution, tokenizers trained on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOOL = Path(__file__).parents[1] / "tools/preprocess_data.py"
+WORKERS = 2
+SAMPLE_SECONDS = 0.5
+
+
+def main() -> None:
+    """Run what was asked for and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--megabytes", type=int, default=32, help="of text")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--libraries", nargs="*", default=["sentencepiece", "tiktoken"])
+    parser.add_argument("--memory", action="store_true", help="sample memory, not time")
+    parser.add_argument("--csv", type=Path, help="where --memory writes its samples")
+    parser.add_argument("--pool", nargs=4, help=argparse.SUPPRESS)  # a rival's own process
+    options = parser.parse_args()
+    if options.pool:
+        pool_loop(*options.pool)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus.jsonl"
+        size = write_corpus(corpus, options.megabytes * 1_000_000)
+        print(f"{size / 1e6:.0f} MB of text, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+        if options.memory:
+            model = train_model(options.libraries[0], corpus, Path(folder))
+            measure_memory(corpus, Path(folder), options.libraries[0], model, options.csv)
+            return
+        print(f"{'library':<14}{'bare':>12}{'megalite':>12}{'pool':>12}   MB/s, medians")
+        for library in options.libraries:
+            model = train_model(library, corpus, Path(folder))
+            report(library, model, corpus, Path(folder), size, options.rounds)
+
+
+def report(library: str, model: Path, corpus: Path, folder: Path, size: int, rounds: int) -> None:
+    """One line of the table, and the two ratios of paired rounds."""
+    rivals: dict[str, Callable[[], float]] = {
+        "bare": lambda: bare_seconds(library, model, corpus),
+        "megalite": lambda: command_seconds(ours(library, model, corpus, folder / "ours")),
+        "pool": lambda: command_seconds(
+            [sys.executable, __file__, "--pool", library, model, corpus, folder / "pool"]
+        ),
+    }
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name, measure in rivals.items():
+            times[name].append(measure())
+    for suffix in ("bin", "idx"):
+        found = (folder / f"ours_text_document.{suffix}").read_bytes()
+        assert found == (folder / f"pool.{suffix}").read_bytes(), "the rivals' outputs differ"
+    speeds = {name: size / 1e6 / statistics.median(each) for name, each in times.items()}
+    print(f"{library:<14}" + "".join(f"{speeds[name]:12.2f}" for name in rivals))
+    for name, goal in (("bare", 0.85), ("pool", 1.5)):
+        ratios = [a / b for a, b in zip(times[name], times["megalite"], strict=True)]
+        print(
+            f"  megalite / {name}: {statistics.median(ratios):.2f} (goal {goal}; rounds "
+            f"{', '.join(f'{ratio:.2f}' for ratio in ratios)})",
+            flush=True,
+        )
+
+
+# Text and tokenizers
+
+
+def write_corpus(path: Path, wanted_bytes: int) -> int:
+    """JSON lines of random documents of 100 bytes to 30 KB; returns the bytes of text."""
+    draw = random.Random(1)
+    letters = "etaoinshrdlucmfwypvbgkqjxz"
+    words = ["naïve", "日本語", "Привет", "🎉", "3.14", "x_i", "\n\n"]
+    for _ in range(20_000):
+        letters_of_word = draw.choices(letters, range(26, 0, -1), k=draw.randint(1, 10))
+        words.append("".join(letters_of_word))
+    weights = np.cumsum([1 / rank for rank in range(1, len(words) + 1)]).tolist()
+    draw.shuffle(words)
+    total = 0
+    with open(path, "w", encoding="utf-8") as file:
+        while total < wanted_bytes:
+            count = int(20 * 300 ** draw.random())
+            text = " ".join(draw.choices(words, cum_weights=weights, k=count))
+            file.write(json.dumps({"id": total, "text": text}, ensure_ascii=False) + "\n")
+            total += len(text.encode())
+    return total
+
+
+def texts(corpus: Path) -> Iterator[str]:
+    """The documents."""
+    with open(corpus, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)["text"]
+
+
+def train_model(library: str, corpus: Path, folder: Path) -> Path:
+    """A tokenizer of 8000 tokens, trained on the corpus' first 3 MB."""
+    sample, total = [], 0
+    for text in texts(corpus):
+        sample.append(text[:4000])
+        total += len(sample[-1])
+        if total > 3_000_000:
+            break
+    path = folder / f"{library}.model"
+    if library == "sentencepiece":
+        import sentencepiece
+
+        with open(path, "wb") as model:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sample), model_writer=model, vocab_size=8000,
+                model_type="bpe", byte_fallback=True, max_sentence_length=100_000,
+                minloglevel=2,
+            )  # fmt: skip
+        return path
+    import tokenizers
+
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(sample, vocab_size=8000, show_progress=False)
+    byte_of = {char: byte for byte, char in enumerate(_byte_letters())}
+    lines = [
+        base64.b64encode(bytes(byte_of[char] for char in token)) + f" {rank}\n".encode()
+        for token, rank in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    ]
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte in GPT-2's vocabularies."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = (byte for byte in range(256) if byte not in shown)
+    letters = {byte: chr(byte) for byte in shown}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    return [letters[byte] for byte in range(256)]
+
+
+def bare_tokenizer(library: str, model: Path) -> tuple[Callable[[str], list[int]], int]:
+    """The library's own function from a text to ids, and the end-of-document id."""
+    if library == "sentencepiece":
+        import sentencepiece
+
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        return processor.encode, processor.eos_id()
+    import tiktoken
+    from tiktoken.load import load_tiktoken_bpe
+
+    from megalite.tokenizer.choose import open_tokenizer
+    from megalite.tokenizer.settings import TokenizerSettings
+
+    settings = TokenizerSettings("TikTokenizer", str(model), tiktoken_pattern="cl100k_base")
+    encoding = tiktoken.Encoding(
+        "bench",
+        pat_str=(
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++"
+            r"[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+        ),
+        mergeable_ranks=load_tiktoken_bpe(str(model)),
+        special_tokens={},
+    )
+    return encoding.encode_ordinary, open_tokenizer(settings).eod
+
+
+def ours(library: str, model: Path, corpus: Path, prefix: Path) -> list[Any]:
+    """Our command."""
+    kind = ["GPTSentencePieceTokenizer"]
+    if library == "tiktoken":
+        kind = ["TikTokenizer", "--tiktoken-pattern", "cl100k_base"]
+    return [
+        sys.executable, TOOL, "--input", corpus, "--output-prefix", prefix, "--workers", WORKERS,
+        "--append-eod", "--tokenizer-type", *kind, "--tokenizer-model", model,
+    ]  # fmt: skip
+
+
+# The rivals
+
+
+def command_seconds(command: list[Any]) -> float:
+    """Wall time of a whole command."""
+    begin = time.perf_counter()
+    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - begin
+
+
+def bare_seconds(library: str, model: Path, corpus: Path) -> float:
+    """Time that two processes need at once to encode half of the texts each."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(WORKERS), context.SimpleQueue()
+    processes = [
+        context.Process(target=_encode_share, args=(library, model, corpus, i, barrier, results))
+        for i in range(WORKERS)
+    ]
+    for process in processes:
+        process.start()
+    seconds = max(results.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return seconds
+
+
+def _encode_share(
+    library: str, model: Path, corpus: Path, share: int, barrier: Any, results: Any
+) -> None:
+    encode = bare_tokenizer(library, model)[0]
+    mine = [text for i, text in enumerate(texts(corpus)) if i % WORKERS == share]
+    barrier.wait()
+    begin = time.perf_counter()
+    for text in mine:
+        encode(text)
+    results.put(time.perf_counter() - begin)
+
+
+class _Encoder:
+    """What each process of the pool holds."""
+
+    encode: Callable[[str], list[int]]
+    eod: int
+
+    @classmethod
+    def start(cls, library: str, model: str) -> None:
+        cls.encode, cls.eod = bare_tokenizer(library, Path(model))
+
+    @classmethod
+    def line(cls, line: str) -> list[int]:
+        ids = cls.encode(json.loads(line)["text"])
+        return [*ids, cls.eod] if ids else ids
+
+
+def pool_loop(library: str, model: str, corpus: str, prefix: str) -> None:
+    """Lines through a pool, 32 at a time, documents appended one by one in this process."""
+    lengths, documents = array("i"), array("q", [0])
+    with (
+        multiprocessing.Pool(WORKERS, _Encoder.start, (library, model)) as pool,
+        open(corpus, encoding="utf-8") as file,
+        open(f"{prefix}.bin", "wb") as tokens,
+    ):
+        for ids in pool.imap(_Encoder.line, file, 32):
+            if ids:
+                tokens.write(np.array(ids, dtype=np.uint16).tobytes(order="C"))
+                lengths.append(len(ids))
+            documents.append(len(lengths))
+    sizes = np.array(lengths, "<i4")
+    starts = np.cumsum(sizes.astype("<i8") * 2) - sizes * 2
+    with open(f"{prefix}.idx", "wb") as index:
+        index.write(b"MMIDIDX\0\0" + np.array([1], "<u8").tobytes() + b"\x08")
+        index.write(np.array([len(lengths), len(documents)], "<u8").tobytes())
+        index.write(sizes.tobytes() + starts.astype("<i8").tobytes())
+        index.write(np.array(documents, "<i8").tobytes())
+
+
+# Memory
+
+
+def measure_memory(corpus: Path, folder: Path, library: str, model: Path, csv: Path | None) -> None:
+    """Sample the resident memory of all processes of one run; a plot as text."""
+    command = [str(word) for word in ours(library, model, corpus, folder / "ours")]
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    samples: list[tuple[float, float, float]] = []
+    while process.poll() is None:
+        children = _children(process.pid)
+        parent = _resident(process.pid)
+        largest = max(map(_resident, children), default=0.0)
+        samples.append((time.perf_counter() - begin, parent, largest))
+        time.sleep(SAMPLE_SECONDS)
+    assert process.returncode == 0
+    if csv:
+        rows = [f"{at:.1f},{parent:.1f},{worker:.1f}" for at, parent, worker in samples]
+        csv.write_text("\n".join(["seconds,parent_mb,largest_worker_mb", *rows]) + "\n")
+    print(f"{samples[-1][0]:.0f} s with {library}, --workers {WORKERS}; resident MB over time")
+    for name, column in (("parent", 1), ("largest worker", 2)):
+        values = [sample[column] for sample in samples]
+        step = max(1, len(values) // 24)
+        print(f"{name}: peak {max(values):.0f} MB")
+        for i in range(0, len(values), step):
+            peak = max(values[i : i + step])
+            print(f"  {samples[i][0]:7.1f} s {peak:7.1f} {'#' * round(peak / 10)}")
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        words = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [int(word) for word in words]
+
+
+def _resident(pid: int) -> float:
+    """Resident memory of a process [MB]; 0 of one that has ended."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0.0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+if __name__ == "__main__":
+    main()

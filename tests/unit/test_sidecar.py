@@ -1,0 +1,262 @@
+"""A dataset's sidecar: what it says is used instead of a scan, another tokenizer is refused, and a
+sidecar of other files is noticed. And the flags and the progress line of the tools."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalite.config import DataConfig
+from megalite.data.corpus import prepare_corpus
+from megalite.data.indexed import IndexedWriter
+from megalite.data.sidecar import Sidecar, Source, read_sidecar, sidecar_path
+from megalite.errors import ConfigError, DataError
+from megalite.preprocessing.flags import Flag, read_flags
+from megalite.preprocessing.inspection import histogram, open_dataset, verify
+from megalite.preprocessing.merge import find_datasets, merge
+from megalite.preprocessing.progress import ProgressLine, duration
+from megalite.preprocessing.run import Progress
+from megalite.tokenizer.byte import ByteTokenizer
+from megalite.tokenizer.null import NullTokenizer
+
+
+def dataset(prefix: Path, tokens: list[int], dtype: str = "<u2", **other: object) -> Sidecar:
+    """One document, and the sidecar of a byte tokenizer with some values changed."""
+    writer = IndexedWriter(prefix, np.dtype(dtype))
+    writer.add_sequence(np.array(tokens))
+    writer.end_document()
+    sums = writer.close()
+    sidecar = Sidecar(
+        tokenizer_type="ByteTokenizer", tokenizer_fingerprint="byte-257", vocab_size=257, eod=256,
+        append_eod=True, documents=1, sequences=1, tokens=len(tokens), text_bytes=len(tokens) - 1,
+        max_token=max(tokens), left_out=0, bin=sums["bin"], idx=sums["idx"],
+        sources=(Source("a.jsonl", 17),),
+    )  # fmt: skip
+    sidecar = replace(sidecar, **other)  # type: ignore[arg-type]
+    sidecar.write(sidecar_path(prefix))
+    return sidecar
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    assert read_sidecar(tmp_path / "a") is None
+    sidecar = dataset(tmp_path / "a", [1, 2, 256])
+    assert read_sidecar(tmp_path / "a") == sidecar
+    (tmp_path / "a.json").write_text('{"of": "somebody else"}')
+    assert read_sidecar(tmp_path / "a") is None
+
+
+@pytest.mark.parametrize("change", [{"max_token": "7"}, {"tokens": None}, {"bin": {"bytes": 1}},
+                                    {"append_eod": 1}, {"sources": [{"path": "a"}]}])  # fmt: skip
+def test_a_damaged_sidecar_is_named(tmp_path: Path, change: dict[str, object]) -> None:
+    dataset(tmp_path / "a", [1])
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=r"a\.json is damaged"):
+        read_sidecar(tmp_path / "a")
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"a\.json is damaged"):
+        read_sidecar(tmp_path / "a")
+
+
+def test_a_sidecar_of_other_files_is_noticed(tmp_path: Path) -> None:
+    dataset(tmp_path / "a", [1, 2, 3])
+    sidecar = (tmp_path / "a.json").read_text()
+    dataset(tmp_path / "a", [1, 2, 3, 4])
+    (tmp_path / "a.json").write_text(sidecar)
+    with pytest.raises(DataError, match=r"describes a \.bin of 6 bytes, but .* has 8"):
+        read_sidecar(tmp_path / "a")
+
+
+def test_a_run_takes_the_sidecars_figures(tmp_path: Path) -> None:
+    """Values that no scan would find: they come from the sidecar."""
+    sidecar = dataset(tmp_path / "a", [1, 2, 256], max_token=255, documents=7)
+    corpus = prepare_corpus(DataConfig(data=str(tmp_path / "a")))
+    assert (corpus.max_token, corpus.documents, corpus.tokens) == (255, 7, 3)
+    assert corpus.text_bytes == 2
+    assert sidecar.content.startswith(corpus.fingerprint)
+
+
+def test_a_run_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    prefix = tmp_path / "a"
+    dataset(prefix, [1, 2, 3], tokenizer_type="Llama2Tokenizer", tokenizer_fingerprint="sp-1")
+    named = DataConfig(data=str(prefix), tokenizer_type="ByteTokenizer")
+    with pytest.raises(DataError) as caught:
+        prepare_corpus(named, ByteTokenizer())
+    assert caught.value.violations == [
+        f"--data {prefix} was tokenized with Llama2Tokenizer (sp-1), but the tokenizer given is "
+        "byte-257: give that one with --tokenizer-type and --tokenizer-model"
+    ]
+    corpus = prepare_corpus(DataConfig(data=str(prefix)), ByteTokenizer())
+    assert corpus.text_bytes == 0, "no tokenizer was named: it is used, but its text is not known"
+    dataset(prefix, [1, 2, 3], tokenizer_fingerprint=NullTokenizer(9).fingerprint)
+    prepare_corpus(DataConfig(data=str(prefix), tokenizer_type="NullTokenizer"), NullTokenizer(9))
+
+
+# Merge and verify
+
+
+def test_datasets_of_a_folder_stand_in_natural_order(tmp_path: Path) -> None:
+    for i in (10, 9, 1):
+        dataset(tmp_path / f"part_{i}", [i])
+    (tmp_path / "notes.txt").touch()
+    prefixes = find_datasets(tmp_path)
+    assert [prefix.name for prefix in prefixes] == ["part_1", "part_9", "part_10"]
+    merged = merge(prefixes, tmp_path / "all")
+    assert merged is not None
+    assert (merged.documents, merged.max_token, len(merged.sources)) == (3, 10, 3)
+    assert read_sidecar(tmp_path / "all") == merged
+    assert verify(open_dataset(tmp_path / "all"), lambda line: None) == []
+    assert open_dataset(tmp_path / "all").reader.tokens.tolist() == [1, 9, 10]
+
+
+def test_what_cannot_be_merged(tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    dataset(a, [1])
+    dataset(b, [2], "<i4", tokenizer_fingerprint="other", append_eod=False)
+    with pytest.raises(ConfigError) as caught:
+        merge([a, b], c)
+    assert caught.value.violations == [
+        f"{b} holds int32, but {a} uint16",
+        f"{b} has tokenizer_fingerprint other and append_eod False, but {a} byte-257 and True",
+    ]
+    with pytest.raises(ConfigError, match="is one of the datasets to merge"):
+        merge([a, b], b)
+    assert not list(tmp_path.glob("c*"))
+    (tmp_path / "b.idx").unlink()
+    with pytest.raises(ConfigError, match=r"b\.idx is missing"):
+        find_datasets(tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match=r"it holds no \.bin and \.idx"):
+        find_datasets(tmp_path / "none")
+
+
+def test_a_dataset_without_sidecar_makes_one_without(tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    dataset(a, [1])
+    dataset(b, [2])
+    dataset(c, [3])
+    (tmp_path / "b.json").unlink()
+    assert merge([a, b], c) is None
+    assert not (tmp_path / "c.json").exists(), "it described what was here before"
+    assert open_dataset(c).reader.tokens.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "other", "found"),
+    [
+        ([1, 300], {}, "holds token id 300, but its tokenizer has 257"),
+        ([1, 2], {"max_token": 5}, "says max_token 5, found 2"),
+        ([1, 2], {"documents": 3}, "says documents 3, found 1"),
+        ([1, -2], {"dtype": "<i4"}, "holds a negative token id, -2"),
+    ],
+)
+def test_verify_names_what_is_wrong(
+    tmp_path: Path, tokens: list[int], other: dict[str, object], found: str
+) -> None:
+    dataset(tmp_path / "a", tokens, **other)  # type: ignore[arg-type]
+    problems = verify(open_dataset(tmp_path / "a"), lambda line: None)
+    assert [problem for problem in problems if found in problem], problems
+
+
+def test_verify_finds_one_flipped_bit(tmp_path: Path) -> None:
+    dataset(tmp_path / "a", [1, 2, 3])
+    (tmp_path / "a.bin").write_bytes(b"\1\0\3\0\3\0")
+    (problem,) = verify(open_dataset(tmp_path / "a"), lambda line: None)
+    assert "a.bin: SHA-256" in problem
+
+
+def test_histogram(tmp_path: Path) -> None:
+    writer = IndexedWriter(tmp_path / "a", np.dtype("<u2"))
+    lengths = [0, 0, 1, 2, 3, 4, 7, 8, 1023, 1024]
+    for length in lengths:
+        if length:
+            writer.add_sequence(np.zeros(length, np.int64))
+        writer.end_document()
+    writer.close()
+    lines = histogram(open_dataset(tmp_path / "a")).splitlines()[1:]
+    counts = {line[:23].strip(): int(line[23:].split()[0]) for line in lines}
+    assert {span: count for span, count in counts.items() if count} == {
+        "0": 2, "1": 1, "2 to 3": 2, "4 to 7": 2, "8 to 15": 1, "512 to 1,023": 1,
+        "1,024 to 2,047": 1,
+    }  # fmt: skip
+
+
+# Flags and progress
+
+FLAGS = (Flag("--input", "Files.", ()), Flag("--workers", "Processes.", 2),
+         Flag("--kind", "Which.", "a", ("a", "b")), Flag("--strict", "Be so.", False))  # fmt: skip
+
+
+def test_flags() -> None:
+    def read(*argv: str) -> tuple[dict[str, object], list[str]]:
+        return read_flags(argv, FLAGS, prog="x", description="", refused={"--lang": "of old"})
+
+    defaults = {"input": (), "workers": 2, "kind": "a", "strict": False}
+    assert read() == (defaults, [])
+    given = read("--input", "a", "b", "--workers=3", "--kind", "b", "--strict")
+    assert given == ({"input": ("a", "b"), "workers": 3, "kind": "b", "strict": True}, [])
+    assert read("--input", "-")[0]["input"] == ("-",)
+    wrong = read("x", "--workers", "1.5", "--kind", "c", "--input", "--lang", "--strick", "1")
+    assert sorted(wrong[1]) == [
+        "'x' stands alone: values follow a flag",
+        "--input needs a value",
+        "--kind c is unknown; there are a, b",
+        "--lang is not in megalite: of old",
+        "--workers 1.5: expected a whole number",
+        "unknown flag --strick; did you mean --strict?",
+    ]
+    assert read("--workers", "1", "2")[1] == ["--workers takes one value; 2 is left over"]
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def progress(documents: int, read: int) -> Progress:
+    return Progress(documents, 3 * documents, 1_000_000 * documents, read, 1000, 2)
+
+
+def test_progress_says_how_fast_and_how_long() -> None:
+    now = [100.0]
+    stream = io.StringIO()
+    line = ProgressLine(stream, clock=lambda: now[0])
+    line.show(progress(1000, 100))  # a resumed run's beginning
+    for now[0], documents, read in ((104.0, 1020, 150), (110.0, 1100, 300), (111.0, 1101, 301)):
+        line.show(progress(documents, read))
+    line.close()
+    assert stream.getvalue() == (
+        " 30.0%  1,100 documents  3,300 tokens  10.0 MB/s  10 documents/s  ETA 0:35  2 left out\n"
+    )
+
+
+def test_progress_on_a_terminal_is_one_line() -> None:
+    now = [0.0]
+    stream = _Terminal()
+    line = ProgressLine(stream, clock=lambda: now[0])
+    for i in range(40):
+        now[0] = i / 10
+        line.show(progress(i, i))
+    line.close()
+    shown = stream.getvalue()
+    assert "\n" not in shown
+    assert 10 <= shown.count("\r") <= 22
+    assert shown.endswith("\r\x1b[K"), "it is cleared"
+
+
+def test_progress_by_documents() -> None:
+    stream = io.StringIO()
+    line = ProgressLine(stream, 10)
+    for documents in (0, 4, 9, 11, 12, 35, 39, 40):
+        line.show(progress(documents, 0))
+    starts = [each.split()[1] for each in stream.getvalue().splitlines()]
+    assert starts == ["11", "35", "40"]
+
+
+def test_duration() -> None:
+    assert [duration(each) for each in (0, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
