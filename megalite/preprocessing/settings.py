@@ -41,7 +41,7 @@ class Settings:
     vocab_size: int = 0
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    workers: int = os.cpu_count() or 1
     text_documents: str = "file"
     max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB
     strict: bool = False
