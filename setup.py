@@ -44,7 +44,14 @@ setup(
     extras_require={
         "test": [
             *("pytest>=8", "transformers>=4.45", "ruff>=0.9", "mypy>=1.14"),
-            *("hypothesis>=6", "tiktoken>=0.9", "tokenizers>=0.20", "pyarrow", "zstandard"),
+            *(
+                "hypothesis>=6",
+                "tiktoken>=0.9",
+                "tokenizers>=0.20",
+                "pyarrow",
+                "zstandard",
+                "numba",
+            ),
             # Its dataset code is the oracle of the format. It needs torch, numpy and packaging.
             "megatron-core>=0.12; platform_system == 'Linux'",
         ],
