@@ -75,7 +75,7 @@ def test_a_sidecar_of_other_files_is_noticed(tmp_path: Path) -> None:
 def test_a_run_takes_the_sidecars_figures(tmp_path: Path) -> None:
     """Values that no scan would find: they come from the sidecar."""
     sidecar = dataset(tmp_path / "a", [1, 2, 256], max_token=255, documents=7)
-    corpus = prepare_corpus(DataConfig(data=str(tmp_path / "a")))
+    corpus = prepare_corpus(DataConfig(data=(str(tmp_path / "a"),)))
     assert (corpus.max_token, corpus.documents, corpus.tokens) == (255, 7, 3)
     assert corpus.text_bytes == 2
     assert sidecar.content.startswith(corpus.fingerprint)
@@ -84,17 +84,19 @@ def test_a_run_takes_the_sidecars_figures(tmp_path: Path) -> None:
 def test_a_run_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     prefix = tmp_path / "a"
     dataset(prefix, [1, 2, 3], tokenizer_type="Llama2Tokenizer", tokenizer_fingerprint="sp-1")
-    named = DataConfig(data=str(prefix), tokenizer_type="ByteTokenizer")
+    named = DataConfig(data=(str(prefix),), tokenizer_type="ByteTokenizer")
     with pytest.raises(DataError) as caught:
         prepare_corpus(named, ByteTokenizer())
     assert caught.value.violations == [
         f"--data {prefix} was tokenized with Llama2Tokenizer (sp-1), but the tokenizer given is "
         "byte-257: give that one with --tokenizer-type and --tokenizer-model"
     ]
-    corpus = prepare_corpus(DataConfig(data=str(prefix)), ByteTokenizer())
+    corpus = prepare_corpus(DataConfig(data=(str(prefix),)), ByteTokenizer())
     assert corpus.text_bytes == 0, "no tokenizer was named: it is used, but its text is not known"
     dataset(prefix, [1, 2, 3], tokenizer_fingerprint=NullTokenizer(9).fingerprint)
-    prepare_corpus(DataConfig(data=str(prefix), tokenizer_type="NullTokenizer"), NullTokenizer(9))
+    prepare_corpus(
+        DataConfig(data=(str(prefix),), tokenizer_type="NullTokenizer"), NullTokenizer(9)
+    )
 
 
 # Merge and verify

@@ -24,7 +24,8 @@ from megalite.data.corpus import Corpus, prepare_corpus
 from megalite.data.entropy import MOST_PAIRED_TOKENS, TokenCounter
 from megalite.data.indexed import IndexedReader, IndexedWriter
 from megalite.data.loader import Loader
-from megalite.data.samples import open_samples
+from megalite.data.mixture import prepare_mixture
+from megalite.data.splits import open_samples
 from megalite.errors import DataError
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.machine import Machine
@@ -65,7 +66,7 @@ def each(files: Path) -> list[Tokenizer]:
 
 
 def prepare(path: Path, cache: Path, tokenizer: Tokenizer | None = None) -> Corpus:
-    return prepare_corpus(DataConfig(data=str(path), data_cache_path=str(cache)), tokenizer)
+    return prepare_corpus(DataConfig(data=(str(path),), data_cache_path=str(cache)), tokenizer)
 
 
 def documents(corpus: Corpus) -> list[list[list[int]]]:
@@ -201,7 +202,7 @@ def test_the_loss_after_an_end_of_document_is_the_tokenizers(files: Path, tmp_pa
         *("--data-cache-path", str(tmp_path), "--split", "100,0", "--eval-steps", "0"),
     )
     tokenizer = open_tokenizer(config.data)
-    samples = open_samples(config, prepare_corpus(config.data, tokenizer))
+    samples = open_samples(config, prepare_mixture(config.data, tokenizer))
     loader = Loader(config, *samples, ParallelGroups.solo().dp, torch.device("cpu"))
     seen = 0
     for micro_batch in loader.train_batch(0).micro_batches:
@@ -226,7 +227,7 @@ def test_tokens_outside_the_vocabulary_are_refused(files: Path, tmp_path: Path) 
     config = run(*llama(files), "--data", f"{tmp_path}/p")
     assert config.model.vocab_size == 1000
     with pytest.raises(DataError, match="holds token id 1000, but --vocab-size is 1000"):
-        open_samples(config, prepare_corpus(config.data))
+        open_samples(config, prepare_mixture(config.data))
 
 
 # Whole runs
@@ -250,13 +251,13 @@ def test_a_run_with_a_tokenizer(
     assert done.losses[0] == pytest.approx(math.log(tokenizer.vocab_size), rel=0.1)
     assert done.losses[-1] < done.losses[0]
     # The prompt is the text of the first validation tokens.
-    corpus = prepare_corpus(config.data, tokenizer)
-    _, valid = open_samples(config, corpus)
+    mixture = prepare_mixture(config.data, tokenizer)
+    _, valid = open_samples(config, mixture)
     prompt = tokenizer.decode(valid.read(0)[: pretrain.PROMPT_TOKENS].tolist())
     assert f"sample, continuing {prompt!r}:" in done.stdout
     assert prompt.strip()[:10] in (files / "a.txt").read_text(encoding="utf-8")
     # Bits per byte are those of the text.
-    bits = corpus.bits_per_byte(done.valid_losses[-1])
+    bits = mixture.bits_per_byte(done.valid_losses[-1])
     assert f"= {bits:.4f} bits per byte" in done.stdout
     assert ("by pairs" in done.stdout) == (tokenizer.vocab_size <= MOST_PAIRED_TOKENS)
     # What was saved says which tokenizer it was, and runs again.
@@ -305,4 +306,4 @@ def test_ranks_agree_on_the_tokenizer(files: Path, tmp_path: Path) -> None:
 def test_a_verification_needs_no_tokenizer(files: Path) -> None:
     """It runs on random tokens in a small vocabulary."""
     small = shrink(run(*llama(files))).config
-    assert small.data == Config().replace(eod_mask_loss=True).data
+    assert small.data == Config().replace(eod_mask_loss=True, reset_position_ids=False).data
