@@ -21,6 +21,7 @@ from megalite.data.mixture import Mixture, Part
 from megalite.data.samples import DocumentSamples, MockSamples, StreamSamples
 from megalite.data.token_store import TokenStore
 from megalite.errors import DataError
+from megalite.tokenizer.choose import open_tokenizer
 
 MEGATRON_SURPLUS = 0.005
 """Megatron-LM builds so much more of each dataset of a blend than its weight asks for."""
@@ -158,6 +159,7 @@ def _open_part(
             f"{model.vocab_size}: give the size of its tokenizer"
         )
     reader = IndexedReader(corpus.prefix)  # type: ignore[arg-type]
+    _check_ends(config, corpus, reader)
     store = TokenStore(reader, corpus.description, model.vocab_size)
     begin, end = 0, len(reader.lengths)
     if request.share is not None:
@@ -179,6 +181,22 @@ def _open_part(
         config.train.seed,
         IndexCache(cache_folder(data)),
     )
+
+
+def _check_ends(config: Config, corpus: Corpus, reader: IndexedReader) -> None:
+    """Options about ends of documents would do nothing on data in which none is marked."""
+    names = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
+    asked = [name for name in names if getattr(config.data, name)]
+    if not asked or not reader.num_tokens:
+        return
+    eod = open_tokenizer(config.data, config.model.vocab_size).eod
+    last = int(reader.read(reader.num_tokens - 1, reader.num_tokens)[0])
+    if last != eod:
+        raise DataError(
+            f"--{asked[0].replace('_', '-')}: {corpus.description} ends with token {last}, not "
+            f"with the end of a document, {eod}: preprocess it with --append-eod, or give its "
+            "--tokenizer-type"
+        )
 
 
 def _too_short(config: Config, corpus: Corpus, request: _Request, tokens: int) -> str:

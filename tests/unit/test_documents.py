@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from commands import run
+from datasets import data_config, open_data
 from torch import Tensor
 
 from megalite.data.documents import document_bounds, document_starts
+from megalite.data.indexed import IndexedWriter
 from megalite.data.loader import Loader
+from megalite.errors import DataError
 from megalite.layers.attention import Attention
 from megalite.layers.batch import Documents, DropoutPlace
 from megalite.layers.rope import rope_tables
@@ -184,3 +188,24 @@ def test_the_flags_follow_from_the_mask() -> None:
     assert not data.reset_position_ids and not data.eod_mask_loss
     data = run().data
     assert not data.reset_position_ids and not data.eod_mask_loss
+
+
+@pytest.mark.parametrize("flag", ["--reset-attention-mask", "--reset-position-ids"])
+def test_data_without_marked_ends_is_refused(tmp_path: Path, flag: str) -> None:
+    """Where the options would silently do nothing."""
+    name = flag.removeprefix("--").replace("-", "_")
+    for last, is_right in ((256, True), (5, False)):
+        writer = IndexedWriter(tmp_path / f"ends{last}", np.dtype("<u2"))
+        for _ in range(50):
+            writer.add_sequence(np.array([*range(20), last]))
+            writer.end_document()
+        writer.close()
+        values = {name: True, "tokenizer_type": "ByteTokenizer"}
+        config = data_config(tmp_path, tmp_path / f"ends{last}", **values)
+        if is_right:
+            assert open_data(config)[0].num_samples
+            continue
+        with pytest.raises(DataError, match=f"{flag}: .* ends with token 5, not with .* 256"):
+            open_data(config)
+        off = dict.fromkeys(("reset_attention_mask", "reset_position_ids", "eod_mask_loss"), False)
+        assert open_data(config.replace(**off))[0].num_samples
