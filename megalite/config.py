@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from megalite.batch_sizes import BatchSizes
+from megalite.config_data import DataConfig
 from megalite.config_model import ModelConfig
 from megalite.errors import ConfigError
 from megalite.option import option
 from megalite.tokenizer.byte import ByteTokenizer
 from megalite.tokenizer.choose import open_tokenizer
-from megalite.tokenizer.settings import TokenizerSettings
 
 
 @dataclass(frozen=True)
@@ -125,53 +125,6 @@ class TrainConfig:
     )
     eval_interval: int = option(0, "Steps between validations. 0: at the end.", metavar="STEPS")
     eval_steps: int = option(4, "Global batches of a validation. 0: none.", metavar="BATCHES")
-
-
-@dataclass(frozen=True)
-class DataConfig(TokenizerSettings):
-    """What the model reads."""
-
-    data: tuple[str, ...] = option(
-        (),
-        "A .txt or .jsonl file, or a .bin/.idx prefix; or many of them, each with a weight before "
-        "it or none. Default: this Python's standard library.",
-        metavar="[W] PATH",
-    )
-    train_data_path: tuple[str, ...] = option(
-        (), "Training data in place of a share of --data; one or many.", metavar="[W] PATH"
-    )
-    valid_data_path: tuple[str, ...] = option(
-        (), "Validation data beside --train-data-path; one or many.", metavar="[W] PATH"
-    )
-    mock_data: bool = option(False, "Random tokens in place of a corpus, for benchmarks.")
-    split: str = option(
-        "95,5", "Shares of training and validation; a third one is left out.", metavar="A,B[,C]"
-    )
-    reset_attention_mask: bool = option(
-        False, "Attention stays inside a document (its end-of-document token is its last)."
-    )
-    reset_position_ids: bool | None = option(
-        None, "Positions count from the document's start. Default: on with --reset-attention-mask."
-    )
-    eod_mask_loss: bool | None = option(
-        None,
-        "Leave the token after an end of document out of the loss. Default: on with "
-        "--reset-attention-mask.",
-    )
-    data_order: str = option(
-        "epoch",
-        "Order of samples: each epoch shuffled by (seed, epoch), whatever the length of the run; "
-        "or Megatron-LM's, which depends on it.",
-        choices=("epoch", "megatron"),
-    )
-    order_samples: int = option(
-        0,
-        "Megatron-LM's order: samples of the run that it is made for. 0: steps x global batch.",
-        metavar="SAMPLES",
-    )
-    data_cache_path: str = option(
-        "", "Tokenized corpora and indices. Default: the user's cache folder.", metavar="DIR"
-    )
 
 
 @dataclass(frozen=True)

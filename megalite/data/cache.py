@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megalite.config import DataConfig
+from megalite.config_data import DataConfig
 from megalite.errors import DataError
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.config import DataConfig
+from megalite.config_data import DataConfig
 from megalite.data.cache import cache_folder, locked
 from megalite.data.entropy import TokenCounter
 from megalite.data.indexed import IndexedReader, IndexedWriter, token_dtype

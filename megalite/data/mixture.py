@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megalite.config import DataConfig
+from megalite.config_data import DataConfig
 from megalite.data.corpus import Corpus, prepare_corpus
 from megalite.data.source import Ingredient, train_ingredients, valid_ingredients
 from megalite.errors import DataError

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
-from megalite.config import DataConfig
+from megalite.config_data import DataConfig
 
 _NOT_TEXT = frozenset(
     {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megalite.config import ModelConfig
+from megalite.config_model import ModelConfig
 from megalite.layers.batch import Documents, DropoutPlace
 from megalite.layers.dropout import attention_keep
 from megalite.layers.linear import ColumnParallelLinear, Output, RowParallelLinear

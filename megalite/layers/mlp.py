@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megalite.config import ModelConfig
+from megalite.config_model import ModelConfig
 from megalite.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
 from megalite.parallel.tensor import TensorGroup
 from megalite_kernels import swiglu

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from megalite.config import ModelConfig
+from megalite.config_model import ModelConfig
 
 
 def rope_tables(

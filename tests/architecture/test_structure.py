@@ -23,7 +23,7 @@ LAYERS = [
     {"data", "models", "cli"},
     {"layers", "config_file"},
     {"parallel", "megalite_kernels", "field_values", "alternatives"},
-    {"presets", "megatron_flags", "config", "config_model", "batch_sizes"}
+    {"presets", "megatron_flags", "config", "config_data", "config_model", "batch_sizes"}
     | {"option", "tokenizer", "errors"},
 ]
 
@@ -33,6 +33,7 @@ NO_TORCH = [
     "megalite.check",
     "megalite.cli",
     "megalite.config",
+    "megalite.config_data",
     "megalite.config_file",
     "megalite.config_model",
     "megalite.field_values",

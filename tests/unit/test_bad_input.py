@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import run, violations
 
-from megalite.config import DataConfig
+from megalite.config_data import DataConfig
 from megalite.data.corpus import prepare_corpus
 from megalite.data.indexed import IndexedReader, IndexedWriter
 from megalite.data.mixture import prepare_mixture

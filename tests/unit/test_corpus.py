@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.config import Config, DataConfig, resolve
+from megalite.config import Config, resolve
+from megalite.config_data import DataConfig
 from megalite.data import corpus as corpus_module
 from megalite.data import entropy as entropy_module
 from megalite.data.corpus import STDLIB_CAP_BYTES, Corpus, prepare_corpus, stdlib_files

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from commands import parse, run, violations, word_violations
 
-from megalite.config import Config, DataConfig
+from megalite.config import Config
+from megalite.config_data import DataConfig
 from megalite.config_file import to_toml
 from megalite.data.corpus import Corpus
 from megalite.data.mixture import Mixture, Part, prepare_mixture, shares

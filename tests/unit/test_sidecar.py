@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.config import DataConfig
+from megalite.config_data import DataConfig
 from megalite.data.corpus import prepare_corpus
 from megalite.data.indexed import IndexedWriter
 from megalite.data.sidecar import Sidecar, Source, read_sidecar, sidecar_path

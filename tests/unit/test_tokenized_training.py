@@ -18,7 +18,8 @@ from pool import RankPool
 from runs import SMALL, run_in_pool
 
 from megalite import pretrain
-from megalite.config import Config, DataConfig, resolve
+from megalite.config import Config, resolve
+from megalite.config_data import DataConfig
 from megalite.data import corpus as corpus_module
 from megalite.data.corpus import Corpus, prepare_corpus
 from megalite.data.entropy import MOST_PAIRED_TOKENS, TokenCounter
