@@ -11,6 +11,10 @@ Each round runs, one after the other on the same text and with two processes,
     pool      what Megatron-LM's preprocess_data.py does: a pool maps single lines, 32 at a time,
               through JSON and the tokenizer; the parent appends document after document
 
+"bare" and "pool" call the library as they would: the fastest call that gives a text's tokens, and
+the one in megatron-core's TikTokenTokenizer and SentencePieceTokenizer (0.16), which for tiktoken
+also looks for special tokens in the text. All three give the same file.
+
 and the figures are medians over the rounds. `--memory` samples the resident memory of each process
 of one run instead. The text is made here: words of Zipf's distribution, tokenizers trained on it.
 """
@@ -38,6 +42,8 @@ import numpy as np
 TOOL = Path(__file__).parents[1] / "tools/preprocess_data.py"
 WORKERS = 2
 SAMPLE_SECONDS = 0.5
+SPECIAL_TOKENS = 1000
+"""That Megatron-LM puts before a rank file's tokens."""
 
 
 def main() -> None:
@@ -167,37 +173,44 @@ def _byte_letters() -> list[str]:
     return [letters[byte] for byte in range(256)]
 
 
-def bare_tokenizer(library: str, model: Path) -> tuple[Callable[[str], list[int]], int]:
-    """The library's own function from a text to ids, and the end-of-document id."""
+Encode = Callable[[str], list[int]]
+
+
+def library_tokenizer(library: str, model: Path) -> tuple[Encode, Encode, int]:
+    """The library's fastest function from a text to ids, Megatron-LM's, the end-of-document id."""
     if library == "sentencepiece":
         import sentencepiece
 
         processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        return processor.encode, processor.eos_id()
+        return processor.encode, processor.encode_as_ids, processor.eos_id()
     import tiktoken
     from tiktoken.load import load_tiktoken_bpe
 
-    from megalite.tokenizer.choose import open_tokenizer
-    from megalite.tokenizer.settings import TokenizerSettings
-
-    settings = TokenizerSettings("TikTokenizer", str(model), tiktoken_pattern="cl100k_base")
+    ranks = load_tiktoken_bpe(str(model))
+    named = ["<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>"]
+    named += [f"<SPECIAL_{i}>" for i in range(len(named), SPECIAL_TOKENS)]
     encoding = tiktoken.Encoding(
         "bench",
         pat_str=(
-            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++"
-            r"[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+            r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         ),
-        mergeable_ranks=load_tiktoken_bpe(str(model)),
-        special_tokens={},
+        mergeable_ranks={token: rank + SPECIAL_TOKENS for token, rank in ranks.items()},
+        special_tokens={name: i for i, name in enumerate(named)},
     )
-    return encoding.encode_ordinary, open_tokenizer(settings).eod
+
+    def encode_as_megatron(text: str) -> list[int]:
+        return encoding.encode(text, allowed_special="all")
+
+    return encoding.encode_ordinary, encode_as_megatron, named.index("</s>")
 
 
 def ours(library: str, model: Path, corpus: Path, prefix: Path) -> list[Any]:
     """Our command."""
     kind = ["GPTSentencePieceTokenizer"]
     if library == "tiktoken":
-        kind = ["TikTokenizer", "--tiktoken-pattern", "cl100k_base"]
+        kind = ["TikTokenizer", "--tiktoken-pattern", "v2"]
     return [
         sys.executable, TOOL, "--input", corpus, "--output-prefix", prefix, "--workers", WORKERS,
         "--append-eod", "--tokenizer-type", *kind, "--tokenizer-model", model,
@@ -233,7 +246,7 @@ def bare_seconds(library: str, model: Path, corpus: Path) -> float:
 def _encode_share(
     library: str, model: Path, corpus: Path, share: int, barrier: Any, results: Any
 ) -> None:
-    encode = bare_tokenizer(library, model)[0]
+    encode = library_tokenizer(library, model)[0]
     mine = [text for i, text in enumerate(texts(corpus)) if i % WORKERS == share]
     barrier.wait()
     begin = time.perf_counter()
@@ -250,12 +263,16 @@ class _Encoder:
 
     @classmethod
     def start(cls, library: str, model: str) -> None:
-        cls.encode, cls.eod = bare_tokenizer(library, Path(model))
+        _, cls.encode, cls.eod = library_tokenizer(library, Path(model))
 
     @classmethod
-    def line(cls, line: str) -> list[int]:
-        ids = cls.encode(json.loads(line)["text"])
-        return [*ids, cls.eod] if ids else ids
+    def line(cls, line: str) -> tuple[dict[str, list[int]], dict[str, list[int]], int]:
+        ids = list(cls.encode(json.loads(line)["text"]))
+        lengths = [len(ids)] if ids else []
+        if ids:
+            ids.append(cls.eod)
+            lengths[-1] += 1
+        return {"text": ids}, {"text": lengths}, len(line)
 
 
 def pool_loop(library: str, model: str, corpus: str, prefix: str) -> None:
@@ -266,10 +283,9 @@ def pool_loop(library: str, model: str, corpus: str, prefix: str) -> None:
         open(corpus, encoding="utf-8") as file,
         open(f"{prefix}.bin", "wb") as tokens,
     ):
-        for ids in pool.imap(_Encoder.line, file, 32):
-            if ids:
-                tokens.write(np.array(ids, dtype=np.uint16).tobytes(order="C"))
-                lengths.append(len(ids))
+        for ids, sizes_of_parts, _ in pool.imap(_Encoder.line, file, 32):
+            tokens.write(np.array(ids["text"], dtype=np.uint16).tobytes(order="C"))
+            lengths.extend(sizes_of_parts["text"])
             documents.append(len(lengths))
     sizes = np.array(lengths, "<i4")
     starts = np.cumsum(sizes.astype("<i8") * 2) - sizes * 2

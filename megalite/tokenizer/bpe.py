@@ -22,7 +22,7 @@ from megalite.errors import ConfigError, DataError
 from megalite.tokenizer.files import read_gpt2, read_ranks
 from megalite.tokenizer.merges import Merges, merges_of_pairs, merges_of_ranks
 from megalite.tokenizer.patterns import GPT2_PATTERN, LEAST_SPECIAL_TOKENS, STYLES
-from megalite.tokenizer.text import well_formed
+from megalite.tokenizer.text import id_array, well_formed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,9 +111,7 @@ class BytePairTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 [tokens]; on this thread alone."""
-        import numpy as np
-
-        return [np.array(self._encode(well_formed(text)), np.int32) for text in texts]
+        return [id_array(self._encode(well_formed(text))) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of the tokens; bytes that are not UTF-8 become U+FFFD, unknown ids are dropped."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megalite.errors import ConfigError, DataError
 from megalite.tokenizer.files import read_bytes
-from megalite.tokenizer.text import well_formed
+from megalite.tokenizer.text import id_array, well_formed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,9 +80,7 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 [tokens]; on this thread alone."""
-        import numpy as np
-
-        return [np.array(self.encode(text), np.int32) for text in texts]
+        return [id_array(self.encode(text)) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of the tokens as the library writes it, special tokens too."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megalite.errors import DataError
+from megalite.tokenizer.text import id_array
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,9 +42,7 @@ class NullTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The numbers in each text, int32 [tokens]."""
-        import numpy as np
-
-        return [np.array(self.encode(text), np.int32) for text in texts]
+        return [id_array(self.encode(text)) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The tokens as numbers."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megalite.errors import DataError
 from megalite.tokenizer.files import read_bytes
-from megalite.tokenizer.text import well_formed
+from megalite.tokenizer.text import id_array, well_formed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,10 +85,8 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 [tokens]; on this thread alone."""
-        import numpy as np
-
         rows = self._model.encode([well_formed(text) for text in texts], num_threads=1)
-        return [np.array(self._before + row, np.int32) for row in rows]
+        return [id_array(self._before + row) for row in rows]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of the tokens as the library writes it; ids that the model lacks are dropped."""

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
 
 def well_formed(text: str) -> str:
     """The text with surrogate pairs joined and lone surrogates replaced by U+FFFD.
@@ -13,3 +19,10 @@ def well_formed(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def id_array(ids: Sequence[int]) -> np.ndarray:
+    """Token ids as int32 [tokens]; numpy is imported where many are made, not with a tokenizer."""
+    import numpy as np
+
+    return np.fromiter(ids, np.int32, len(ids))  # a third faster than np.array
