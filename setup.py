@@ -27,6 +27,7 @@ setup(
         "megalite.parallel",
         "megalite.pipeline",
         "megalite.preprocessing",
+        "megalite.reading",
         "megalite.tokenizer",
         "megalite.verification",
         "megalite_kernels",

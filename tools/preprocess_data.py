@@ -17,10 +17,11 @@ from types import MappingProxyType
 
 from megalite.preprocessing.flags import Flag, end, read_flags, together
 from megalite.preprocessing.progress import ProgressLine, summary
-from megalite.preprocessing.reading import TEXT_DOCUMENTS
+from megalite.preprocessing.reading_flags import READING_FLAGS
 from megalite.preprocessing.run import prepare
-from megalite.preprocessing.settings import DEFAULT_MAX_DOCUMENT_MB, Settings
+from megalite.preprocessing.settings import Settings
 from megalite.preprocessing.tokenizer_flags import TOKENIZER_FLAGS, tokenizer_settings
+from megalite.reading.chunks import TEXT_DOCUMENTS
 
 FLAGS = (
     Flag(
@@ -40,12 +41,7 @@ FLAGS = (
         "file",
         choices=TEXT_DOCUMENTS,
     ),
-    Flag(
-        "--max-document-mb",
-        "Longest document, and line of JSON [MiB]; longer ones are left out and named.",
-        DEFAULT_MAX_DOCUMENT_MB,
-    ),
-    Flag("--strict", "A record that cannot be used is an error.", False),
+    *READING_FLAGS,
     Flag("--resume", "Go on where the same command was interrupted.", False),
     Flag("--log-interval", "A line of progress every N documents; 0: every few seconds.", 0),
     Flag("--partitions", "Accepted: one pool of workers serves, and the order is the input's.", 1),

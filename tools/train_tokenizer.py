@@ -9,19 +9,21 @@ Spaces are kept as they are and any text has tokens: characters outside the voca
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from megalite.errors import ConfigError, DataError
-from megalite.program import end
+from megalite.preprocessing.flags import Flag, end, read_flags, together
+from megalite.preprocessing.reading_flags import READING_FLAGS, reading_problems
+from megalite.reading.chunks import Place, chunks
+from megalite.reading.inputs import find_inputs
+from megalite.reading.records import SHOWN_BAD, left_out, sentences, texts
 from megalite.tokenizer.sentencepiece import SentencePieceTokenizer
-from megalite.tokenizer.text import well_formed
 
 LONGEST_LINE_BYTES = 4192
 """SentencePiece passes over longer lines: they are cut."""
@@ -30,82 +32,56 @@ LEAST_COVERAGE = 0.98
 """SentencePiece takes no less."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 done, 2 bad input."""
-    options = _parser().parse_args(argv)
-    try:
-        _check(options)
-        lines = _Lines(options.input, options.json_key)
-        model = _train(options, lines)
-        _write(Path(options.output), model)
-        print(_summary(Path(options.output), lines))
-    except ConfigError as error:
-        print(error.message(), file=sys.stderr)
-        return 2
+FLAGS = (
+    Flag(
+        "--input",
+        "Files (.jsonl, .json, .txt, also .gz or .zst, or .parquet), folders, globs, or - for JSON "
+        "Lines on standard input.",
+        (),
+    ),
+    Flag("--output", "The .model file to write."),
+    Flag("--json-key", "Field of a record that holds text.", "text"),
+    Flag("--type", "Kind of model.", "bpe", choices=("bpe", "unigram")),
+    Flag("--vocab-size", "All tokens together.", 32000),
+    Flag("--character-coverage", "Share of the text whose characters are tokens.", 0.9995),
+    Flag("--byte-fallback", "Other characters become bytes, not <unk>.", True),
+    Flag("--split-digits", "Every digit is a token of its own.", True),
+    Flag("--user-symbols", "Texts that are always tokens and never split.", ()),
+    Flag("--max-lines", "Train on so many lines, drawn from all; 0: on all.", 0),
+    Flag("--threads", "Threads that train a unigram model.", os.cpu_count() or 1),
+    *READING_FLAGS,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the tool; returns its exit code."""
+    values, problems = read_flags(argv, FLAGS, prog="train_tokenizer.py", description=__doc__ or "")
+    options = together(problems, lambda: _checked(values))
+    lines = _Lines(options)
+    model = _train(options, lines)
+    _write(options.output, model)
+    print(_summary(options.output, lines))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train_tokenizer.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help=".txt or .jsonl files")
-    add("--output", required=True, metavar="FILE", help="the .model file to write")
-    add("--json-key", default="text", metavar="KEY", help="field of a .jsonl line (text)")
-    add("--type", default="bpe", choices=("bpe", "unigram"), help="kind of model (bpe)")
-    add("--vocab-size", type=int, default=32000, metavar="TOKENS", help="all tokens (32000)")
-    add(
-        "--character-coverage",
-        type=float,
-        default=0.9995,
-        metavar="SHARE",
-        help="share of the text whose characters get tokens of their own (0.9995)",
-    )
-    add(
-        "--byte-fallback",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="other characters become bytes, not <unk> (on)",
-    )
-    add(
-        "--split-digits",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="every digit is a token of its own (on)",
-    )
-    add("--user-symbols", nargs="*", default=[], metavar="TEXT", help="always tokens, never split")
-    add(
-        "--max-lines",
-        type=int,
-        default=0,
-        metavar="LINES",
-        help="train on so many lines, drawn from all (0: on all)",
-    )
-    add("--threads", type=int, default=os.cpu_count() or 1, metavar="N", help="of unigram models")
-    return parser
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Everything that can be seen before the text is read.
+def _checked(values: Mapping[str, Any]) -> SimpleNamespace:
+    """The flags' values, and the files that they name, checked before any text is read.
 
     Raises:
         ConfigError: all that is wrong.
     """
-    problems = []
-    for name in options.input:
-        path = Path(name)
-        if path.suffix not in (".txt", ".jsonl"):
-            problems.append(f"--input {name}: expected a .txt or .jsonl file")
-        elif not path.is_file():
-            problems.append(f"--input {name}: there is no such file")
-    if not options.output.endswith(".model"):
+    options = SimpleNamespace(**values)
+    options.output = Path(options.output)
+    options.inputs, problems = find_inputs(options.input)
+    if not options.input:
+        problems.append("--input is missing")
+    if options.output == Path():
+        problems.append("--output is missing")
+    elif options.output.suffix != ".model":
         problems.append(f"--output {options.output}: the name must end with .model")
-    if Path(options.output).exists():
+    if options.output.is_file():
         problems.append(f"--output {options.output} exists; choose another name or remove it")
-    elif not Path(options.output).absolute().parent.is_dir():
+    elif not options.output.absolute().parent.is_dir():
         problems.append(f"--output {options.output}: there is no such folder")
     if options.vocab_size < 1:
         problems.append(f"--vocab-size {options.vocab_size} must be above 0")
@@ -119,13 +95,15 @@ def _check(options: argparse.Namespace) -> None:
         problems.append(f"--max-lines {options.max_lines} must not be negative")
     symbols = options.user_symbols
     problems += [
-        f"--user-symbols {symbol!r} must be there once, not empty, and not one of <unk>, <s>, "
-        "</s>, which every model has"
+        f"--user-symbols {symbol!r} must be there once, and not one of <unk>, <s>, </s>, which "
+        "every model has"
         for symbol in dict.fromkeys(symbols)
-        if not symbol or symbol in ("<unk>", "<s>", "</s>") or symbols.count(symbol) > 1
+        if symbol in ("<unk>", "<s>", "</s>") or symbols.count(symbol) > 1
     ]
+    problems += reading_problems(options.max_document_mb)
     if problems:
         raise ConfigError(problems)
+    return options
 
 
 class _Lines:
@@ -135,41 +113,36 @@ class _Lines:
     Attributes:
         error: what was wrong with a file, if anything was.
         count, size_bytes: of the lines so far.
+        left_out: records that could not be used.
+        examples: sentences about the first of them.
     """
 
-    def __init__(self, paths: Sequence[str], key: str):
-        self._paths, self._key = paths, key
-        self.error: ConfigError | None = None
-        self.count = self.size_bytes = 0
+    def __init__(self, options: SimpleNamespace):
+        self._options = options
+        self.error: DataError | None = None
+        self.count = self.size_bytes = self.left_out = 0
+        self.examples: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[str]:
         try:
-            for name in self._paths:
-                for line in self._file(Path(name)):
+            for text in self._texts():
+                for line in text.splitlines():
                     yield from self._pieces(line)
-        except OSError as error:
-            self.error = DataError(f"{error.filename or name} cannot be read: {error.strerror}")
-        except ConfigError as error:
+        except DataError as error:
             self.error = error
 
-    def _file(self, path: Path) -> Iterator[str]:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for number, line in enumerate(file, start=1):
-                if path.suffix == ".txt":
-                    yield line.rstrip("\n")
-                elif line.strip():
-                    yield from self._text(path, number, line).splitlines()
-
-    def _text(self, path: Path, number: int, line: str) -> str:
-        try:
-            text = json.loads(line)[self._key]
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: line {number} is not JSON: {error}") from None
-        except (KeyError, TypeError, IndexError):
-            raise DataError(f"{path}: line {number} has no field {self._key!r}") from None
-        if not isinstance(text, str):
-            raise DataError(f"{path}: line {number}: {self._key!r} is not a string")
-        return well_formed(text)
+    def _texts(self) -> Iterator[str]:
+        options = self._options
+        keys, limit = (options.json_key,), options.max_document_mb << 20
+        for chunk in chunks(options.inputs, keys, "line", limit, Place()):
+            good, bad = texts(chunk, keys, limit)
+            told = sentences(bad, options.inputs)
+            if bad and options.strict:
+                raise DataError([f"--strict: {each}" for each in told])
+            self.left_out += sum(each.count for each in bad)
+            self.examples = (self.examples + told)[:SHOWN_BAD]
+            for (text,) in good:
+                yield text
 
     def _pieces(self, line: str) -> Iterator[str]:
         # The null character ends a string in the library's trainer.
@@ -184,7 +157,7 @@ class _Lines:
             yield piece
 
 
-def _train(options: argparse.Namespace, lines: _Lines) -> bytes:
+def _train(options: SimpleNamespace, lines: _Lines) -> bytes:
     """The model file's content.
 
     Raises:
@@ -202,7 +175,7 @@ def _train(options: argparse.Namespace, lines: _Lines) -> bytes:
             character_coverage=options.character_coverage,
             byte_fallback=options.byte_fallback,
             split_digits=options.split_digits,
-            user_defined_symbols=options.user_symbols,
+            user_defined_symbols=list(options.user_symbols),
             input_sentence_size=options.max_lines,
             shuffle_input_sentence=bool(options.max_lines),
             num_threads=options.threads,
@@ -215,16 +188,17 @@ def _train(options: argparse.Namespace, lines: _Lines) -> bytes:
         )
     except RuntimeError as error:
         if lines.error is None:
-            raise ConfigError(_explain(str(error), options, lines)) from None
+            why = _explain(str(error), options, lines)
+            raise ConfigError([why, *lines.examples]) from None
     if lines.error is not None:
         raise lines.error
     return model.getvalue()
 
 
-def _explain(message: str, options: argparse.Namespace, lines: _Lines) -> str:
+def _explain(message: str, options: SimpleNamespace, lines: _Lines) -> str:
     """The library's message in the words of the flags."""
     if not lines.count:
-        return f"--input {' '.join(options.input)} holds no text"
+        return "the inputs hold no text"
     size = f"--vocab-size {options.vocab_size}"
     if found := re.search(r"too high .*<= (\d+)", message):
         return f"{size} is more than this text gives: the most is {found[1]}; or give more text"
@@ -249,11 +223,14 @@ def _write(path: Path, model: bytes) -> None:
 
 def _summary(path: Path, lines: _Lines) -> str:
     tokenizer = SentencePieceTokenizer(str(path), bos=False)
-    return (
-        f"{path}: {tokenizer.vocab_size:,} tokens, from {lines.count:,} lines "
-        f"({lines.size_bytes:,} bytes)\n"
-        f"next: python -m megalite.pretrain --tokenizer-type Llama2Tokenizer "
-        f"--tokenizer-model {path} --data my.txt"
+    return "\n".join(
+        [
+            f"{path}: {tokenizer.vocab_size:,} tokens, from {lines.count:,} lines "
+            f"({lines.size_bytes:,} bytes)",
+            *left_out(lines.left_out, lines.examples),
+            "next: python -m megalite.pretrain --tokenizer-type Llama2Tokenizer "
+            f"--tokenizer-model {path} --data my.txt",
+        ]
     )
 
 

@@ -22,18 +22,21 @@ class Flag:
     Attributes:
         name: with its dashes.
         doc: for `--help`.
-        default: what it is without; its type says what it takes: a bool nothing, an int a whole
-            number, a str one value, a tuple one or more.
+        default: what it is without; its type says what it takes: a bool nothing (one that is on can
+            be put off by `--no-...`), an int a whole number, a float a number, a str one value, a
+            tuple one or more.
         choices: the values that a str may have; () for any.
     """
 
     name: str
     doc: str
-    default: bool | int | str | tuple[str, ...] = ""
+    default: bool | int | float | str | tuple[str, ...] = ""
     choices: tuple[str, ...] = ()
 
 
-_METAVARS: Mapping[type, str] = MappingProxyType({int: "N", str: "VALUE", tuple: "VALUE"})
+_METAVARS: Mapping[type, str] = MappingProxyType(
+    {int: "N", float: "NUMBER", str: "VALUE", tuple: "VALUE [...]"}
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,7 +79,9 @@ def read_flags(
     for flag in flags:
         takes = type(flag.default)
         if takes is bool:
-            parser.add_argument(flag.name, action="store_true", help=flag.doc)
+            action = argparse.BooleanOptionalAction if flag.default else "store_true"
+            doc = flag.doc + (" (default: on)" if flag.default else "")
+            parser.add_argument(flag.name, action=action, help=doc)
             continue
         doc = flag.doc + (f" (default: {_shown(flag.default)})" if flag.default else "")
         # Any number of values, so that a wrong number is one problem among others.
@@ -100,8 +105,8 @@ def read_flags(
 def _value(flag: Flag, given: Any) -> Any:
     """What was given, as the flag's type."""
     if isinstance(flag.default, bool):
-        return True
-    if not given or not all(word.strip() for word in given):
+        return given
+    if not given or not all(given):
         raise ValueError("needs a value")
     if isinstance(flag.default, tuple):
         return tuple(given)
@@ -113,6 +118,11 @@ def _value(flag: Flag, given: Any) -> Any:
             return int(value)
         except ValueError:
             raise ValueError(f"{value}: expected a whole number") from None
+    if isinstance(flag.default, float):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"{value}: expected a number") from None
     if flag.choices and value not in flag.choices:
         raise ValueError(f"{value} is unknown{suggest(value, flag.choices, every=True)}")
     return value

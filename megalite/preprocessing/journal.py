@@ -20,9 +20,9 @@ from typing import Any
 
 from megalite.data.indexed import Written
 from megalite.errors import DataError
-from megalite.preprocessing.inputs import Input
-from megalite.preprocessing.reading import Bad, Place
 from megalite.preprocessing.settings import Settings
+from megalite.reading.chunks import Bad, Place
+from megalite.reading.inputs import Input
 
 
 @dataclass(frozen=True)

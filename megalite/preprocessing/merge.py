@@ -10,7 +10,7 @@ from pathlib import Path
 from megalite.data.indexed import IndexedReader, IndexedWriter
 from megalite.data.sidecar import Sidecar, read_sidecar, sidecar_path
 from megalite.errors import ConfigError, DataError
-from megalite.preprocessing.inputs import natural_key
+from megalite.reading.inputs import natural_key
 
 _SAME = ("tokenizer_type", "tokenizer_fingerprint", "vocab_size", "eod", "append_eod")
 

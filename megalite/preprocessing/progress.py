@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from megalite.preprocessing.run import Progress, Report
+from megalite.reading.records import left_out
 
 _TERMINAL_SECONDS = 0.2
 _LOG_SECONDS = 5.0
@@ -100,10 +101,5 @@ def summary(report: Report) -> str:
         )
         empty = sidecar.documents - sidecar.sequences
         if empty:
-            lines.append(f"  {empty:,} of the documents are empty")
-    if report.left_out:
-        lines.append(f"{report.left_out:,} records were left out:")
-        lines += [f"  {each}" for each in report.examples]
-        if report.left_out > len(report.examples):
-            lines.append("  ... (--strict makes the first one an error)")
-    return "\n".join(lines)
+            lines.append(f"  {empty:,} of the documents {'is' if empty == 1 else 'are'} empty")
+    return "\n".join([*lines, *left_out(report.left_out, report.examples)])

@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
 from megalite.data.indexed import FileSum, IndexedWriter, Written, token_dtype
 from megalite.data.sidecar import Sidecar, Source, read_sidecar, sidecar_path
 from megalite.errors import ConfigError, DataError
-from megalite.preprocessing.encode import SHOWN_BAD, Encoding, Result
-from megalite.preprocessing.inputs import STANDARD_INPUT, Input, find_inputs
+from megalite.preprocessing.encode import Encoding, Result
 from megalite.preprocessing.journal import Counts, Journal, State, identity
-from megalite.preprocessing.reading import Bad, Chunk, Place, chunks
 from megalite.preprocessing.settings import Settings, problems
 from megalite.preprocessing.workers import encode_in_order
+from megalite.reading.chunks import Chunk, Place, chunks
+from megalite.reading.inputs import STANDARD_INPUT, Input, find_inputs
+from megalite.reading.records import SHOWN_BAD, sentences
 from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.choose import open_tokenizer
 
@@ -157,7 +157,7 @@ class Job:
         return Report(
             datasets={prefix: sidecar for prefix, sidecar in sidecars.items() if sidecar},
             left_out=state.bad_count,
-            examples=self._sentences(state.bad),
+            examples=sentences(state.bad, self._inputs),
         )
 
     def _encode(
@@ -180,27 +180,25 @@ class Job:
         with closing(results):
             for chunk, result in results:
                 if settings.strict and result.bad_count:
-                    self._refuse(journal, "--strict: ", result.bad, result.bad_count)
+                    journal.remove()
+                    raise DataError([f"--strict: {s}" for s in sentences(result.bad, self._inputs)])
                 state = _add(state, writers, chunk, result)
                 journal.keep(state)
                 show(self._progress(state))
         if not _written(state, 0).documents:
-            self._refuse(journal, "the inputs hold no document", state.bad, state.bad_count)
+            journal.remove()
+            raise DataError(["the inputs hold no document", *sentences(state.bad, self._inputs)])
         return state
 
     def _chunks(self, start: Place) -> Iterator[Chunk]:
         settings = self._settings
-        return chunks(self._inputs, settings.json_keys, settings.text_documents, self._limit, start)
-
-    def _refuse(self, journal: Journal, why: str, bad: Sequence[Bad], count: int) -> NoReturn:
-        """End with an error about what is in the inputs; no dataset will come of them."""
-        journal.remove()
-        more = [f"... {count} records in all cannot be used"] if count > 1 else []
-        sentences = [why + each for each in self._sentences(bad)] if why.endswith(" ") else [why]
-        raise DataError([*sentences, *more])
-
-    def _sentences(self, bad: Sequence[Bad]) -> tuple[str, ...]:
-        return tuple(_sentence(each, self._inputs[each.input]) for each in bad)
+        try:
+            yield from chunks(
+                self._inputs, settings.json_keys, settings.text_documents, self._limit, start
+            )
+        except DataError as error:
+            (why,) = error.violations
+            raise DataError(f"{why}; when it can, the same command with --resume goes on") from None
 
     def _progress(self, state: State) -> Progress:
         return Progress(
@@ -263,12 +261,6 @@ def _add(state: State, writers: Sequence[IndexedWriter], chunk: Chunk, result: R
 
 def _written(state: State, i: int) -> Written:
     return state.written[i] or Written(0, 0, 0, "")
-
-
-def _sentence(bad: Bad, source: Input) -> str:
-    unit = "row" if source.kind == "parquet" else "line"
-    records = f"{unit} {bad.record}" if bad.count == 1 else f"its {bad.count} {unit}s"
-    return f"{source.path}: {records} {bad.why}"
 
 
 def _to_disk(path: Path) -> None:

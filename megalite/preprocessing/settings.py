@@ -8,13 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalite.field_values import suggest
-from megalite.preprocessing.inputs import STANDARD_INPUT, Input
-from megalite.preprocessing.reading import TEXT_DOCUMENTS
+from megalite.preprocessing.reading_flags import DEFAULT_MAX_DOCUMENT_MB, reading_problems
+from megalite.reading.chunks import TEXT_DOCUMENTS
+from megalite.reading.inputs import STANDARD_INPUT, Input
 from megalite.tokenizer.settings import TokenizerSettings
-
-DEFAULT_MAX_DOCUMENT_MB = 8
-"""SentencePiece's BPE takes some 40 bytes for a byte of text: a worker that encodes a document of
-16 MiB had a peak of 949 MB, of 8 MiB 494 MB; with tiktoken or bytes it is a third of that."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,7 @@ def problems(settings: Settings, inputs: list[Input]) -> Iterator[str]:
         yield "--input is missing"
     if settings.workers < 1:
         yield f"--workers {settings.workers}: at least 1 process has to encode"
-    if settings.max_document_mb < 1 or settings.max_document_mb > 1024:
-        yield f"--max-document-mb {settings.max_document_mb}: from 1 to 1024"
+    yield from reading_problems(settings.max_document_mb)
     if settings.log_interval < 0:
         yield f"--log-interval {settings.log_interval}: a number of documents is 0 or more"
     if settings.text_documents not in TEXT_DOCUMENTS:

@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 
 from megalite.errors import DataError
 from megalite.preprocessing.encode import Encoding, Result, encode_chunk
-from megalite.preprocessing.reading import Chunk
+from megalite.reading.chunks import Chunk
 
 _CHUNKS_PER_WORKER = 4
 """On their way at once, so that a slow one does not make the other workers wait. It bounds the

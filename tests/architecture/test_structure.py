@@ -22,7 +22,7 @@ LAYERS = [
     {"effects", "preprocessing"},
     {"data", "models", "cli"},
     {"layers", "config_file"},
-    {"parallel", "megalite_kernels", "field_values", "alternatives"},
+    {"parallel", "megalite_kernels", "field_values", "alternatives", "reading"},
     {"presets", "megatron_flags", "config", "config_data", "config_model", "batch_sizes"}
     | {"option", "tokenizer", "errors"},
 ]
@@ -76,6 +76,7 @@ NO_TORCH = [
     "megalite.pretrain",
     "megalite.option",
     "megalite.program",
+    "megalite.reading.records",
     "megalite.report",
     "megalite.tokenizer.bpe",
     "megalite.tokenizer.byte",

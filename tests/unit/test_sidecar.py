@@ -212,6 +212,14 @@ def test_flags() -> None:
         "--workers 1.5: expected a whole number",
         "unknown flag --strick; did you mean --strict?",
     ]
+    more = (Flag("--share", "Of it.", 0.5), Flag("--digits", "Each.", True))
+    given = read_flags(
+        ["--share", "0.25", "--no-digits"], more, prog="x", description="", refused={}
+    )
+    assert given == ({"share": 0.25, "digits": False}, [])
+    assert read_flags([], more, prog="x", description="")[0] == {"share": 0.5, "digits": True}
+    wrong = read_flags(["--share", "x"], more, prog="x", description="")
+    assert wrong[1] == ["--share x: expected a number"]
     assert read("--workers", "1", "2")[1] == ["--workers takes one value; 2 is left over"]
 
 

@@ -3,6 +3,7 @@ is told at once and leaves no file."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -29,7 +30,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(*flags: str | Path) -> int:
-    return tool.main([str(flag) for flag in flags])
+    """The tool's exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_tokenizer.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as ended:
+            tool.end(tool.main)
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -105,17 +112,19 @@ BAD_FLAGS = {
     "--user-symbols a a": "--user-symbols 'a' must be there once",
     "--user-symbols <s>": "--user-symbols '<s>' must be there once",
     "--input missing.txt": "--input missing.txt: there is no such file",
-    "--input a.csv": "--input a.csv: expected a .txt or .jsonl file",
-    "--input folder.txt": "--input folder.txt: there is no such file",
+    "--input a.csv": "--input a.csv: there is no such file",
+    "--input there.model": "--input there.model: there.model is no .jsonl, .json, .txt or ",
+    "--input folder.txt": "--input folder.txt: the folder holds no .jsonl, .json, .txt or ",
+    "--type wordpiece": "--type wordpiece is unknown; there are bpe, unigram",
+    "--character-coverage all": "--character-coverage all: expected a number",
+    "--max-document-mb 0": "--max-document-mb 0: from 1 to 1024",
     "--output x.bin": "--output x.bin: the name must end with .model",
     "--output there.model": "--output there.model exists; choose another name or remove it",
     "--output nowhere/x.model": "--output nowhere/x.model: there is no such folder",
     "--vocab-size 100000": "--vocab-size 100000 is more than this text gives: the most is ",
     "--vocab-size 20": "--vocab-size 20 has no room for the characters, bytes and symbols alone: ",
-    "--input empty.txt": "--input empty.txt holds no text",
-    "--input bad.jsonl": "bad.jsonl: line 2 is not JSON",
-    "--input bad.jsonl --json-key body": "bad.jsonl: line 1 has no field 'body'",
-    "--input number.jsonl": "number.jsonl: line 1: 'text' is not a string",
+    "--input empty.txt": "the inputs hold no text",
+    "--input bad.jsonl --strict": "--strict: bad.jsonl: line 2 is not JSON",
 }
 
 
@@ -132,7 +141,6 @@ def test_bad_input(
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "there.model").write_text("kept")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{\n')
-    (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
     before = sorted(tmp_path.iterdir())
     defaults = ("--input", corpus / "a.txt", "--output", "x.model", "--vocab-size", "500")
     assert train(*defaults, *flags.split()) == 2
@@ -145,9 +153,52 @@ def test_bad_input(
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--input", "a.gz", "b.txt", "--output", "x", "--vocab-size", "0")
+    flags = ("--input", "a.gz", "b.txt", "--output", "x", "--vocab-size", "0", "--vocab", "9")
     assert train(*flags, "--character-coverage", "0", "--user-symbols", "") == 2
-    assert capsys.readouterr().err.startswith("megalite: 6 problems:\n")
+    assert capsys.readouterr().err.startswith("megalite: 7 problems:\n")
+    assert train() == 2
+    assert capsys.readouterr().err == (
+        "megalite: 2 problems:\n  - --input is missing\n  - --output is missing\n"
+    )
+
+
+def test_every_input_of_preprocessing_gives_the_same_model(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packed, in a folder, and with records that cannot be used."""
+    lines = (corpus / "a.jsonl").read_bytes()
+    (tmp_path / "plain.jsonl").write_bytes(lines)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.jsonl").write_bytes(b'{"body": "zz"}\n\xff\n' + lines)
+    models = []
+    for name in ("plain.jsonl", "packed.jsonl.gz", "folder"):
+        path = tmp_path / f"{name}.model"
+        assert train("--input", tmp_path / name, "--output", path, "--vocab-size", 500) == 0
+        models.append(path.read_bytes())
+    assert models[0] == models[1] == models[2]
+    *others, last = capsys.readouterr().out.split("next: ")[:3]
+    assert not [each for each in others if "left out" in each]
+    assert last.endswith(
+        "\n2 records were left out:\n"
+        f"  {tmp_path}/folder/x.jsonl: line 1 has no key 'text'\n"
+        f"  {tmp_path}/folder/x.jsonl: line 2 is not UTF-8: byte 0xff at 0\n"
+    )
+
+
+def test_five_records_of_many_are_shown(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jsonl").write_text("{\n" * 7)
+    flags = ("--input", corpus / "a.txt", tmp_path / "bad.jsonl", "--vocab-size", 500)
+    assert train(*flags, "--output", tmp_path / "x.model") == 0
+    printed = capsys.readouterr().out
+    assert "\n7 records were left out:\n" in printed
+    assert [f"line {i} is not JSON" in printed for i in (1, 5, 6)] == [True, True, False]
+    assert train("--input", tmp_path / "bad.jsonl", "--output", tmp_path / "y.model") == 2
+    message = capsys.readouterr().err
+    assert message.startswith("megalite: 6 problems:\n  - the inputs hold no text\n  - ")
+    assert "bad.jsonl: line 1 is not JSON" in message
 
 
 def test_a_disk_that_is_full(

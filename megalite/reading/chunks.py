@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megalite.errors import DataError
-from megalite.preprocessing.inputs import Input
-from megalite.preprocessing.streams import ByteStream, DamagedError
+from megalite.reading.inputs import Input
+from megalite.reading.streams import ByteStream, DamagedError
 
 CHUNK_BYTES = 1 << 20
 TEXT_DOCUMENTS = ("file", "line", "blank-line")
@@ -148,16 +148,13 @@ def _steps(
 ) -> Iterator[_Step]:
     try:
         if source.kind == "parquet":
-            from megalite.preprocessing.parquet import rows
+            from megalite.reading.parquet import rows
 
             yield from rows(source, start, keys, limit)
         else:
             yield from _stream_steps(source, start, text_documents, limit)
     except OSError as error:
-        raise DataError(
-            f"{source.path} cannot be read: {error.strerror or error}; when it can, the same "
-            "command with --resume goes on"
-        ) from None
+        raise DataError(f"{source.path} cannot be read: {error.strerror or error}") from None
 
 
 def _stream_steps(source: Input, start: Place, text_documents: str, limit: int) -> Iterator[_Step]:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from megalite.preprocessing import encode, reading, streams
 from megalite.preprocessing.encode import Encoding, encode_chunk
-from megalite.preprocessing.inputs import find_inputs, natural_key
-from megalite.preprocessing.reading import Chunk, Place, chunks
+from megalite.reading import chunks as chunks_module
+from megalite.reading import records, streams
+from megalite.reading.chunks import Chunk, Place, chunks
+from megalite.reading.inputs import find_inputs, natural_key
 from megalite.tokenizer.settings import TokenizerSettings
 
 LIMIT = 1 << 20
@@ -75,7 +76,7 @@ def texts_of(*given: Path | str, **options: object) -> list[str]:
 @pytest.fixture
 def _tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and blocks of 7 bytes: every boundary falls everywhere."""
-    monkeypatch.setattr(reading, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", 7)
     monkeypatch.setattr(streams, "_FEED_BYTES", 3)
 
 
@@ -262,7 +263,7 @@ def test_a_record_is_good_only_with_all_its_keys(tmp_path: Path) -> None:
 def test_the_limit_is_the_same_wherever_blocks_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, end: bytes, block: int
 ) -> None:
-    monkeypatch.setattr(reading, "CHUNK_BYTES", block)
+    monkeypatch.setattr(chunks_module, "CHUNK_BYTES", block)
     line = b'{"text": "' + b"x" * (size - 12) + b'"}'
     first = b'{"text": "a"}\n\n'
     last = b'{"text": "b"}' if end else b""
@@ -423,7 +424,7 @@ def test_packages_that_are_missing_are_named(
 ) -> None:
     (tmp_path / "a.txt.zst").touch()
     (tmp_path / "a.parquet").touch()
-    monkeypatch.setattr("megalite.preprocessing.inputs.find_spec", lambda name: None)
+    monkeypatch.setattr("megalite.reading.inputs.find_spec", lambda name: None)
     assert sorted(missing(str(tmp_path))) == [
         "--input: parquet files need the package pyarrow: pip install 'megalite[data]'",
         "--input: zstd files need the package zstandard: pip install 'megalite[data]'",
@@ -435,5 +436,5 @@ def test_five_records_are_described(tmp_path: Path) -> None:
     (chunk,) = all_chunks(tmp_path / "a.jsonl")
     result = encode_chunk(encoding(), chunk)
     assert [bad.record for bad in result.bad] == [1, 2, 3, 4, 5]
-    assert encode.SHOWN_BAD == 5
+    assert records.SHOWN_BAD == 5
     assert result.bad_count == 20

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import pyarrow
 import pyarrow.parquet
 
-from megalite.preprocessing.inputs import Input
-from megalite.preprocessing.reading import CHUNK_BYTES, Bad, Place, Rows, too_long
+from megalite.reading.chunks import CHUNK_BYTES, Bad, Place, Rows, too_long
+from megalite.reading.inputs import Input
 
 Row = tuple[bytes | None, ...]
 

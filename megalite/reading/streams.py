@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable
 from typing import BinaryIO, Protocol
 
-from megalite.preprocessing.inputs import STANDARD_INPUT, Input
+from megalite.reading.inputs import STANDARD_INPUT, Input
 
 _FEED_BYTES = 1 << 10
 """Packed bytes that are unpacked at a time. Whatever they hold (at most some 32 MB with zstd, 1 MB

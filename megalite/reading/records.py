@@ -1,0 +1,140 @@
+"""Records of a chunk as texts, and sentences about those that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+from megalite.reading.chunks import Bad, Chunk, Lines, Rows, too_long
+from megalite.reading.inputs import Input
+
+SHOWN_BAD = 5
+"""How many of the records that are left out are described."""
+
+
+def texts(
+    chunk: Chunk, keys: tuple[str, ...], limit: int
+) -> tuple[list[tuple[str, ...]], list[Bad]]:
+    """Every good record of a chunk, and those that are left out, both in order.
+
+    A record is good if each key has a text in it; so the documents of all keys stay side by side.
+
+    Args:
+        chunk: of records.
+        keys: the fields wanted of each record.
+        limit: longest record [bytes].
+
+    Returns:
+        Of each good record the text of each key; any of them can be encoded as UTF-8.
+    """
+    good: list[tuple[str, ...]] = []
+    bad = list(chunk.bad)
+    for part in chunk.parts:
+        for number, record in _records(part):
+            try:
+                good.append(_fields(part, record, keys, limit))
+            except _UnfitError as error:
+                bad.append(Bad(part.input, number, str(error)))
+    return good, sorted(bad)
+
+
+def sentences(bad: Sequence[Bad], inputs: Sequence[Input]) -> tuple[str, ...]:
+    """Which records they are, and why they are left out; of the first `SHOWN_BAD`."""
+    return tuple(_sentence(each, inputs[each.input]) for each in bad[:SHOWN_BAD])
+
+
+def _sentence(bad: Bad, source: Input) -> str:
+    unit = "row" if source.kind == "parquet" else "line"
+    records = f"{unit} {bad.record}" if bad.count == 1 else f"its {bad.count} {unit}s"
+    return f"{source.path}: {records} {bad.why}"
+
+
+def left_out(count: int, examples: Sequence[str]) -> list[str]:
+    """Lines about the records that were left out; none if there were none.
+
+    Args:
+        count: of all of them.
+        examples: sentences about the first.
+    """
+    if not count:
+        return []
+    were = "record was" if count == 1 else "records were"
+    more = ["  ... (--strict makes the first one an error)"] if count > len(examples) else []
+    return [f"{count:,} {were} left out:", *(f"  {each}" for each in examples), *more]
+
+
+class _UnfitError(Exception):
+    """A record cannot be used; the message says why."""
+
+
+_Record = bytes | tuple[bytes | None, ...]
+
+
+def _records(part: Lines | Rows) -> Iterator[tuple[int, _Record]]:
+    """Records of a part with their numbers; blank lines are none."""
+    if isinstance(part, Rows):
+        yield from enumerate(part.content, part.first)
+        return
+    ends = re.finditer(rb"\n(?:\r?\n)+" if part.form == "blank-line" else rb"\n", part.content)
+    number, start = part.first, 0
+    for begin, end in chain((end.span() for end in ends), [(len(part.content),) * 2]):
+        record = part.content[start:begin]
+        text = record.strip(b"\r\n")
+        if text and not text.isspace():
+            yield number + record[: record.index(text)].count(b"\n"), text
+        number += part.content.count(b"\n", start, end)
+        start = end
+
+
+def _fields(
+    part: Lines | Rows, record: _Record, keys: tuple[str, ...], limit: int
+) -> tuple[str, ...]:
+    """The text of each key."""
+    if isinstance(part, Rows):
+        assert isinstance(record, tuple)
+        if None in record:
+            raise _UnfitError(f"has no text in column {keys[record.index(None)]!r}")
+        return tuple(_text(field) for field in record if field is not None)
+    assert isinstance(record, bytes)
+    if len(record) > limit:
+        raise _UnfitError(too_long(limit))
+    text = _text(record)
+    return _json_fields(text, keys) if part.form == "json" else (text,)
+
+
+def _text(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        wrong = content[error.start]
+        raise _UnfitError(f"is not UTF-8: byte 0x{wrong:02x} at {error.start}") from None
+
+
+def _json_fields(line: str, keys: tuple[str, ...]) -> tuple[str, ...]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _UnfitError(f"is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise _UnfitError(f"is no JSON object but {_json_type(record)}")
+    for key in keys:
+        if key not in record:
+            raise _UnfitError(f"has no key {key!r}")
+        if not isinstance(record[key], str):
+            raise _UnfitError(f"has in key {key!r} {_json_type(record[key])}, not a string")
+    fields = tuple(record[key] for key in keys)
+    try:
+        for field in fields:
+            field.encode()
+    except UnicodeEncodeError:
+        raise _UnfitError("holds half of a surrogate pair") from None
+    return fields
+
+
+def _json_type(value: object) -> str:
+    if isinstance(value, bool | None):
+        return json.dumps(value)
+    names = ((dict, "an object"), (list, "an array"), (str, "a string"))
+    return next((name for kind, name in names if isinstance(value, kind)), "a number")
