@@ -14,8 +14,8 @@ class DataConfig(TokenizerSettings):
 
     data: tuple[str, ...] = option(
         (),
-        "A .txt or .jsonl file, or a .bin/.idx prefix; or many of them, each with a weight before "
-        "it or none. Default: this Python's standard library.",
+        "A .txt, .jsonl (also .gz, .zst) or .parquet file, or a .bin/.idx prefix; or many of them, "
+        "each with a weight before it or none. Default: this Python's standard library.",
         metavar="[W] PATH",
     )
     train_data_path: tuple[str, ...] = option(

@@ -27,6 +27,9 @@ from megalite.data.indexed import IndexedReader, IndexedWriter, token_dtype
 from megalite.data.sidecar import read_sidecar, tokenizer_problem
 from megalite.data.source import Source, find_source
 from megalite.errors import DataError
+from megalite.reading.chunks import Place, chunks
+from megalite.reading.inputs import input_of
+from megalite.reading.records import sentences, texts
 from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.byte import ByteTokenizer
 
@@ -39,10 +42,17 @@ SEQUENCE_BYTES = range(256, 4096)
 WANTED_SEQUENCES = 64
 """A text file is one document, cut into so many sequences, or more if they would be longer than
 that; at line ends where there are any. So a split by sequences (Megatron's unit) can cut inside.
-Other tokenizers than that of bytes see the text uncut, and their tokens are cut."""
+Other tokenizers than that of bytes see the text uncut, and their tokens are cut. That, and that any
+bytes are a text, is why preprocessing's reading of text files does not serve here."""
 
 PART_BYTES = 16 << 20
 """A longer text file is tokenized in parts, cut at a line end: the memory it takes has a bound."""
+
+MOST_RECORD_BYTES = 1 << 30
+"""Of a line of JSON, or of a row: a file without line ends is not read into memory whole."""
+
+_KEYS = ("text",)
+"""The field of a record that is read."""
 
 _SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"}
@@ -279,7 +289,7 @@ def _sequences(source: Source, lengths: range | None) -> Iterator[tuple[bytes, b
     """
     read: dict[str, Callable[[Path], Iterator[tuple[bytes, bool]]]] = {
         "stdlib": _stdlib_sequences,
-        "jsonl": _jsonl_sequences,
+        "records": _record_sequences,
         "text": partial(_text_sequences, lengths=lengths or range(PART_BYTES, PART_BYTES)),
     }
     sequences = read[source.kind](source.path)
@@ -337,19 +347,16 @@ def _about(size: int, file: BufferedReader) -> bytes:
     return b"".join(parts)
 
 
-def _jsonl_sequences(path: Path) -> Iterator[tuple[bytes, bool]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}: line {number} is not JSON: {error}") from None
-            except (KeyError, TypeError, IndexError):
-                raise DataError(f"{path}: line {number} has no field 'text'") from None
-            if not isinstance(text, str):
-                raise DataError(f"{path}: line {number}: 'text' is not a string")
+def _record_sequences(path: Path) -> Iterator[tuple[bytes, bool]]:
+    source = (input_of(str(path)),)
+    for chunk in chunks(source, _KEYS, "file", MOST_RECORD_BYTES, Place()):
+        good, bad = texts(chunk, _KEYS, MOST_RECORD_BYTES, keep_surrogates=True)
+        if bad:
+            *others, last = sentences(bad, source)
+            raise DataError(
+                [*others, f"{last}; tools/preprocess_data.py leaves out what cannot be used"]
+            )
+        for (text,) in good:
             yield text.encode("utf-8", "surrogatepass"), True
 
 

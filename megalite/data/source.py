@@ -11,21 +11,10 @@ from math import isfinite
 from pathlib import Path
 
 from megalite.config_data import DataConfig
+from megalite.reading.inputs import kind_of, missing_packages
 
 _NOT_TEXT = frozenset(
-    {
-        ".gz",
-        ".zst",
-        ".xz",
-        ".bz2",
-        ".zip",
-        ".tar",
-        ".parquet",
-        ".arrow",
-        ".npy",
-        ".pt",
-        ".safetensors",
-    }
+    {".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".arrow", ".npy", ".pt", ".safetensors"}
 )
 
 
@@ -34,7 +23,8 @@ class Source:
     """Where tokens come from.
 
     Attributes:
-        kind: "stdlib" (the embedded default), "text", "jsonl", "indexed" or "mock".
+        kind: "stdlib" (the embedded default), "text", "records" (JSON Lines, packed or not, or
+            parquet), "indexed" or "mock".
         path: the file, the folder of the standard library, or the prefix of .bin/.idx.
     """
 
@@ -95,9 +85,8 @@ def find_source(data: DataConfig) -> Source:
         return Source("indexed", path.with_suffix(""))
     if _exists(_index_of(path)) or (_exists(_tokens_of(path)) and not _exists(path)):
         return Source("indexed", path)
-    if path.suffix in (".jsonl", ".json"):
-        return Source("jsonl", path)
-    return Source("text", path)
+    is_records = kind_of(path.name)[0] in ("json", "parquet")
+    return Source("records" if is_records else "text", path)
 
 
 def token_texts_known(data: DataConfig) -> bool:
@@ -110,7 +99,7 @@ def token_texts_known(data: DataConfig) -> bool:
 def is_text(data: DataConfig) -> bool:
     """Whether everything that is read is text, tokenized here."""
     return all(
-        find_source(ingredient.data).kind in ("stdlib", "text", "jsonl")
+        find_source(ingredient.data).kind in ("stdlib", "text", "records")
         for ingredient in (*train_ingredients(data), *valid_ingredients(data))
     )
 
@@ -152,10 +141,14 @@ def _ingredient_problems(flag: str, data: DataConfig) -> list[str]:
     files: list[Path] = []
     if source.kind == "indexed":
         files = [_tokens_of(source.path), _index_of(source.path)]
-    elif source.path.suffix in _NOT_TEXT:
+    elif source.kind == "text" and source.path.suffix in _NOT_TEXT:
         return [f"{given} is not text: unpack it to a .txt or .jsonl file"]
-    elif source.kind in ("text", "jsonl"):
+    elif source.kind in ("text", "records"):
         files = [source.path]
+    if source.kind == "records":
+        missing = missing_packages(*kind_of(source.path.name))
+        if missing:
+            return [f"{given}: {need}" for need in missing]
     return [problem for file in files if (problem := _file_problem(file, given))]
 
 
@@ -198,13 +191,17 @@ def _file_problem(file: Path, given: str) -> str | None:
     return None
 
 
+def _is_data(path: Path) -> bool:
+    kind, compression = kind_of(path.name)
+    return path.suffix == ".idx" or (bool(kind) and not (kind == "text" and compression))
+
+
 def _near(file: Path) -> str:
     """Names of data files beside the missing one."""
     if not file.parent.is_dir():
         return f" (nor a folder {file.parent})"
-    suffixes = (".txt", ".jsonl", ".idx")
     try:
-        names = sorted(p.name for p in file.parent.iterdir() if p.suffix in suffixes)[:4]
+        names = sorted(path.name for path in file.parent.iterdir() if _is_data(path))[:4]
     except OSError:  # a folder that may be entered but not listed
         return ""
     return f"; beside it: {', '.join(names)}" if names else ""

@@ -68,7 +68,7 @@ def find_inputs(given: Sequence[str]) -> tuple[list[Input], list[str]]:
             continue
         for path in _paths(argument, problems):
             try:
-                found.append(_input(path))
+                found.append(input_of(path))
             except ValueError as error:
                 problems.append(f"--input {argument}: {error}")
     seen: set[str] = set()
@@ -77,13 +77,18 @@ def find_inputs(given: Sequence[str]) -> tuple[list[Input], list[str]]:
         if real in seen:
             problems.append(f"--input: {each.path} is named twice")
         seen.add(real)
-    for need in {each.compression for each in found} | {each.kind for each in found}:
-        package = _PACKAGES.get(need)
-        if package and not find_spec(package):
-            problems.append(
-                f"--input: {need} files need the package {package}: pip install 'megalite[data]'"
-            )
-    return found, problems
+    needs = {need for each in found for need in missing_packages(each.kind, each.compression)}
+    return found, problems + [f"--input: {need}" for need in sorted(needs)]
+
+
+def missing_packages(kind: str, compression: str) -> list[str]:
+    """Sentences about packages that such a file needs and that are not installed."""
+    needs = {need: _PACKAGES[need] for need in (kind, compression) if need in _PACKAGES}
+    return [
+        f"{need} files need the package {package}: pip install 'megalite[data]'"
+        for need, package in needs.items()
+        if not find_spec(package)
+    ]
 
 
 def _paths(argument: str, problems: list[str]) -> list[str]:
@@ -107,12 +112,12 @@ def _below(folder: str) -> Iterator[str]:
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if _kind(name)[0] and not name.startswith("."):
+            if kind_of(name)[0] and not name.startswith("."):
                 yield os.path.join(place, name)
 
 
-def _kind(name: str) -> tuple[str, str]:
-    """What a file of this name holds and how it is packed; "" if that is not known."""
+def kind_of(name: str) -> tuple[str, str]:
+    """What a file of this name holds and how it is packed, as in `Input`; "" if not known."""
     stem, suffix = os.path.splitext(name)
     compression = COMPRESSIONS.get(suffix, "")
     if compression:
@@ -121,8 +126,13 @@ def _kind(name: str) -> tuple[str, str]:
     return ("", "") if compression and kind == "parquet" else (kind, compression)
 
 
-def _input(path: str) -> Input:
-    kind, compression = _kind(path)
+def input_of(path: str) -> Input:
+    """The input of a name.
+
+    Raises:
+        ValueError: its name says nothing that is known, or it cannot be read.
+    """
+    kind, compression = kind_of(path)
     if not kind:
         raise ValueError(f"{path} is no {_known()}")
     try:
@@ -142,7 +152,7 @@ def _known() -> str:
 def _near(path: Path) -> str:
     """Names of readable files beside the missing one."""
     try:
-        names = [each.name for each in path.parent.iterdir() if _kind(each.name)[0]]
+        names = [each.name for each in path.parent.iterdir() if kind_of(each.name)[0]]
     except OSError:
         return f" (nor a folder {path.parent})"
     names = sorted(names, key=natural_key)[:4]

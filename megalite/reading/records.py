@@ -15,7 +15,7 @@ SHOWN_BAD = 5
 
 
 def texts(
-    chunk: Chunk, keys: tuple[str, ...], limit: int
+    chunk: Chunk, keys: tuple[str, ...], limit: int, *, keep_surrogates: bool = False
 ) -> tuple[list[tuple[str, ...]], list[Bad]]:
     """Every good record of a chunk, and those that are left out, both in order.
 
@@ -25,16 +25,21 @@ def texts(
         chunk: of records.
         keys: the fields wanted of each record.
         limit: longest record [bytes].
+        keep_surrogates: halves of surrogate pairs (only JSON can write them) stay in a text, which
+            then cannot be encoded as UTF-8; else such a record is left out.
 
     Returns:
-        Of each good record the text of each key; any of them can be encoded as UTF-8.
+        Of each good record the text of each key.
     """
     good: list[tuple[str, ...]] = []
     bad = list(chunk.bad)
     for part in chunk.parts:
         for number, record in _records(part):
             try:
-                good.append(_fields(part, record, keys, limit))
+                fields = _fields(part, record, keys, limit)
+                if not keep_surrogates:
+                    _check_unicode(fields)
+                good.append(fields)
             except _UnfitError as error:
                 bad.append(Bad(part.input, number, str(error)))
     return good, sorted(bad)
@@ -124,13 +129,15 @@ def _json_fields(line: str, keys: tuple[str, ...]) -> tuple[str, ...]:
             raise _UnfitError(f"has no key {key!r}")
         if not isinstance(record[key], str):
             raise _UnfitError(f"has in key {key!r} {_json_type(record[key])}, not a string")
-    fields = tuple(record[key] for key in keys)
+    return tuple(record[key] for key in keys)
+
+
+def _check_unicode(fields: tuple[str, ...]) -> None:
     try:
         for field in fields:
             field.encode()
     except UnicodeEncodeError:
         raise _UnfitError("holds half of a surrogate pair") from None
-    return fields
 
 
 def _json_type(value: object) -> str:

@@ -4,6 +4,7 @@ is wrong with a text or a cache is named; the entropies are those of the tokens.
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import math
 import os
@@ -157,15 +158,15 @@ def test_an_empty_text_is_a_document_without_tokens(prepare: Callable[..., Corpu
         ("text", "is not JSON"),
         ('{"text": "x"} {}', "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        (b'{"text": "\xff"}', "is not JSON"),
-        ('{"content": "x"}', "has no field 'text'"),
-        ("[]", "has no field 'text'"),
-        ('"text"', "has no field 'text'"),
-        ("3", "has no field 'text'"),
-        ("null", "has no field 'text'"),
-        ('{"text": 3}', "'text' is not a string"),
-        ('{"text": null}', "'text' is not a string"),
-        ('{"text": ["x"]}', "'text' is not a string"),
+        (b'{"text": "\xff"}', "is not UTF-8: byte 0xff at 10"),
+        ('{"content": "x"}', "has no key 'text'"),
+        ("[]", "is no JSON object but an array"),
+        ('"text"', "is no JSON object but a string"),
+        ("3", "is no JSON object but a number"),
+        ("null", "is no JSON object but null"),
+        ('{"text": 3}', "has in key 'text' a number, not a string"),
+        ('{"text": null}', "has in key 'text' null, not a string"),
+        ('{"text": ["x"]}', "has in key 'text' an array, not a string"),
     ],
     ids=lambda value: repr(value)[:20],
 )
@@ -178,8 +179,39 @@ def test_a_bad_line_is_named_by_its_number(
     (found,) = caught.value.violations
     assert found.startswith(f"{tmp_path}/a.jsonl: line 3")
     assert sentence in found
+    assert found.endswith("; tools/preprocess_data.py leaves out what cannot be used")
     left = {path.suffix for path in (tmp_path / "cache" / "deep").iterdir()}
     assert left <= {".lock"}, "no half of a corpus stays behind"
+
+
+def test_packed_records_and_parquet_are_the_same_corpus(
+    prepare: Callable[..., Corpus], tmp_path: Path
+) -> None:
+    pyarrow, zstandard = pytest.importorskip("pyarrow"), pytest.importorskip("zstandard")
+    import pyarrow.parquet as parquet
+
+    texts = ["plain", "", "Ünïcode 中文 😀", "two\nlines", "x" * 100_000]
+    lines = jsonl(*texts).encode()
+    parquet.write_table(pyarrow.table({"id": range(5), "text": texts}), tmp_path / "a.parquet")
+    want = prepare(lines, "a.jsonl")
+    for name, content in {
+        "a.json.gz": gzip.compress(lines),
+        "a.jsonl.zst": zstandard.compress(lines),
+        "a.parquet": None,
+    }.items():
+        found = prepare(content, name)
+        assert documents(found) == documents(want)
+        assert (found.fingerprint, found.text_bytes) == (want.fingerprint, want.text_bytes)
+
+
+def test_all_bad_records_near_each_other_are_told(
+    prepare: Callable[..., Corpus], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError) as caught:
+        prepare("{\n" * 3, "a.jsonl")
+    assert [each.split(" is ")[0] for each in caught.value.violations] == [
+        f"{tmp_path}/a.jsonl: line {i}" for i in (1, 2, 3)
+    ]
 
 
 @pytest.mark.parametrize(

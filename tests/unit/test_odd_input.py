@@ -25,11 +25,20 @@ def test_an_empty_variable_is_no_corpus() -> None:
     assert word_violations("--name=") == ["--name is given an empty value"]
 
 
-@pytest.mark.parametrize("name", ["corpus.parquet", "corpus.jsonl.gz", "corpus.txt.zst"])
+@pytest.mark.parametrize("name", ["corpus.arrow", "corpus.tar.gz", "corpus.txt.zst"])
 def test_files_that_are_no_text(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"PAR1")
     (sentence,) = violations("--data", str(tmp_path / name))
     assert sentence.endswith("is not text: unpack it to a .txt or .jsonl file")
+
+
+def test_files_that_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megalite.reading.inputs.find_spec", lambda name: None)
+    for name, need in (("a.jsonl.zst", "zstd files need the package zstandard"),
+                       ("a.parquet", "parquet files need the package pyarrow")):  # fmt: skip
+        (tmp_path / name).write_bytes(b"x")
+        (sentence,) = violations("--data", str(tmp_path / name))
+        assert sentence == f"--data {tmp_path}/{name}: {need}: pip install 'megalite[data]'"
 
 
 def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
