@@ -25,7 +25,7 @@ _FORMAT = "megalite dataset 1"
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceFile:
     """A file that a dataset was made from, and its size [bytes]."""
 
     path: str
@@ -48,6 +48,8 @@ class Sidecar:
         left_out: records of the sources that could not be used.
         bin, idx: size and checksum of the two files.
         sources: the files that the text came from.
+        unigram_nats, bigram_nats: entropy of a token, and of a token given the one before [nats];
+            0 if unknown: only what `--data` tokenizes is counted.
     """
 
     tokenizer_type: str
@@ -63,7 +65,9 @@ class Sidecar:
     left_out: int
     bin: FileSum
     idx: FileSum
-    sources: tuple[Source, ...]
+    sources: tuple[SourceFile, ...]
+    unigram_nats: float = 0.0
+    bigram_nats: float = 0.0
 
     @property
     def content(self) -> str:
@@ -117,15 +121,17 @@ def read_sidecar(prefix: Path | str) -> Sidecar | None:
 
 def _sidecar(content: Mapping[str, Any]) -> Sidecar:
     wanted = {field.name: field.type for field in fields(Sidecar)}
+    # Sidecars of before these were added are still read.
+    content = {"unigram_nats": 0.0, "bigram_nats": 0.0} | dict(content)
+    types = {"int": int, "str": str, "bool": bool, "float": float}
     for name, kind in wanted.items():
-        types = {"int": int, "str": str, "bool": bool}
         if kind in types and type(content[name]) is not types[kind]:
             raise TypeError(f"{name} is {content[name]!r}")
     return Sidecar(
         **{name: content[name] for name in wanted if name not in ("bin", "idx", "sources")},
         bin=FileSum(**content["bin"]),
         idx=FileSum(**content["idx"]),
-        sources=tuple(Source(**each) for each in content["sources"]),
+        sources=tuple(SourceFile(**each) for each in content["sources"]),
     )
 
 

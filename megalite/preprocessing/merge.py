@@ -109,12 +109,15 @@ def _differences(prefixes: Sequence[Path], sidecars: Sequence[Sidecar | None]) -
 def _sum(sidecars: Sequence[Sidecar]) -> Sidecar:
     """All that adds up; the rest is that of the first."""
     numbers = ("documents", "sequences", "tokens", "text_bytes", "left_out")
-    assert {*numbers, "max_token", "sources", "bin", "idx", *_SAME} == {
+    unknown = ("unigram_nats", "bigram_nats")  # they do not add up
+    assert {*numbers, *unknown, "max_token", "sources", "bin", "idx", *_SAME} == {
         field.name for field in fields(Sidecar)
     }
     return replace(
         sidecars[0],
         **{name: sum(getattr(sidecar, name) for sidecar in sidecars) for name in numbers},
+        unigram_nats=0.0,
+        bigram_nats=0.0,
         max_token=max(sidecar.max_token for sidecar in sidecars),
         sources=tuple(source for sidecar in sidecars for source in sidecar.sources),
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalite.data.indexed import FileSum, IndexedWriter, Written, token_dtype
-from megalite.data.sidecar import Sidecar, Source, read_sidecar, sidecar_path
+from megalite.data.sidecar import Sidecar, SourceFile, read_sidecar, sidecar_path
 from megalite.errors import ConfigError, DataError
 from megalite.preprocessing.encode import Encoding, Result
 from megalite.preprocessing.journal import Counts, Journal, State, identity
@@ -237,7 +237,7 @@ class Job:
             left_out=left_out,
             bin=sums["bin"],
             idx=sums["idx"],
-            sources=tuple(Source(each.path, each.size) for each in self._inputs),
+            sources=tuple(SourceFile(each.path, each.size) for each in self._inputs),
         )
 
 

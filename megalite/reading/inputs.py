@@ -68,7 +68,7 @@ def find_inputs(given: Sequence[str]) -> tuple[list[Input], list[str]]:
             continue
         for path in _paths(argument, problems):
             try:
-                found.append(input_of(path))
+                found.append(_input(path))
             except ValueError as error:
                 problems.append(f"--input {argument}: {error}")
     seen: set[str] = set()
@@ -126,12 +126,7 @@ def kind_of(name: str) -> tuple[str, str]:
     return ("", "") if compression and kind == "parquet" else (kind, compression)
 
 
-def input_of(path: str) -> Input:
-    """The input of a name.
-
-    Raises:
-        ValueError: its name says nothing that is known, or it cannot be read.
-    """
+def _input(path: str) -> Input:
     kind, compression = kind_of(path)
     if not kind:
         raise ValueError(f"{path} is no {_known()}")

@@ -51,6 +51,7 @@ NO_TORCH = [
     "megalite.data.mixture",
     "megalite.data.samples",
     "megalite.data.source",
+    "megalite.data.texts",
     "megalite.data.token_store",
     "megalite.diagnosis.row",
     "megalite.doctor",

@@ -16,8 +16,10 @@ import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,12 +28,15 @@ from megalite.config import Config, resolve
 from megalite.config_data import DataConfig
 from megalite.data import corpus as corpus_module
 from megalite.data import entropy as entropy_module
-from megalite.data.corpus import STDLIB_CAP_BYTES, Corpus, prepare_corpus, stdlib_files
+from megalite.data import texts as texts_module
+from megalite.data.corpus import Corpus, prepare_corpus
 from megalite.data.indexed import IndexedReader, IndexedWriter
 from megalite.data.mixture import prepare_mixture
+from megalite.data.sidecar import Sidecar, read_sidecar
 from megalite.data.splits import open_samples
+from megalite.data.texts import STDLIB_CAP_BYTES, stdlib_files
 from megalite.errors import DataError
-from megalite.tokenizer.base import Tokenizer
+from megalite.preprocessing.inspection import open_dataset, verify
 
 EOD = 256
 
@@ -57,9 +62,9 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     done: list[Path] = []
     tokenize = corpus_module._tokenize
 
-    def record(source: corpus_module.Source, prefix: Path, tokenizer: Tokenizer) -> Corpus:
+    def record(source: corpus_module.Source, *others: Any) -> Sidecar:
         done.append(source.path)
-        return tokenize(source, prefix, tokenizer)
+        return tokenize(source, *others)
 
     monkeypatch.setattr(corpus_module, "_tokenize", record)
     return done
@@ -307,6 +312,25 @@ def test_a_damaged_cache_is_built_again(
     assert len(tokenized) == 2
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_cached_corpus_is_a_dataset_with_a_sidecar(
+    prepare: Callable[..., Corpus], tmp_path: Path, name: str
+) -> None:
+    """Tools take it for what it is, and `--data` takes its prefix."""
+    text = "a line of text\n" * 3000
+    corpus = prepare(jsonl("", text) if name == "a.jsonl" else text, name)
+    sidecar = read_sidecar(corpus.prefix)
+    assert sidecar is not None
+    assert (sidecar.tokenizer_type, sidecar.append_eod) == ("ByteTokenizer", True)
+    assert [(each.path, each.bytes) for each in sidecar.sources] == [
+        (f"{tmp_path}/{name}", (tmp_path / name).stat().st_size)
+    ]
+    assert verify(open_dataset(Path(corpus.prefix)), lambda line: None) == []
+    again = prepare_corpus(DataConfig(data=(corpus.prefix,)))
+    assert again == replace(corpus, description=corpus.prefix)
+    assert again.unigram_nats > 0
+
+
 def test_a_cache_may_be_reached_by_another_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,11 +410,11 @@ from megalite.data import corpus
 
 tokenize = corpus._tokenize
 
-def slow(source, prefix, tokenizer):
+def slow(*arguments):
     with open(sys.argv[1] + "/log", "a") as log:
         log.write("x")
     time.sleep(0.3)
-    prepared = tokenize(source, prefix, tokenizer)
+    prepared = tokenize(*arguments)
     time.sleep(0.1)
     return prepared
 
@@ -526,8 +550,8 @@ def test_a_library_without_sources_is_named(
 def test_a_library_is_cut_at_its_cap_between_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "STDLIB_CAP_BYTES", 2500)
-    monkeypatch.setattr(corpus_module, "STDLIB_LEAST_BYTES", 4000)
+    monkeypatch.setattr(texts_module, "STDLIB_CAP_BYTES", 2500)
+    monkeypatch.setattr(texts_module, "STDLIB_LEAST_BYTES", 4000)
     root = library(tmp_path / "lib", a=1000, b=1000, c=1000, d=1000)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(root)})
     corpus = prepare_corpus(DataConfig(data_cache_path=f"{tmp_path}/cache"))

@@ -14,7 +14,7 @@ import pytest
 from megalite.config_data import DataConfig
 from megalite.data.corpus import prepare_corpus
 from megalite.data.indexed import IndexedWriter
-from megalite.data.sidecar import Sidecar, Source, read_sidecar, sidecar_path
+from megalite.data.sidecar import Sidecar, SourceFile, read_sidecar, sidecar_path
 from megalite.errors import ConfigError, DataError
 from megalite.preprocessing.flags import Flag, read_flags
 from megalite.preprocessing.inspection import histogram, open_dataset, verify
@@ -35,7 +35,7 @@ def dataset(prefix: Path, tokens: list[int], dtype: str = "<u2", **other: object
         tokenizer_type="ByteTokenizer", tokenizer_fingerprint="byte-257", vocab_size=257, eod=256,
         append_eod=True, documents=1, sequences=1, tokens=len(tokens), text_bytes=len(tokens) - 1,
         max_token=max(tokens), left_out=0, bin=sums["bin"], idx=sums["idx"],
-        sources=(Source("a.jsonl", 17),),
+        sources=(SourceFile("a.jsonl", 17),),
     )  # fmt: skip
     sidecar = replace(sidecar, **other)  # type: ignore[arg-type]
     sidecar.write(sidecar_path(prefix))
@@ -50,8 +50,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read_sidecar(tmp_path / "a") is None
 
 
+def test_a_sidecar_of_before_entropies_were_kept_is_read(tmp_path: Path) -> None:
+    sidecar = dataset(tmp_path / "a", [1, 2, 256], unigram_nats=1.5)
+    path = tmp_path / "a.json"
+    old = json.loads(path.read_text())
+    assert old.pop("unigram_nats") == 1.5 and old.pop("bigram_nats") == 0.0
+    path.write_text(json.dumps(old))
+    assert read_sidecar(tmp_path / "a") == replace(sidecar, unigram_nats=0.0)
+
+
 @pytest.mark.parametrize("change", [{"max_token": "7"}, {"tokens": None}, {"bin": {"bytes": 1}},
-                                    {"append_eod": 1}, {"sources": [{"path": "a"}]}])  # fmt: skip
+                                    {"append_eod": 1}, {"unigram_nats": "1"},
+                                    {"sources": [{"path": "a"}]}])  # fmt: skip
 def test_a_damaged_sidecar_is_named(tmp_path: Path, change: dict[str, object]) -> None:
     dataset(tmp_path / "a", [1])
     path = tmp_path / "a.json"
@@ -104,13 +114,14 @@ def test_a_run_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
 
 def test_datasets_of_a_folder_stand_in_natural_order(tmp_path: Path) -> None:
     for i in (10, 9, 1):
-        dataset(tmp_path / f"part_{i}", [i])
+        dataset(tmp_path / f"part_{i}", [i], unigram_nats=1.0)
     (tmp_path / "notes.txt").touch()
     prefixes = find_datasets(tmp_path)
     assert [prefix.name for prefix in prefixes] == ["part_1", "part_9", "part_10"]
     merged = merge(prefixes, tmp_path / "all")
     assert merged is not None
     assert (merged.documents, merged.max_token, len(merged.sources)) == (3, 10, 3)
+    assert merged.unigram_nats == 0.0, "entropies do not add up"
     assert read_sidecar(tmp_path / "all") == merged
     assert verify(open_dataset(tmp_path / "all"), lambda line: None) == []
     assert open_dataset(tmp_path / "all").reader.tokens.tolist() == [1, 9, 10]

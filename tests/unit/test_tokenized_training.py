@@ -20,7 +20,7 @@ from runs import SMALL, run_in_pool
 from megalite import pretrain
 from megalite.config import Config, resolve
 from megalite.config_data import DataConfig
-from megalite.data import corpus as corpus_module
+from megalite.data import texts as texts_module
 from megalite.data.corpus import Corpus, prepare_corpus
 from megalite.data.entropy import MOST_PAIRED_TOKENS, TokenCounter
 from megalite.data.indexed import IndexedReader, IndexedWriter
@@ -118,7 +118,7 @@ def test_a_huge_text_is_tokenized_in_parts(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At line ends, or between the characters of a long line; memory holds a part at a time."""
-    monkeypatch.setattr(corpus_module, "PART_BYTES", 1000)
+    monkeypatch.setattr(texts_module, "PART_BYTES", 1000)
     tokenizer = rank_tokenizer(f"{files}/ranks.tiktoken", "llama3")
     seen: list[str] = []
 
@@ -286,6 +286,7 @@ def test_layouts_see_the_same_tokens(pool: RankPool, files: Path, tmp_path: Path
 def test_a_bin_with_its_tokenizer_shows_text(pool: RankPool, files: Path, tmp_path: Path) -> None:
     corpus = prepare(files / "a.txt", tmp_path, each(files)[0])
     words = flags(files, tmp_path, *llama(files))
+    Path(f"{corpus.prefix}.json").unlink()  # as others write datasets
     words[words.index("--data") + 1] = corpus.prefix
     del words[words.index("--data-cache-path") : words.index("--data-cache-path") + 2]
     done = run_in_pool(pool, words, 1, tmp_path / "runs")
