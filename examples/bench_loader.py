@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from megalite.config import Config, resolve
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import Loader
 from megalite.data.mixture import prepare_mixture
 from megalite.data.splits import open_samples

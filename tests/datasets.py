@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megalite.config import Config, resolve
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.mixture import prepare_mixture
 from megalite.data.samples import Samples
 from megalite.data.splits import open_samples

@@ -20,7 +20,9 @@ import numpy as np
 from megalite.config_data import DataConfig
 from megalite.data.cache import cache_folder, locked
 from megalite.data.entropy import TokenCounter
-from megalite.data.indexed import IndexedReader, IndexedWriter, token_dtype
+from megalite.data.indexed_format import token_dtype
+from megalite.data.indexed_reader import IndexedReader
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.sidecar import Sidecar, SourceFile, read_sidecar, sidecar_path, tokenizer_problem
 from megalite.data.source import Source, find_source
 from megalite.data.texts import (

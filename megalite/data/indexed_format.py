@@ -12,7 +12,8 @@
              8 S  where each sequence starts in .bin, int64 [bytes]
              8 D  document array, int64: 0, then the number of sequences so far after each document
 
-all little-endian. Source of the format: Megatron-LM, `megatron/core/datasets/indexed_dataset.py`.
+all little-endian. `indexed_reader` reads and checks it, `indexed_writer` writes it. Source of the
+format: Megatron-LM, `megatron/core/datasets/indexed_dataset.py`.
 """
 
 from __future__ import annotations

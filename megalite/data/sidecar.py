@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megalite.data.indexed import FileSum
+from megalite.data.indexed_writer import FileSum
 from megalite.errors import DataError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from megalite.data.blended_samples import BlendedSamples
 from megalite.data.cache import cache_folder
 from megalite.data.corpus import Corpus
 from megalite.data.index_cache import IndexCache
-from megalite.data.indexed import IndexedReader
+from megalite.data.indexed_reader import IndexedReader
 from megalite.data.megatron_samples import MegatronSamples
 from megalite.data.mixture import Mixture, Part
 from megalite.data.samples import DocumentSamples, MockSamples, StreamSamples

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megalite.data.indexed import IndexedReader
+from megalite.data.indexed_reader import IndexedReader
 from megalite.errors import DataError
 
 Span = tuple[int, int]

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from megalite.data.indexed import token_dtype
+from megalite.data.indexed_format import token_dtype
 from megalite.reading.chunks import Bad, Chunk
 from megalite.reading.records import SHOWN_BAD, texts
 from megalite.tokenizer.base import Tokenizer

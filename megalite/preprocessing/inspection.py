@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.indexed import FileSum, IndexedReader
 from megalite.data.indexed_format import BLOCK
+from megalite.data.indexed_reader import IndexedReader
+from megalite.data.indexed_writer import FileSum
 from megalite.data.sidecar import Sidecar, read_sidecar, tokenizer_problem
 from megalite.errors import ConfigError, DataError
 from megalite.tokenizer.base import Tokenizer

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megalite.data.indexed import Written
+from megalite.data.indexed_writer import Written
 from megalite.errors import DataError
 from megalite.preprocessing.settings import Settings
 from megalite.reading.chunks import Bad, Place

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from megalite.data.indexed import IndexedReader, IndexedWriter
+from megalite.data.indexed_reader import IndexedReader
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.sidecar import Sidecar, read_sidecar, sidecar_path
 from megalite.errors import ConfigError, DataError
 from megalite.reading.inputs import natural_key

@@ -13,7 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megalite.data.indexed import FileSum, IndexedWriter, Written, token_dtype
+from megalite.data.indexed_format import token_dtype
+from megalite.data.indexed_writer import FileSum, IndexedWriter, Written
 from megalite.data.sidecar import Sidecar, SourceFile, read_sidecar, sidecar_path
 from megalite.errors import ConfigError, DataError
 from megalite.preprocessing.encode import Encoding, Result

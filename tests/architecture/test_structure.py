@@ -44,7 +44,7 @@ NO_TORCH = [
     "megalite.data.sidecar",
     "megalite.data.corpus",
     "megalite.data.index_cache",
-    "megalite.data.indexed",
+    "megalite.data.indexed_writer",
     "megalite.data.ledger",
     "megalite.data.megatron_index",
     "megalite.data.megatron_samples",

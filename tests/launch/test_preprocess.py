@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.data.indexed import IndexedReader
+from megalite.data.indexed_reader import IndexedReader
 from megalite.data.sidecar import read_sidecar
 
 COUNT = 12_000

@@ -13,7 +13,8 @@ from commands import run, violations
 
 from megalite.config_data import DataConfig
 from megalite.data.corpus import prepare_corpus
-from megalite.data.indexed import IndexedReader, IndexedWriter
+from megalite.data.indexed_reader import IndexedReader
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.mixture import prepare_mixture
 from megalite.data.splits import open_samples
 from megalite.errors import DataError

@@ -30,7 +30,8 @@ from megalite.data import corpus as corpus_module
 from megalite.data import entropy as entropy_module
 from megalite.data import texts as texts_module
 from megalite.data.corpus import Corpus, prepare_corpus
-from megalite.data.indexed import IndexedReader, IndexedWriter
+from megalite.data.indexed_reader import IndexedReader
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.mixture import prepare_mixture
 from megalite.data.sidecar import Sidecar, read_sidecar
 from megalite.data.splits import open_samples

@@ -13,7 +13,7 @@ from datasets import data_config, open_data
 from torch import Tensor
 
 from megalite.data.documents import document_bounds, document_starts
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import Loader
 from megalite.errors import DataError
 from megalite.layers.attention import Attention

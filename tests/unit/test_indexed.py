@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.data.indexed import IndexedReader, IndexedWriter, token_dtype
+from megalite.data.indexed_format import token_dtype
+from megalite.data.indexed_reader import IndexedReader
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.errors import DataError
 
 DOCUMENTS = [[[5, 6, 7, 2]], [], [[8, 9, 2]]]

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from megalite.data import indexed_writer
-from megalite.data.indexed import FileSum, IndexedReader, IndexedWriter, Written
+from megalite.data.indexed_reader import IndexedReader
+from megalite.data.indexed_writer import FileSum, IndexedWriter, Written
 from megalite.errors import DataError
 
 Documents = list[list[list[int]]]
@@ -222,7 +223,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     code = f"""
         import numpy as np, resource, sys
         from pathlib import Path
-        from megalite.data.indexed import IndexedWriter
+        from megalite.data.indexed_writer import IndexedWriter
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
         writer = IndexedWriter(Path({str(tmp_path / "a")!r}), np.dtype("<u2"))
         try:

@@ -18,7 +18,7 @@ from datasets import data_config, open_data, write_dataset
 from megalite.config import Config
 from megalite.config_file import read_saved
 from megalite.data.__main__ import main
-from megalite.data.indexed import IndexedReader
+from megalite.data.indexed_reader import IndexedReader
 from megalite.data.ledger import ledger
 from megalite.data.loader import Loader
 from megalite.data.token_store import TokenStore

@@ -14,7 +14,7 @@ import pytest
 
 from megalite.config import Config, resolve
 from megalite.data.corpus import Corpus
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.mixture import Mixture, Part
 from megalite.data.permutation import permute
 from megalite.data.samples import MockSamples, StreamSamples, sample_order

@@ -13,7 +13,7 @@ import pytest
 
 from megalite.config_data import DataConfig
 from megalite.data.corpus import prepare_corpus
-from megalite.data.indexed import IndexedWriter
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.sidecar import Sidecar, SourceFile, read_sidecar, sidecar_path
 from megalite.errors import ConfigError, DataError
 from megalite.preprocessing.flags import Flag, read_flags

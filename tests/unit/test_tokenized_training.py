@@ -23,7 +23,8 @@ from megalite.config_data import DataConfig
 from megalite.data import texts as texts_module
 from megalite.data.corpus import Corpus, prepare_corpus
 from megalite.data.entropy import MOST_PAIRED_TOKENS, TokenCounter
-from megalite.data.indexed import IndexedReader, IndexedWriter
+from megalite.data.indexed_reader import IndexedReader
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import Loader
 from megalite.data.mixture import prepare_mixture
 from megalite.data.splits import open_samples
