@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from megalite.data.mixture import Mixture
+    from megalite.data.record import DataRecord
     from megalite.parallel.launch import Prepared, Rank
     from megalite.parallel.machine import Machine
     from megalite.trainer import Result, Trainer
@@ -89,6 +90,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     """
     config = checked(command, world)
     from megalite.data.mixture import prepare_mixture
+    from megalite.data.record import record_of
     from megalite.data.splits import of_epochs, open_samples
     from megalite.parallel.devices import choose_device
     from megalite.parallel.launch import Prepared
@@ -114,7 +116,8 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     if problems:
         raise ConfigError(problems)
     told = notes(config, command.given)
-    job = partial(_train, mixture=mixture, device_line=why, told=told)
+    data = record_of(mixture, tokenizer.fingerprint)
+    job = partial(_train, mixture=mixture, data=data, device_line=why, told=told)
     facts = {"corpus": mixture.fingerprint, "tokenizer": tokenizer.fingerprint}
     return Prepared(resolve_device(config, device), job, facts, _claim_folder)
 
@@ -150,7 +153,9 @@ def _taken(name: str, folder: Path) -> str:
     return f"--name {name}: {folder} exists; choose another name or remove it"
 
 
-def _train(rank: Rank, *, mixture: Mixture, device_line: str, told: tuple[str, ...]) -> int:
+def _train(
+    rank: Rank, *, mixture: Mixture, data: DataRecord, device_line: str, told: tuple[str, ...]
+) -> int:
     """One rank's whole run: train, sample, save, say how it went; returns 0."""
     from contextlib import nullcontext
 
@@ -163,6 +168,7 @@ def _train(rank: Rank, *, mixture: Mixture, device_line: str, told: tuple[str, .
     folder = Path(config.run.runs) / config.run.name
     first = rank.groups.world_rank == 0
     if first:
+        data.write(folder)
         _open_run(config, mixture, rank.device, device_line, told, folder)
     trainer = Trainer(config, open_samples(config, mixture), rank.groups, rank.device)
     record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
@@ -245,7 +251,7 @@ def _closing(
         if mixture.bigram_nats:
             known += f", {mixture.bigram_nats:.4f} knowing pairs of neighbours"
         lines.append(known)
-    written = ["metrics.jsonl", "config.json"]
+    written = ["metrics.jsonl", "config.json", "data.json"]
     lines.append("")
     if trainer.config.run.save_weights:
         written.append("weights/")

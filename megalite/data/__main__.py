@@ -15,6 +15,7 @@ from pathlib import Path
 
 from megalite.config_file import read_saved
 from megalite.data.ledger import Entry, ledger
+from megalite.data.record import NAME, read_record
 from megalite.errors import ConfigError
 
 SHOWN_CHARACTERS = 160
@@ -34,12 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="For programs, with the whole text.")
     options = parser.parse_args(argv)
+    folder = Path(options.run)
     try:
-        config = read_saved(Path(options.run) / "config.json")
-        entries = ledger(config, options.step)
+        config = read_saved(folder / "config.json")
+        record = read_record(folder)
+        entries = ledger(config, options.step, record)
     except ConfigError as error:
         print(error.message(), file=sys.stderr)
         return 2
+    if record is None:
+        print(
+            f"note: {folder} has no {NAME}, as runs of before it was kept: whether the data is "
+            "still what the run was trained on is not known",
+            file=sys.stderr,
+        )
     if options.json:
         print(json.dumps([asdict(entry) for entry in entries], indent=2))
         return 0

@@ -1,6 +1,7 @@
 """Which documents a step of a run was trained on, from the run's configuration alone.
 
-The order of samples is a formula, so nothing is recorded while a run goes. No torch import.
+The order of samples is a formula, so nothing is recorded while a run goes; that the data is still
+what it was, the run's `data.json` says (`record`). No torch import.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import numpy as np
 
 from megalite.config import Config
 from megalite.data.mixture import prepare_mixture
+from megalite.data.record import DataRecord, record_of
 from megalite.data.source import source_problems, token_texts_known
 from megalite.data.splits import open_samples
 from megalite.data.token_store import Piece
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, DataError
 from megalite.tokenizer.choose import open_tokenizer
 
 
@@ -35,15 +37,16 @@ class Entry:
     texts: tuple[str | None, ...]
 
 
-def ledger(config: Config, step: int) -> list[Entry]:
+def ledger(config: Config, step: int, record: DataRecord | None) -> list[Entry]:
     """The samples of a step's global batch.
 
     Args:
         config: as it was saved, with every derived value.
         step: as it is logged: the first is 1.
+        record: of the data that the run was trained on; None if it is not known.
 
     Raises:
-        ConfigError: there is no such step, or the data cannot be read.
+        ConfigError: there is no such step, or the data cannot be read, or is not what it was.
     """
     train = config.train
     problems = source_problems(config.data)
@@ -53,6 +56,10 @@ def ledger(config: Config, step: int) -> list[Entry]:
         raise ConfigError(problems)
     tokenizer = open_tokenizer(config.data, config.model.vocab_size)
     mixture = prepare_mixture(config.data, tokenizer)
+    if record is not None:
+        changes = record.changes(record_of(mixture, tokenizer.fingerprint))
+        if changes:
+            raise DataError(changes)
     samples, _ = open_samples(config, mixture)
     known = token_texts_known(config.data)
     sizes = config.batch_sizes

@@ -49,6 +49,7 @@ NO_TORCH = [
     "megalite.data.megatron_index",
     "megalite.data.megatron_samples",
     "megalite.data.mixture",
+    "megalite.data.record",
     "megalite.data.samples",
     "megalite.data.source",
     "megalite.data.texts",

@@ -21,8 +21,11 @@ from megalite.data.__main__ import main
 from megalite.data.indexed_reader import IndexedReader
 from megalite.data.ledger import ledger
 from megalite.data.loader import Loader
+from megalite.data.mixture import prepare_mixture
+from megalite.data.record import read_record, record_of
 from megalite.data.token_store import TokenStore
 from megalite.errors import ConfigError
+from megalite.tokenizer.choose import open_tokenizer
 
 
 def document(prefix: Path | str, number: int) -> list[int]:
@@ -38,6 +41,8 @@ def save(config: Config, folder: Path) -> Path:
     run = folder / "run"
     run.mkdir()
     (run / "config.json").write_text(json.dumps(config.to_saved()))
+    tokenizer = open_tokenizer(config.data, config.model.vocab_size)
+    record_of(prepare_mixture(config.data, tokenizer), tokenizer.fingerprint).write(run)
     return run
 
 
@@ -47,7 +52,8 @@ def test_the_documents_are_those_of_the_batch(tmp_path: Path, order: str, weight
     sets = [write_dataset(tmp_path / name, seed, gaps=True) for seed, name in enumerate("ab")]
     words = [0.6, sets[0], 0.4, sets[1]] if weights else sets
     config = data_config(tmp_path, *words, data_order=order)
-    saved = read_saved(save(config, tmp_path) / "config.json")
+    run = save(config, tmp_path)
+    saved = read_saved(run / "config.json")
     assert saved == config
     group: Any = SimpleNamespace(rank=0, size=1)
     loader = Loader(config, *open_data(config), group, torch.device("cpu"))
@@ -55,7 +61,7 @@ def test_the_documents_are_those_of_the_batch(tmp_path: Path, order: str, weight
         batch = loader.train_batch(step - 1)
         rows = torch.cat([mb.tokens for mb in batch.micro_batches]).tolist()
         labels = torch.cat([mb.labels for mb in batch.micro_batches])[:, -1].tolist()
-        entries = ledger(saved, step)
+        entries = ledger(saved, step, read_record(run))
         assert [entry.place for entry in entries] == list(range(8))
         for entry, row, label in zip(entries, rows, labels, strict=True):
             found: list[int] = []
@@ -149,7 +155,90 @@ def test_a_folder_that_is_no_run(
 def test_data_that_is_gone_is_named(tmp_path: Path) -> None:
     config = data_config(tmp_path, tmp_path / "gone.txt")
     with pytest.raises(ConfigError, match="there is no file"):
-        ledger(config, 1)
+        ledger(config, 1, None)
+
+
+# The data may have changed since
+
+
+def changed(capsys: pytest.CaptureFixture[str], run: Path) -> list[str]:
+    """Sentences of the refusal."""
+    assert main(["--run", str(run), "--step", "1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    return [lines[0].removeprefix("megalite: ")] if len(lines) == 1 else [x[4:] for x in lines[1:]]
+
+
+def test_data_that_was_changed_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [write_dataset(tmp_path / name, seed) for seed, name in enumerate("abc")]
+    config = data_config(
+        tmp_path, train_data_path=(str(sets[0]), str(sets[1])), valid_data_path=(str(sets[2]),)
+    )
+    run = save(config, tmp_path)
+    assert main(["--run", str(run), "--step", "1"]) == 0
+    record = json.loads((run / "data.json").read_text())
+    capsys.readouterr()
+    write_dataset(sets[1], 7, 90)
+    write_dataset(sets[2], 8)
+    first, second = changed(capsys, run)
+    was = record["train"][1]
+    assert was["name"] == str(sets[1]) and was["documents"] == 100
+    assert first.startswith(
+        f"{sets[1]} is not what the run was trained on: fingerprint {was['fingerprint']} "
+        f"(100 documents, {was['tokens']:,} tokens) expected, found "
+    )
+    assert first.endswith(" tokens): restore it") and "(90 documents, " in first
+    assert second.startswith(f"{sets[2]} is not what the run was trained on")
+
+
+def test_a_text_that_was_changed_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = text_run(tmp_path)
+    path = tmp_path / "texts.jsonl"
+    content = path.read_text()
+    path.write_text(content.replace("document 17,", "document 71,"))
+    (sentence,) = changed(capsys, run)
+    assert sentence.startswith(f"{path} is not what the run was trained on")
+    path.write_text(content)
+    assert main(["--run", str(run), "--step", "1"]) == 0, "only its time has changed"
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = text_run(tmp_path)
+    record = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps(record | {"tokenizer": "sp-1"}))
+    (sentence,) = changed(capsys, run)
+    assert sentence == (
+        "the run was trained with the tokenizer sp-1, its files now give byte-257: restore them"
+    )
+
+
+def test_a_run_of_before_the_record_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = text_run(tmp_path)
+    (run / "data.json").unlink()
+    assert main(["--run", str(run), "--step", "1", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)) == 8
+    assert captured.err.startswith(f"note: {run} has no data.json, ")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"tokenizer": "a", "train": [1], "valid": []}']
+)
+def test_a_damaged_record_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    run = text_run(tmp_path)
+    (run / "data.json").write_text(content)
+    (sentence,) = changed(capsys, run)
+    assert sentence.startswith(f"{run}/data.json is damaged: ")
 
 
 def test_the_command_imports_no_torch(tmp_path: Path) -> None:

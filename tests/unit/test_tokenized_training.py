@@ -27,6 +27,7 @@ from megalite.data.indexed_reader import IndexedReader
 from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.loader import Loader
 from megalite.data.mixture import prepare_mixture
+from megalite.data.record import read_record, record_of
 from megalite.data.splits import open_samples
 from megalite.errors import DataError
 from megalite.parallel.groups import ParallelGroups
@@ -268,6 +269,7 @@ def test_a_run_with_a_tokenizer(
     assert saved["tokenizer_type"] == config.data.tokenizer_type
     assert saved["tokenizer_model"] == config.data.tokenizer_model
     assert saved["tiktoken_pattern"] == config.data.tiktoken_pattern
+    assert read_record(folder) == record_of(mixture, tokenizer.fingerprint)
     again = run("--config", f"{folder}/config.json")
     assert (again.data, again.model) == (config.data, config.model)
 

@@ -1,0 +1,129 @@
+"""`data.json` in a run's folder: which data the run was trained on. No torch import.
+
+`config.json` names files, and files change. What goes on from a run, or looks back at it, compares
+what the names hold now with this record.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from megalite.data.mixture import Mixture, Part
+from megalite.errors import DataError
+
+NAME = "data.json"
+
+
+@dataclass(frozen=True)
+class CorpusRecord:
+    """One corpus.
+
+    Attributes:
+        name: for people: its file, or what it is.
+        fingerprint: of its tokens (`Corpus.fingerprint`): all of them if it was tokenized here or
+            has a sidecar, else its index and its first 16 Mi tokens.
+        documents, tokens: their numbers.
+    """
+
+    name: str
+    fingerprint: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """What a run was trained on.
+
+    Attributes:
+        tokenizer: its fingerprint.
+        train, valid: in the order of the command line; weights and shares are in `config.json`.
+    """
+
+    tokenizer: str
+    train: tuple[CorpusRecord, ...]
+    valid: tuple[CorpusRecord, ...]
+
+    def write(self, folder: Path) -> None:
+        """Write it to a run's folder."""
+        (folder / NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def changes(self, now: DataRecord) -> list[str]:
+        """A sentence for everything that is not what it was; none if the run can be repeated."""
+        found = list(_changes("--data", self.train, now.train))
+        found += _changes("--valid-data-path", self.valid, now.valid)
+        if self.tokenizer != now.tokenizer:
+            found.append(
+                f"the run was trained with the tokenizer {self.tokenizer}, its files now give "
+                f"{now.tokenizer}: restore them"
+            )
+        return found
+
+
+def record_of(mixture: Mixture, tokenizer: str) -> DataRecord:
+    """The record of what a run reads.
+
+    Args:
+        mixture: all of it.
+        tokenizer: its fingerprint.
+    """
+    return DataRecord(tokenizer, _records(mixture.train), _records(mixture.valid))
+
+
+def read_record(folder: Path) -> DataRecord | None:
+    """The record of a run; None if it has none, as runs of before it was kept.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    path = folder / NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return DataRecord(
+            tokenizer=content["tokenizer"],
+            train=tuple(_read(each) for each in content["train"]),
+            valid=tuple(_read(each) for each in content["valid"]),
+        )
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}") from None
+
+
+def _read(content: Mapping[str, Any]) -> CorpusRecord:
+    record = CorpusRecord(**content)
+    if [type(value) for value in astuple(record)] != [str, str, int, int]:
+        raise TypeError(f"{content} is no corpus")
+    return record
+
+
+def _records(parts: Sequence[Part]) -> tuple[CorpusRecord, ...]:
+    return tuple(
+        CorpusRecord(
+            part.corpus.description,
+            part.corpus.fingerprint,
+            part.corpus.documents,
+            part.corpus.tokens,
+        )
+        for part in parts
+    )
+
+
+def _changes(flag: str, then: Sequence[CorpusRecord], now: Sequence[CorpusRecord]) -> Iterator[str]:
+    if len(then) != len(now):
+        yield f"{flag}: the run was trained on {len(then)} datasets, its names now give {len(now)}"
+        return
+    for old, new in zip(then, now, strict=True):
+        if old.fingerprint != new.fingerprint:
+            yield (
+                f"{new.name} is not what the run was trained on: fingerprint {old.fingerprint} "
+                f"({old.documents:,} documents, {old.tokens:,} tokens) expected, found "
+                f"{new.fingerprint} ({new.documents:,} documents, {new.tokens:,} tokens): "
+                "restore it"
+            )
