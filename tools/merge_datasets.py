@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from megalite.preprocessing.flags import Flag, end, read_flags, together
 from megalite.preprocessing.merge import find_datasets, merge
+from megalite.wording import counted
 
 FLAGS = (
     Flag("--input", "Folder of the datasets to merge."),
@@ -36,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"{output}.bin, .idx; no .json, as one of the datasets has none")
     else:
         print(
-            f"{output}.bin, .idx, .json: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens"
+            f"{output}.bin, .idx, .json: {counted(sidecar.documents, 'document')}, "
+            f"{counted(sidecar.tokens, 'token')}"
         )
     return 0
 

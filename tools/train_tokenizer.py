@@ -24,6 +24,7 @@ from megalite.reading.chunks import Place, chunks
 from megalite.reading.inputs import find_inputs
 from megalite.reading.records import SHOWN_BAD, left_out, sentences, texts
 from megalite.tokenizer.sentencepiece import SentencePieceTokenizer
+from megalite.wording import counted
 
 LONGEST_LINE_BYTES = 4192
 """SentencePiece passes over longer lines: they are cut."""
@@ -225,8 +226,8 @@ def _summary(path: Path, lines: _Lines) -> str:
     tokenizer = SentencePieceTokenizer(str(path), bos=False)
     return "\n".join(
         [
-            f"{path}: {tokenizer.vocab_size:,} tokens, from {lines.count:,} lines "
-            f"({lines.size_bytes:,} bytes)",
+            f"{path}: {counted(tokenizer.vocab_size, 'token')}, from "
+            f"{counted(lines.count, 'line')} ({counted(lines.size_bytes, 'byte')})",
             *left_out(lines.left_out, lines.examples),
             "next: python -m megalite.pretrain --tokenizer-type Llama2Tokenizer "
             f"--tokenizer-model {path} --data my.txt",

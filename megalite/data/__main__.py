@@ -17,6 +17,7 @@ from megalite.config_file import read_saved
 from megalite.data.ledger import Entry, ledger
 from megalite.data.record import NAME, read_record
 from megalite.errors import ConfigError
+from megalite.wording import counted
 
 SHOWN_CHARACTERS = 160
 """Of a piece's text; the rest is left out in the middle."""
@@ -53,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps([asdict(entry) for entry in entries], indent=2))
         return 0
     print(
-        f"step {options.step} of {options.run}: {len(entries)} samples of "
-        f"{config.model.seq_length} tokens and a label"
+        f"step {options.step} of {options.run}: {counted(len(entries), 'sample')} of "
+        f"{counted(config.model.seq_length, 'token')} and a label"
     )
     for entry in entries:
         print("\n".join(_lines(entry)))

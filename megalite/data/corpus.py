@@ -35,6 +35,7 @@ from megalite.errors import DataError
 from megalite.reading.inputs import Input
 from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.byte import ByteTokenizer
+from megalite.wording import counted
 
 FORMAT = 5
 """Part of the cache's key: raised when the same text would give other files."""
@@ -75,7 +76,8 @@ class Corpus:
         """One line for the opening of a run."""
         if not self.prefix:
             return self.description
-        text = f"{self.description}: {self.documents:,} documents, {self.tokens:,} tokens"
+        text = f"{self.description}: {counted(self.documents, 'document')}, "
+        text += counted(self.tokens, "token")
         if self.unigram_nats:
             text += f"; entropy {self.unigram_nats:.3f} nats by token counts"
         if self.bigram_nats:

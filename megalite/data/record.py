@@ -14,6 +14,7 @@ from typing import Any
 
 from megalite.data.mixture import Mixture, Part
 from megalite.errors import DataError
+from megalite.wording import counted
 
 NAME = "data.json"
 
@@ -117,13 +118,17 @@ def _records(parts: Sequence[Part]) -> tuple[CorpusRecord, ...]:
 
 def _changes(flag: str, then: Sequence[CorpusRecord], now: Sequence[CorpusRecord]) -> Iterator[str]:
     if len(then) != len(now):
-        yield f"{flag}: the run was trained on {len(then)} datasets, its names now give {len(now)}"
+        yield f"{flag}: the run was trained on {counted(len(then), 'dataset')}, not {len(now)}"
         return
     for old, new in zip(then, now, strict=True):
         if old.fingerprint != new.fingerprint:
             yield (
                 f"{new.name} is not what the run was trained on: fingerprint {old.fingerprint} "
-                f"({old.documents:,} documents, {old.tokens:,} tokens) expected, found "
-                f"{new.fingerprint} ({new.documents:,} documents, {new.tokens:,} tokens): "
+                f"({_size(old)}) expected, found "
+                f"{new.fingerprint} ({_size(new)}): "
                 "restore it"
             )
+
+
+def _size(record: CorpusRecord) -> str:
+    return f"{counted(record.documents, 'document')}, {counted(record.tokens, 'token')}"

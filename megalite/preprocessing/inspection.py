@@ -15,6 +15,7 @@ from megalite.data.indexed_writer import FileSum
 from megalite.data.sidecar import Sidecar, read_sidecar, tokenizer_problem
 from megalite.errors import ConfigError, DataError
 from megalite.tokenizer.base import Tokenizer
+from megalite.wording import counted
 
 _BAR = 40
 """Characters of the longest bar of a histogram."""
@@ -90,14 +91,15 @@ def statistics(dataset: Dataset) -> str:
     return "\n".join(
         [
             *lines,
-            f"  tokenizer  {sidecar.tokenizer_type}, {sidecar.vocab_size:,} tokens, "
+            f"  tokenizer  {sidecar.tokenizer_type}, {counted(sidecar.vocab_size, 'token')}, "
             f"{sidecar.tokenizer_fingerprint}",
             f"  documents end with token {sidecar.eod}"
             if sidecar.append_eod
             else "  documents end with no token of their own",
-            f"  text       {sidecar.text_bytes:,} bytes",
+            f"  text       {counted(sidecar.text_bytes, 'byte')}",
             f"  largest id {sidecar.max_token}",
-            f"  left out   {sidecar.left_out:,} records of {len(sidecar.sources):,} files",
+            f"  left out   {counted(sidecar.left_out, 'record')} of "
+            f"{counted(len(sidecar.sources), 'file')}",
         ]
     )
 
@@ -136,7 +138,7 @@ def verify(dataset: Dataset, show: Callable[[str], None]) -> list[str]:
         show: told what was found to be right.
     """
     reader, sidecar, prefix = dataset.reader, dataset.sidecar, dataset.prefix
-    show(f"format: {len(reader.lengths):,} sequences, both files fit each other")
+    show(f"format: {counted(len(reader.lengths), 'sequence')}, both files fit each other")
     low, high = _token_range(reader)
     problems = [] if low >= 0 else [f"{prefix}.bin holds a negative token id, {low}"]
     if sidecar is None:

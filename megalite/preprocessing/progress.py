@@ -8,6 +8,7 @@ from typing import TextIO
 
 from megalite.preprocessing.run import Progress, Report
 from megalite.reading.records import left_out
+from megalite.wording import counted
 
 _TERMINAL_SECONDS = 0.2
 _LOG_SECONDS = 5.0
@@ -69,8 +70,8 @@ def progress_line(progress: Progress, since: float, first: Progress, now: float)
     documents = progress.documents - first.documents
     read = progress.read_bytes - first.read_bytes
     parts = [
-        f"{progress.documents:,} documents",
-        f"{progress.tokens:,} tokens",
+        counted(progress.documents, "document"),
+        counted(progress.tokens, "token"),
         f"{text / seconds / 1e6:.1f} MB/s",
         f"{documents / seconds:,.0f} documents/s",
     ]
@@ -96,8 +97,8 @@ def summary(report: Report) -> str:
     lines = []
     for prefix, sidecar in report.datasets.items():
         lines.append(
-            f"{prefix}.bin, .idx, .json: {sidecar.documents:,} documents, {sidecar.tokens:,} "
-            f"tokens of {sidecar.text_bytes:,} bytes of text"
+            f"{prefix}.bin, .idx, .json: {counted(sidecar.documents, 'document')}, "
+            f"{counted(sidecar.tokens, 'token')} of {counted(sidecar.text_bytes, 'byte')} of text"
         )
         empty = sidecar.documents - sidecar.sequences
         if empty:

@@ -9,6 +9,7 @@ from itertools import chain
 
 from megalite.reading.chunks import Bad, Chunk, Lines, Rows, too_long
 from megalite.reading.inputs import Input
+from megalite.wording import counted
 
 SHOWN_BAD = 5
 """How many of the records that are left out are described."""
@@ -65,9 +66,13 @@ def left_out(count: int, examples: Sequence[str]) -> list[str]:
     """
     if not count:
         return []
-    were = "record was" if count == 1 else "records were"
+    were = "was" if count == 1 else "were"
     more = ["  ... (--strict makes the first one an error)"] if count > len(examples) else []
-    return [f"{count:,} {were} left out:", *(f"  {each}" for each in examples), *more]
+    return [
+        f"{counted(count, 'record')} {were} left out:",
+        *(f"  {each}" for each in examples),
+        *more,
+    ]
 
 
 class _UnfitError(Exception):

@@ -24,7 +24,7 @@ LAYERS = [
     {"layers", "config_file"},
     {"parallel", "megalite_kernels", "field_values", "alternatives", "reading"},
     {"presets", "megatron_flags", "config", "config_data", "config_model", "batch_sizes"}
-    | {"option", "tokenizer", "errors"},
+    | {"option", "tokenizer", "errors", "wording"},
 ]
 
 NO_TORCH = [

@@ -252,7 +252,7 @@ def test_a_corpus_is_tokenized_once(prepare: Callable[..., Corpus], tokenized: l
     first = prepare("hello\n")
     assert first == prepare()
     assert len(tokenized) == 1
-    assert first.describe().startswith(f"{tokenized[0]}: 1 documents, ")
+    assert first.describe().startswith(f"{tokenized[0]}: 1 document, ")
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.sidecar import Sidecar, SourceFile, read_sidecar, sidecar_path
 from megalite.errors import ConfigError, DataError
 from megalite.preprocessing.flags import Flag, read_flags
-from megalite.preprocessing.inspection import histogram, open_dataset, verify
+from megalite.preprocessing.inspection import histogram, open_dataset, statistics, verify
 from megalite.preprocessing.merge import find_datasets, merge
-from megalite.preprocessing.progress import ProgressLine, duration
-from megalite.preprocessing.run import Progress
+from megalite.preprocessing.progress import ProgressLine, duration, summary
+from megalite.preprocessing.run import Progress, Report
 from megalite.tokenizer.byte import ByteTokenizer
 from megalite.tokenizer.null import NullTokenizer
 
@@ -277,6 +277,25 @@ def test_progress_by_documents() -> None:
         line.show(progress(documents, 0))
     starts = [each.split()[1] for each in stream.getvalue().splitlines()]
     assert starts == ["11", "35", "40"]
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_one_is_told_in_the_singular(tmp_path: Path, one: bool) -> None:
+    sidecar = dataset(tmp_path / "a", [7] if one else [7, 7], text_bytes=1 if one else 2)
+    many = replace(sidecar, documents=2 if one else 4)
+    shown = summary(Report({tmp_path / "a": many}, 1 if one else 2, ("a.jsonl: line 1 is bad",)))
+    assert shown.splitlines()[0].endswith(
+        "2 documents, 1 token of 1 byte of text"
+        if one
+        else "4 documents, 2 tokens of 2 bytes of text"
+    )
+    assert ("  1 of the documents is empty" in shown) == one
+    assert ("  3 of the documents are empty" in shown) != one
+    assert ("\n1 record was left out:\n  a.jsonl: line 1 is bad" in shown) == one
+    assert ("\n2 records were left out:\n" in shown) != one
+    figures = statistics(open_dataset(tmp_path / "a"))
+    assert ("text       1 byte\n" in figures) == one
+    assert "left out   0 records of 1 file" in figures
 
 
 def test_duration() -> None:
