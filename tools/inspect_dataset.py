@@ -13,7 +13,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalite.errors import DataError
+from megalite.errors import ConfigError, DataError
 from megalite.preprocessing.flags import Flag, end, read_flags, together
 from megalite.preprocessing.inspection import (
     document,
@@ -27,10 +27,24 @@ from megalite.preprocessing.tokenizer_flags import TOKENIZER_FLAGS, tokenizer_se
 from megalite.tokenizer.choose import open_tokenizer
 
 FLAGS = (
-    Flag("--input", "Prefix of the dataset."),
-    Flag("--document", "Print the document of this number, counted from 0.", -1),
-    Flag("--ids", "Print its token ids instead of its text.", False),
-    Flag("--verify", "Read all tokens; check their range, figures and checksums.", False),
+    Flag(
+        "--input",
+        "The dataset: PREFIX of PREFIX.bin and PREFIX.idx, or one of the two.",
+        metavar="PREFIX",
+        required=True,
+    ),
+    Flag(
+        "--document",
+        "Print the document of this number, counted from 0. Its text needs the tokenizer that the "
+        "dataset was written with.",
+        None,
+    ),
+    Flag("--ids", "Print the document's token ids in place of its text.", False),
+    Flag(
+        "--verify",
+        "Read all tokens; compare their range, number and checksums with PREFIX.json.",
+        False,
+    ),
     *TOKENIZER_FLAGS,
 )
 
@@ -38,9 +52,9 @@ FLAGS = (
 def main(argv: Sequence[str]) -> int:
     """Run the tool; returns its exit code."""
     values, problems = read_flags(argv, FLAGS, prog="inspect_dataset.py", description=__doc__ or "")
-    wants_document = "--document" in argv
+    wants_document = values["document"] is not None
     if not values["input"]:
-        problems.append("--input is missing")
+        raise ConfigError(problems)
     if values["ids"] and not wants_document:
         problems.append("--ids has no effect without --document")
     dataset = together(problems, lambda: open_dataset(Path(values["input"])))

@@ -2,7 +2,8 @@
 
 python tools/merge_datasets.py --input parts --output-prefix corpus_text_document
 
-They follow each other in the natural order of their names: part_2 before part_10.
+They follow each other in the natural order of their names: part_2 before part_10. All of them were
+written with one tokenizer.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from megalite.errors import ConfigError
 from megalite.preprocessing.flags import Flag, end, read_flags, together
 from megalite.preprocessing.merge import find_datasets, merge
 from megalite.wording import counted
 
 FLAGS = (
-    Flag("--input", "Folder of the datasets to merge."),
-    Flag("--output-prefix", "PREFIX of the .bin, .idx and .json to write."),
+    Flag("--input", "Folder of the datasets to merge.", metavar="FOLDER", required=True),
+    Flag(
+        "--output-prefix",
+        "PREFIX.bin, .idx and .json are written, the last if every dataset has one.",
+        metavar="PREFIX",
+        required=True,
+    ),
 )
 REFUSED = MappingProxyType({"--multimodal": "datasets hold text alone"})
 
@@ -27,7 +34,8 @@ def main(argv: Sequence[str]) -> int:
     values, problems = read_flags(
         argv, FLAGS, prog="merge_datasets.py", description=__doc__ or "", refused=REFUSED
     )
-    problems += [f"{flag.name} is missing" for flag in FLAGS if f"{flag.name}" not in argv]
+    if not values["input"] or not values["output_prefix"]:
+        raise ConfigError(problems)
     prefixes = together(problems, lambda: find_datasets(Path(values["input"])))
     for prefix in prefixes:
         print(prefix)

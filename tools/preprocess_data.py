@@ -27,13 +27,32 @@ FLAGS = (
     Flag(
         "--input",
         "Files (.jsonl, .json, .txt, also .gz or .zst, or .parquet), folders, globs, or - for JSON "
-        "Lines on standard input; read in this order, of a folder or glob in natural order.",
+        "Lines on standard input. They are read in the order given; what a folder or glob names, "
+        "part_2 before part_10.",
         (),
+        metavar="PATH",
+        required=True,
     ),
-    Flag("--output-prefix", "PREFIX_{key}_document.bin, .idx and .json are written."),
-    Flag("--json-keys", "Fields of a record that hold text; a dataset each.", ("text",)),
-    Flag("--append-eod", "End each document with the end-of-document token.", False),
-    Flag("--workers", "Processes that encode.", os.cpu_count() or 1),
+    Flag(
+        "--output-prefix",
+        "PREFIX_KEY_document.bin, .idx and .json are written, for each of --json-keys.",
+        metavar="PREFIX",
+        required=True,
+    ),
+    Flag(
+        "--json-keys",
+        "Fields of a JSON object, or columns of a parquet file, that hold text; each becomes a "
+        "dataset of its own.",
+        ("text",),
+        metavar="KEY",
+    ),
+    Flag(
+        "--append-eod",
+        "End each document with the end-of-document token, as one does for pretraining: a sample "
+        "holds several documents.",
+        False,
+    ),
+    Flag("--workers", "Processes that encode, at best as many as cores.", os.cpu_count() or 1),
     Flag(
         "--text-documents",
         "What a document of a .txt file is: the whole file, a line, or what stands between blank "
@@ -44,9 +63,13 @@ FLAGS = (
     *READING_FLAGS,
     Flag("--resume", "Go on where the same command was interrupted.", False),
     Flag("--log-interval", "A line of progress every N documents; 0: every few seconds.", 0),
-    Flag("--partitions", "Accepted: one pool of workers serves, and the order is the input's.", 1),
-    Flag("--keep-sequential-samples", "Accepted: the order is always the input's.", False),
-    Flag("--dataset-impl", "The one format that there is.", "mmap"),
+    Flag("--partitions", "Of Megatron-LM, without effect: --workers says how many work.", 1),
+    Flag(
+        "--keep-sequential-samples",
+        "Of Megatron-LM, without effect: the order is always the input's.",
+        False,
+    ),
+    Flag("--dataset-impl", "Of Megatron-LM, without effect: there is one format.", "mmap"),
     *TOKENIZER_FLAGS,
 )
 REFUSED = MappingProxyType(

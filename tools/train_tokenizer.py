@@ -39,16 +39,39 @@ FLAGS = (
         "Files (.jsonl, .json, .txt, also .gz or .zst, or .parquet), folders, globs, or - for JSON "
         "Lines on standard input.",
         (),
+        metavar="PATH",
+        required=True,
     ),
-    Flag("--output", "The .model file to write."),
-    Flag("--json-key", "Field of a record that holds text.", "text"),
-    Flag("--type", "Kind of model.", "bpe", choices=("bpe", "unigram")),
-    Flag("--vocab-size", "All tokens together.", 32000),
-    Flag("--character-coverage", "Share of the text whose characters are tokens.", 0.9995),
-    Flag("--byte-fallback", "Other characters become bytes, not <unk>.", True),
+    Flag("--output", "The .model file to write.", metavar="FILE", required=True),
+    Flag(
+        "--json-key",
+        "Field of a JSON object, or column of a parquet file, that holds text.",
+        "text",
+        metavar="KEY",
+    ),
+    Flag("--type", "Kind of model; LLaMA 2's is bpe.", "bpe", choices=("bpe", "unigram")),
+    Flag(
+        "--vocab-size",
+        "Size of the vocabulary, with special tokens and bytes.",
+        32000,
+        metavar="TOKENS",
+    ),
+    Flag(
+        "--character-coverage",
+        "Share of the text's characters that must be in the vocabulary; the rarest are left to "
+        "--byte-fallback.",
+        0.9995,
+        metavar="SHARE",
+    ),
+    Flag("--byte-fallback", "Characters outside the vocabulary become bytes, not <unk>.", True),
     Flag("--split-digits", "Every digit is a token of its own.", True),
-    Flag("--user-symbols", "Texts that are always tokens and never split.", ()),
-    Flag("--max-lines", "Train on so many lines, drawn from all; 0: on all.", 0),
+    Flag(
+        "--user-symbols",
+        "Texts that are always one token, as <|user|> of a chat format.",
+        (),
+        metavar="TEXT",
+    ),
+    Flag("--max-lines", "Train on so many lines, drawn from all; 0: on all.", 0, metavar="LINES"),
     Flag("--threads", "Threads that train a unigram model.", os.cpu_count() or 1),
     *READING_FLAGS,
 )
@@ -74,11 +97,7 @@ def _checked(values: Mapping[str, Any]) -> SimpleNamespace:
     options = SimpleNamespace(**values)
     options.output = Path(options.output)
     options.inputs, problems = find_inputs(options.input)
-    if not options.input:
-        problems.append("--input is missing")
-    if options.output == Path():
-        problems.append("--output is missing")
-    elif options.output.suffix != ".model":
+    if options.output != Path() and options.output.suffix != ".model":
         problems.append(f"--output {options.output}: the name must end with .model")
     if options.output.is_file():
         problems.append(f"--output {options.output} exists; choose another name or remove it")

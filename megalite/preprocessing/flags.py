@@ -6,13 +6,18 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, NoReturn, TypeVar
 
 from megalite.errors import ConfigError
 from megalite.field_values import suggest
 
 T = TypeVar("T")
+
+
+_METAVARS: Mapping[type, str] = MappingProxyType(
+    {int: "N", NoneType: "N", float: "NUMBER", str: "VALUE", tuple: "VALUE"}
+)
 
 
 @dataclass(frozen=True)
@@ -23,20 +28,25 @@ class Flag:
         name: with its dashes.
         doc: for `--help`.
         default: what it is without; its type says what it takes: a bool nothing (one that is on can
-            be put off by `--no-...`), an int a whole number, a float a number, a str one value, a
-            tuple one or more.
+            be put off by `--no-...`), an int or None a whole number, a float a number, a str one
+            value, a tuple one or more.
         choices: the values that a str may have; () for any.
+        metavar: what `--help` calls its value; default: the choices, or a word for the type.
+        required: without it there is nothing to do.
     """
 
     name: str
     doc: str
-    default: bool | int | float | str | tuple[str, ...] = ""
+    default: bool | int | float | str | tuple[str, ...] | None = ""
     choices: tuple[str, ...] = ()
+    metavar: str = ""
+    required: bool = False
 
-
-_METAVARS: Mapping[type, str] = MappingProxyType(
-    {int: "N", float: "NUMBER", str: "VALUE", tuple: "VALUE [...]"}
-)
+    @property
+    def shown_value(self) -> str:
+        """Its value in `--help`."""
+        name = self.metavar or "|".join(self.choices) or _METAVARS[type(self.default)]
+        return f"{name} [...]" if isinstance(self.default, tuple) else name
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,7 +82,7 @@ def read_flags(
         prog=prog,
         description=description,
         formatter_class=_Help,
-        usage="%(prog)s [flags]",
+        usage=" ".join(["%(prog)s", *_required(flags), "[flags]"]),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -85,8 +95,8 @@ def read_flags(
             continue
         doc = flag.doc + (f" (default: {_shown(flag.default)})" if flag.default else "")
         # Any number of values, so that a wrong number is one problem among others.
-        metavar = "|".join(flag.choices) or _METAVARS[takes]
-        parser.add_argument(flag.name, nargs="*", metavar=metavar, help=doc.replace("%", "%%"))
+        doc = doc.replace("%", "%%")
+        parser.add_argument(flag.name, nargs="*", metavar=flag.shown_value, help=doc)
     given, unknown = parser.parse_known_args(list(argv))
     problems = _unknown(unknown, [flag.name for flag in flags], refused)
     values: dict[str, Any] = {}
@@ -94,12 +104,17 @@ def read_flags(
         key = flag.name.lstrip("-").replace("-", "_")
         values[key] = flag.default
         if not hasattr(given, key):
+            problems += [f"{flag.name} is missing"] if flag.required else []
             continue
         try:
             values[key] = _value(flag, getattr(given, key))
         except ValueError as error:
             problems.append(f"{flag.name} {error}")
     return values, problems
+
+
+def _required(flags: Sequence[Flag]) -> list[str]:
+    return [f"{flag.name} {flag.shown_value}" for flag in flags if flag.required]
 
 
 def _value(flag: Flag, given: Any) -> Any:
@@ -113,7 +128,7 @@ def _value(flag: Flag, given: Any) -> Any:
     value, *left_over = given
     if left_over:
         raise ValueError(f"takes one value; {' '.join(left_over)} is left over")
-    if isinstance(flag.default, int):
+    if isinstance(flag.default, int | None):
         try:
             return int(value)
         except ValueError:

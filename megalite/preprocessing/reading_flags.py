@@ -13,8 +13,9 @@ DEFAULT_MAX_DOCUMENT_MB = 8
 READING_FLAGS = (
     Flag(
         "--max-document-mb",
-        "Longest document, and line of JSON [MiB]; longer ones are left out and named.",
+        "Longest document, and line of JSON; longer ones are left out and named.",
         DEFAULT_MAX_DOCUMENT_MB,
+        metavar="MIB",
     ),
     Flag("--strict", "Stop at a record that cannot be used, in place of leaving it out.", False),
 )

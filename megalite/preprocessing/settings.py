@@ -52,8 +52,6 @@ class Settings:
 
 def problems(settings: Settings, inputs: list[Input]) -> Iterator[str]:
     """A sentence for everything that is wrong with the settings; the inputs were found."""
-    if not settings.inputs:
-        yield "--input is missing"
     if settings.workers < 1:
         yield f"--workers {settings.workers}: at least 1 process has to encode"
     yield from reading_problems(settings.max_document_mb)
@@ -73,9 +71,7 @@ def problems(settings: Settings, inputs: list[Input]) -> Iterator[str]:
     if settings.resume and any(each.path == STANDARD_INPUT for each in inputs):
         yield "--resume: standard input cannot be read from the middle; give files"
     folder = Path(settings.output_prefix).parent
-    if not settings.output_prefix:
-        yield "--output-prefix is missing"
-    elif settings.output_prefix.endswith("/"):
+    if settings.output_prefix.endswith("/"):
         yield f"--output-prefix {settings.output_prefix}: the beginning of a file's name is missing"
     elif not folder.is_dir():
         yield f"--output-prefix {settings.output_prefix}: there is no folder {folder}"

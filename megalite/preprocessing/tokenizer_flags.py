@@ -16,10 +16,17 @@ TOKENIZER_FLAGS = (
             item.metadata["doc"],
             cast("str | int", item.default),
             item.metadata["choices"],
+            item.metadata["metavar"],
         )
         for item in fields(TokenizerSettings)
     ),
-    Flag("--vocab-size", "Of NullTokenizer, and of Megatron-LM's tiktoken patterns [tokens].", 0),
+    Flag(
+        "--vocab-size",
+        "Size of the vocabulary, of NullTokenizer and of the tiktoken patterns v1 and v2; that of "
+        "others is in their files.",
+        0,
+        metavar="TOKENS",
+    ),
 )
 
 

@@ -41,8 +41,8 @@ class TokenizerSettings:
 
     tokenizer_type: str = option(
         "auto",
-        f"Tokenizer of the text: {', '.join(TYPES)}. auto: ByteTokenizer; of a .bin, none is "
-        "known.",
+        f"Tokenizer of the text: {', '.join(TYPES)}. auto: ByteTokenizer for text, none for a "
+        ".bin/.idx.",
         metavar="TYPE",
         choices=("auto", *TYPES),
     )

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -383,6 +384,25 @@ def test_all_problems_of_a_command_at_once(tmp_path: Path) -> None:
         assert part in message, message
 
 
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("preprocess_data", ["--input", "--output-prefix"]),
+        ("merge_datasets", ["--input", "--output-prefix"]),
+        ("inspect_dataset", ["--input"]),
+        ("train_tokenizer", ["--input", "--output"]),
+    ],
+)
+def test_what_a_tool_needs_is_said_once_and_stands_in_its_usage(
+    tmp_path: Path, name: str, flags: list[str]
+) -> None:
+    message = refused(tmp_path, f"{name}.py")
+    assert re.findall(r"(--\S+) is missing", message) == flags
+    assert message.count("--") == len(flags), message
+    usage, _ = tool(f"{name}.py", "--help", cwd=tmp_path).stdout.decode().split("\n\n", 1)
+    assert re.findall(r"--\S+", usage) == flags
+
+
 def test_flags_of_megatron_are_accepted(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", documents(20))
     flags = ["--input", "a.jsonl", "--tokenizer-type", "ByteTokenizer"]
@@ -440,6 +460,12 @@ def test_merge_and_inspect(tmp_path: Path) -> None:
     assert shown.stdout.decode() == texts[4] + "\n"
     ids = tool("inspect_dataset.py", "--input", "all.bin", "--document", 4, "--ids", cwd=tmp_path)
     assert ids.stdout.decode().split() == [str(b) for b in [*texts[4].encode(), 256] if texts[4]]
+    again = tool("inspect_dataset.py", "--input=all", "--document=4", cwd=tmp_path)
+    assert again.stdout == shown.stdout
+    message = refused(tmp_path, "inspect_dataset.py", "--input", "all", "--document", -1)
+    assert message == "megalite: --document -1: there are documents 0 to 5\n"
+    done = tool("merge_datasets.py", "--input=parts", "--output-prefix=all", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     figures = tool("inspect_dataset.py", "--input", "all", cwd=tmp_path).stdout.decode()
     assert "documents  6" in figures
     verified = tool("inspect_dataset.py", "--input", "all", "--verify", cwd=tmp_path)
