@@ -162,9 +162,11 @@ def _train(rank: Rank, *, mixture: Mixture, device_line: str, told: tuple[str, .
     config = rank.config
     folder = Path(config.run.runs) / config.run.name
     first = rank.groups.world_rank == 0
+    samples = open_samples(config, mixture)
     if first:
-        _open_run(config, mixture, rank.device, device_line, told, folder)
-    trainer = Trainer(config, open_samples(config, mixture), rank.groups, rank.device)
+        data = "\n".join(filter(None, (mixture.describe(), samples[0].describe())))
+        _open_run(config, data, rank.device, device_line, told, folder)
+    trainer = Trainer(config, samples, rank.groups, rank.device)
     record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
         result = trainer.fit(log)
@@ -179,7 +181,7 @@ def _train(rank: Rank, *, mixture: Mixture, device_line: str, told: tuple[str, .
 
 def _open_run(
     config: Config,
-    mixture: Mixture,
+    data: str,
     device: torch.device,
     device_line: str,
     told: Sequence[str],
@@ -197,7 +199,7 @@ def _open_run(
             version=megalite.__version__,
             device=device_line,
             back_ends={"attention": attention_back_end(config, device), **BACK_ENDS},
-            data=mixture.describe(),
+            data=data,
             folder=str(folder),
             notes=told,
         )

@@ -11,6 +11,7 @@ import numpy as np
 
 from megalite.config import Config
 from megalite.data.mixture import prepare_mixture
+from megalite.data.samples import PADDING
 from megalite.data.source import source_problems, token_texts_known
 from megalite.data.splits import open_samples
 from megalite.data.token_store import Piece
@@ -24,9 +25,10 @@ class Entry:
 
     Attributes:
         place: in the global batch, from 0.
-        sample: its number in the training data.
+        sample: its number, counted over all epochs.
         pieces: the documents in it, in order; none of random tokens.
-        texts: of each piece; None where the tokenizer is not known.
+        texts: of each piece as it is in the data, before fill-in-the-middle; None where the
+            tokenizer is not known.
     """
 
     place: int
@@ -53,7 +55,7 @@ def ledger(config: Config, step: int) -> list[Entry]:
         raise ConfigError(problems)
     tokenizer = open_tokenizer(config.data, config.model.vocab_size)
     mixture = prepare_mixture(config.data, tokenizer)
-    samples, _ = open_samples(config, mixture)
+    samples, _ = open_samples(config.replace(fim_rate=0.0), mixture)
     known = token_texts_known(config.data)
     sizes = config.batch_sizes
     places = sizes.consumed(step - 1) + np.arange(sizes.size(step - 1))
@@ -63,6 +65,7 @@ def ledger(config: Config, step: int) -> list[Entry]:
         texts: list[str | None] = [None] * len(pieces)
         if known:
             tokens = samples.read(int(sample))
+            tokens = tokens[tokens != PADDING]
             cuts = np.cumsum([piece.stop - piece.start for piece in pieces])[:-1]
             texts = [tokenizer.decode(part.tolist()) for part in np.split(tokens, cuts)]
         entries.append(Entry(place, int(sample), pieces, tuple(texts)))
