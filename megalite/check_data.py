@@ -18,8 +18,8 @@ def packing(config: Config) -> Iterator[str]:
         return
     if data.data_order == "megatron":
         yield (
-            f"--packing {data.packing} contradicts --data-order megatron, whose samples are cut out "
-            "of a stream: give --data-order epoch, or --packing stream"
+            f"--packing {data.packing} contradicts --data-order megatron, whose samples are cut "
+            "out of a stream: give --data-order epoch, or --packing stream"
         )
     if not token_texts_known(data):
         yield (

@@ -138,10 +138,10 @@ def plan(counts: np.ndarray) -> Plan:
                 first += 1
             if first < stop:
                 put(room, first, stop, held)
-    table = np.array(steps, np.int64).reshape(-1, 4)
-    items = table[:, 1] * table[:, 2]
+    columns = np.array(steps, np.int64).reshape(-1, 4).T.copy()
+    items = columns[1] * columns[2]
     first_item = np.cumsum(items) - items
-    return Plan(first_item, *table.T, num_bins)
+    return Plan(first_item, columns[0], columns[1], columns[2], columns[3], num_bins)
 
 
 def pack(lengths: Lengths, seq_length: int) -> Packing:

@@ -16,7 +16,6 @@ import numpy as np
 from megalite.data.permutation import permute
 from megalite.data.token_store import Piece, TokenStore
 
-
 PADDING = -1
 """In place of a token where a sample is not full: no input that matters, and no label."""
 

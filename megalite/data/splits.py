@@ -10,8 +10,8 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from megalite.config import Config, with_steps
-from megalite.data.blend import normalized
 from megalite.data.best_fit_samples import BestFitSamples
+from megalite.data.blend import normalized
 from megalite.data.blended_samples import BlendedSamples
 from megalite.data.cache import cache_folder
 from megalite.data.corpus import Corpus
@@ -189,11 +189,14 @@ def _open_part(
         cache = IndexCache(cache_folder(data))
         packed = BestFitSamples(store, corpus.fingerprint, begin, end, seq, seed, cache)
         if not packed.num_samples and not request.may_be_empty:
-            raise DataError(_too_short(config, corpus, request, stop - start))
+            raise DataError(
+                _no_sample(config, corpus, request, "no document of two tokens or more")
+            )
         return packed
     stream = StreamSamples(store, start, stop, seq, seed)
     if not stream.num_samples and not request.may_be_empty:
-        raise DataError(_too_short(config, corpus, request, stop - start))
+        found = f"{stop - start} tokens, fewer than one sample of --seq-length {seq} + 1"
+        raise DataError(_no_sample(config, corpus, request, found))
     if data.data_order == "epoch" or not stream.num_samples:
         return stream
     return MegatronSamples(
@@ -225,13 +228,12 @@ def _check_ends(config: Config, corpus: Corpus, reader: IndexedReader) -> None:
         )
 
 
-def _too_short(config: Config, corpus: Corpus, request: _Request, tokens: int) -> str:
+def _no_sample(config: Config, corpus: Corpus, request: _Request, found: str) -> str:
     split = config.data.split
     whose = f"the {request.which} share of --split {split}" if request.share is not None else "it"
-    sentence = (
-        f"{corpus.description}: {whose} holds {tokens} tokens, fewer than one sample of "
-        f"--seq-length {config.model.seq_length} + 1: give more text, a shorter --seq-length"
-    )
+    sentence = f"{corpus.description}: {whose} holds {found}: give more text"
+    if config.data.packing == "stream":
+        sentence += ", a shorter --seq-length"
     if request.share is not None:
         sentence += " or another --split"
     return sentence + (", or --eval-steps 0" if request.which == "validation" else "")
