@@ -16,6 +16,8 @@ import pytest
 import torch
 from commands import run, violations
 from datasets import data_config, open_data
+from pool import RankPool
+from runs import SMALL, run_in_pool
 
 from megalite.config import Config
 from megalite.data.best_fit import Packing, pack, plan, remainders
@@ -407,3 +409,22 @@ def test_a_share_without_a_pair_of_tokens_is_refused(tmp_path: Path) -> None:
     prefix = write(tmp_path / "a", [1] * 10 + [5] * 90)
     with pytest.raises(DataError, match="training share of --split 1,9 holds no document of two"):
         open_data(packed(tmp_path, prefix, split="1,9"))
+
+
+# Whole runs
+
+
+def test_a_run_on_packed_documents(pool: RankPool, tmp_path: Path) -> None:
+    """The same losses in two layouts, and a line that says how full samples are."""
+    prefix = write(tmp_path / "a", random_lengths(9, 400))
+    words = [
+        *(*SMALL, "--data", str(prefix), "--tokenizer-type", "ByteTokenizer", "--packing"),
+        *("best-fit", "--reset-attention-mask", "--data-cache-path", f"{tmp_path}/cache"),
+        *("--eval-steps", "1", "--precision", "fp32"),
+    ]
+    one = run_in_pool(pool, words, 1, tmp_path / "runs")
+    two = run_in_pool(pool, [*words, "--dp", "2"], 2, tmp_path / "runs")
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert two.valid_losses == pytest.approx(one.valid_losses, rel=1e-5)
+    assert f"{prefix}: packed by best fit into " in one.stdout
+    assert "% of their places empty" in one.stdout

@@ -16,6 +16,8 @@ import torch
 import vocabularies
 from commands import run, violations
 from datasets import open_data
+from pool import RankPool
+from runs import SMALL, run_in_pool
 
 from megalite.config import Config, resolve
 from megalite.data.fill_in_middle import FillInTheMiddle
@@ -391,3 +393,22 @@ def test_data_without_a_known_text(files: Path, tmp_path: Path) -> None:
     assert found.startswith("--fim-rate 0.5 needs text: that of a .bin is not known; give its")
     (found,) = violations("--fim-data")
     assert "give --fim-rate" in found
+
+
+# Whole runs
+
+
+def test_a_run_that_fills_in_the_middle(pool: RankPool, files: Path, tmp_path: Path) -> None:
+    """The same losses in two layouts, other ones than without, and validated on plain text."""
+    words = [
+        *(*SMALL, "--data", f"{files}/a.jsonl", "--data-cache-path", f"{tmp_path}/cache"),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{files}/special"),
+        *("--eval-steps", "1", "--precision", "fp32", "--packing", "best-fit"),
+    ]
+    rearranged = [*words, "--fim-rate", "0.5"]
+    plain = run_in_pool(pool, words, 1, tmp_path / "runs")
+    one = run_in_pool(pool, rearranged, 1, tmp_path / "runs")
+    two = run_in_pool(pool, [*rearranged, "--dp", "2"], 2, tmp_path / "runs")
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert two.valid_losses == pytest.approx(one.valid_losses, rel=1e-5)
+    assert one.losses != pytest.approx(plain.losses, rel=1e-5)
