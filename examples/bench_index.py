@@ -1,8 +1,9 @@
-"""How long do the indices of Megatron-LM's order take, and how much memory?
+"""How long do the indices of Megatron-LM's order, of blends and of packing take; how much memory?
 
     python examples/bench_index.py
     python examples/bench_index.py --documents 10_000_000 --epochs 3
     python examples/bench_index.py --blend 10_000_000
+    python examples/bench_index.py --packing --documents 10_000_000
 
 Documents of random lengths, one sequence each. The floor is what no exact implementation can avoid:
 numpy's own RandomState.shuffle of as many int32. Memory is the highest resident size of this
@@ -17,6 +18,8 @@ import time
 
 import numpy as np
 
+from megalite.data.best_fit import pack
+from megalite.data.best_fit_samples import BLOCK_DOCUMENTS
 from megalite.data.blend import Greedy, compiler
 from megalite.data.megatron_index import build_index
 
@@ -31,8 +34,11 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--blend", type=int, default=0, metavar="SAMPLES", help="a blend instead")
+    parser.add_argument("--packing", action="store_true", help="best-fit packing instead")
     options = parser.parse_args()
-    if options.blend:
+    if options.packing:
+        packing(options.documents, options.mean, options.seq_length)
+    elif options.blend:
         blend(options.blend)
     else:
         index(options.documents, options.mean, options.seq_length, options.epochs)
@@ -59,6 +65,38 @@ def index(documents: int, mean: int, seq_length: int, epochs: int) -> None:
     start = Clock()
     np.random.RandomState(1234).shuffle(built.documents)
     print(f"floor        {start.taken()}, the shuffle of documents alone")
+
+
+def packing(documents: int, mean: int, seq_length: int) -> None:
+    """Time of best-fit packing, beside the floor: sorting the lengths, as 16-bit numbers."""
+    random = np.random.default_rng(0)
+    # As of web pages: many short ones, some longer than a sample.
+    lengths = np.empty(documents, np.int32)
+    for i in range(0, documents, BLOCK_DOCUMENTS):
+        block = lengths[i : i + BLOCK_DOCUMENTS]
+        block[:] = 1 + random.lognormal(np.log(mean) - 0.5, 1.0, len(block))
+    at_start = peak_bytes()
+    start = Clock()
+    found = pack(
+        lambda: (lengths[i : i + BLOCK_DOCUMENTS] for i in range(0, documents, BLOCK_DOCUMENTS)),
+        seq_length,
+    )
+    taken = start.taken()
+    samples = len(found.firsts) - 1 + len(found.whole)
+    print(
+        f"{documents:,} documents, {lengths.sum(dtype=np.int64):,} tokens, sequence {seq_length}: "
+        f"{samples:,} samples, {100 * (1 - found.num_tokens / samples / (seq_length + 1)):.2g}% "
+        f"empty, {100 * found.num_cut / documents:.2g}% of the documents cut"
+    )
+    print(f"packing      {taken}")
+    arrays = (found.documents, found.firsts, found.whole)
+    print(f"its arrays   {sum(array.nbytes for array in arrays) / 2**20:8.0f} MiB")
+    print(f"peak         {peak_bytes() / 2**20:8.0f} MiB, before {at_start / 2**20:.0f} MiB")
+    start = Clock()
+    for first in range(0, documents, BLOCK_DOCUMENTS):
+        block = np.minimum(lengths[first : first + BLOCK_DOCUMENTS], 65535).astype(np.uint16)
+        np.argsort(block, kind="stable")
+    print(f"floor        {start.taken()}, sorting the lengths alone")
 
 
 def blend(samples: int) -> None:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from math import isfinite
 from types import MappingProxyType
 
+from megalite import check_data
 from megalite.config import Config, fields, resolve
 from megalite.data.source import (
     is_text,
@@ -76,6 +77,8 @@ _ABOVE_ZERO_IF_GIVEN = frozenset({"num_kv_heads", "head_dim", "dp", "global_batc
 _SHARES = frozenset(
     {"hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction"}
 )
+_RATES = frozenset({"fim_rate", "fim_spm_rate"})
+
 _SEARCHED = 1000
 """Divisors are searched so far from a value, from 1 and from the number."""
 
@@ -92,6 +95,9 @@ def _numbers(config: Config) -> Iterator[tuple[str, str]]:
         if name in _SHARES:
             if not 0 <= value < 1:
                 yield name, f"{text} must be at least 0 and below 1"
+        elif name in _RATES:
+            if not 0 <= value <= 1:
+                yield name, f"{text} must be from 0 to 1"
         elif abs(value) >= _LARGEST:
             yield name, f"{text} is too large"
         elif (name in _ABOVE_ZERO and not value > 0) or (
@@ -329,6 +335,8 @@ _RULES: tuple[Callable[[Config], Violations], ...] = (
     _length,
     _data,
     _order,
+    check_data.packing,
+    check_data.fill_in_the_middle,
     _waits,
     _run,
 )

@@ -302,9 +302,12 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
         values["vocab_size"] = _tokenizer_size(config.data)
     if parallel.sequence_parallel is None:
         values["sequence_parallel"] = parallel.tp > 1
-    for name in ("reset_position_ids", "eod_mask_loss"):
-        if getattr(config.data, name) is None:
-            values[name] = config.data.reset_attention_mask
+    data = config.data
+    if data.reset_position_ids is None:
+        values["reset_position_ids"] = data.reset_attention_mask
+    if data.eod_mask_loss is None:
+        # Neighbours that were chosen by their lengths say nothing of each other.
+        values["eod_mask_loss"] = data.reset_attention_mask or data.packing == "best-fit"
     batch = train.global_batch_size or train.micro_batch_size * dp
     values["global_batch_size"] = batch
     if not train.steps and train.tokens > 0:

@@ -28,6 +28,12 @@ class DataConfig(TokenizerSettings):
     split: str = option(
         "95,5", "Shares of training and validation; a third one is left out.", metavar="A,B[,C]"
     )
+    packing: str = option(
+        "stream",
+        "How documents fill samples: one after the other, cut where a sample ends; or cut only if "
+        "they are longer than a sample, and packed into it by best fit.",
+        choices=("stream", "best-fit"),
+    )
     reset_attention_mask: bool = option(
         False, "Attention stays inside a document (its end-of-document token is its last)."
     )
@@ -37,7 +43,24 @@ class DataConfig(TokenizerSettings):
     eod_mask_loss: bool | None = option(
         None,
         "Leave the token after an end of document out of the loss. Default: on with "
-        "--reset-attention-mask.",
+        "--reset-attention-mask and with --packing best-fit.",
+    )
+    fim_rate: float = option(
+        0.0,
+        "Share of the training documents whose middle is moved to the end (fill-in-the-middle).",
+        metavar="X",
+    )
+    fim_spm_rate: float = option(
+        0.5, "Share of those in the order suffix, prefix, middle.", metavar="X"
+    )
+    fim_prefix_token: str = option(
+        "<fim_prefix>", "Special token before the prefix.", metavar="TOKEN"
+    )
+    fim_middle_token: str = option(
+        "<fim_middle>", "Special token before the middle.", metavar="TOKEN"
+    )
+    fim_suffix_token: str = option(
+        "<fim_suffix>", "Special token before the suffix.", metavar="TOKEN"
     )
     data_order: str = option(
         "epoch",

@@ -38,7 +38,8 @@ def _is_cached(config: Config) -> bool:
     data = config.data
     if data.mock_data:
         return False
-    return is_text(data) or data.data_order == "megatron" or len(train_ingredients(data)) > 1
+    indices = data.data_order == "megatron" or data.packing == "best-fit"
+    return is_text(data) or indices or len(train_ingredients(data)) > 1
 
 
 def _read_by(name: str) -> Effect:
@@ -123,7 +124,18 @@ _EFFECTS = (
     Effect(
         ("data_cache_path",),
         _is_cached,
-        "without text, a blend or --data-order megatron: nothing else is kept in a cache",
+        "without text, a blend, --packing best-fit or --data-order megatron: nothing else is kept "
+        "in a cache",
+    ),
+    Effect(
+        ("packing",),
+        lambda c: not c.data.mock_data,
+        "with --mock-data, which has no documents to pack",
+    ),
+    Effect(
+        ("fim_spm_rate", "fim_prefix_token", "fim_middle_token", "fim_suffix_token"),
+        lambda c: c.data.fim_rate > 0,
+        "without --fim-rate",
     ),
     Effect(
         ("sample_length",),

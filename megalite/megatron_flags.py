@@ -54,6 +54,7 @@ MegatronFlag = Alias | Always | Refused | With
 _CHECKPOINTS = "only the final weights are written, to runs/<name>/weights; leave it out"
 _SAMPLES = "lengths are given in steps (--train-iters) or --tokens"
 _SPECIAL_TOKENS = "special tokens are those of the tokenizer's files and --tiktoken-pattern"
+_FRAGMENTS = "fill-in-the-middle cuts whole documents, not parts of them; leave it out"
 _EXPERTS = "there are no experts: megalite trains dense LLaMA models"
 _PROFILER = "there is no built-in profiler"
 _LOGS = "scalars go to runs/<name>/metrics.jsonl, and to TensorBoard there if it is installed"
@@ -143,6 +144,15 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         ),
         "--per-split-data-args-path": Refused("give --train-data-path and --valid-data-path"),
         "--full-validation": Refused("give the batches of a validation with --eval-steps"),
+        "--fim-data": With(
+            "fim_rate",
+            "the rate says it all: give --fim-rate (Megatron-LM takes 0.5 if it is left out)",
+        ),
+        "--fim-pad-token": Refused("what fills a sample up never counts in the loss; leave it out"),
+        "--fim-eod-token": Refused("a document ends as the tokenizer ends it; leave it out"),
+        "--fim-split-sample": Refused(_FRAGMENTS),
+        "--fim-fragment-rate": Refused(_FRAGMENTS),
+        "--fim-no-prefix": Refused("fill-in-the-middle leaves out no text; leave it out"),
         "--num-workers": Refused("the loader maps the corpus into memory and needs no workers"),
         "--dataloader-type": Refused("the order of samples is a formula of seed and step"),
         # Checkpoints, logs

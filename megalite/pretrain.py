@@ -167,10 +167,12 @@ def _train(
     config = rank.config
     folder = Path(config.run.runs) / config.run.name
     first = rank.groups.world_rank == 0
+    samples = open_samples(config, mixture)
     if first:
         data.write(folder)
-        _open_run(config, mixture, rank.device, device_line, told, folder)
-    trainer = Trainer(config, open_samples(config, mixture), rank.groups, rank.device)
+        lines = filter(None, (mixture.describe(), samples[0].describe()))
+        _open_run(config, "\n".join(lines), rank.device, device_line, told, folder)
+    trainer = Trainer(config, samples, rank.groups, rank.device)
     record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
         result = trainer.fit(log)
@@ -185,7 +187,7 @@ def _train(
 
 def _open_run(
     config: Config,
-    mixture: Mixture,
+    data: str,
     device: torch.device,
     device_line: str,
     told: Sequence[str],
@@ -203,7 +205,7 @@ def _open_run(
             version=megalite.__version__,
             device=device_line,
             back_ends={"attention": attention_back_end(config, device), **BACK_ENDS},
-            data=mixture.describe(),
+            data=data,
             folder=str(folder),
             notes=told,
         )

@@ -41,9 +41,9 @@ def _small(command: cli.Command, world: World | None) -> Small:
     # is written.
     boundaries = {
         name: getattr(command.config.data, name)
-        for name in ("reset_attention_mask", "reset_position_ids")
+        for name in ("reset_attention_mask", "reset_position_ids", "packing")
     }
-    unread = dict.fromkeys([*boundaries, "eod_mask_loss"], False)
+    unread = dict.fromkeys(("reset_attention_mask", "reset_position_ids", "eod_mask_loss"), False)
     groups = {spec.name: spec.group for spec in fields()}
     # How long it trains does not matter here, and random tokens have no epochs.
     length = {"num_epochs": 0, "steps": 1} if command.config.train.num_epochs else {}
@@ -55,6 +55,8 @@ def _small(command: cli.Command, world: World | None) -> Small:
             valid_data_path=(),
             data_order="epoch",
             order_samples=0,
+            packing="stream",
+            fim_rate=0.0,
             mock_data=True,
             **unread,
             **length,

@@ -11,6 +11,7 @@ from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.mixture import prepare_mixture
 from megalite.data.samples import Samples
 from megalite.data.splits import open_samples
+from megalite.tokenizer.choose import open_tokenizer
 
 
 def write_dataset(
@@ -52,7 +53,8 @@ def data_config(folder: Path, *words: str | Path, **values: object) -> Config:
 
 def open_data(config: Config) -> tuple[Samples, Samples]:
     """Training and validation samples."""
-    return open_samples(config, prepare_mixture(config.data))
+    tokenizer = open_tokenizer(config.data, config.model.vocab_size)
+    return open_samples(config, prepare_mixture(config.data, tokenizer))
 
 
 def rows(samples: Samples, count: int) -> list[list[int]]:

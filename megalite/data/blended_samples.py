@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 class BlendedSamples:
-    """Samples of all parts, numbered one part after the other.
+    """Samples of all parts, numbered one part after the other, and epoch after epoch.
+
+    Sample j of a part in its epoch e is `e * (samples of all parts) + (those of the parts before
+    it) + j`: a part that is smaller is in a later epoch.
 
     Args:
         parts: the datasets' samples.
@@ -65,6 +68,10 @@ class BlendedSamples:
         again = np.flatnonzero(self._samples >= sizes[self._datasets])
         return int(again[0]) if len(again) else len(self._samples)
 
+    def describe(self) -> str:
+        """What the parts have to say, a line each."""
+        return "\n".join(filter(None, (part.describe() for part in self._parts)))
+
     def order(self, places: np.ndarray) -> np.ndarray:
         """Samples at these places of the run, int64, shape of `places`."""
         epochs, within = np.divmod(places, self._epoch_samples or len(self._samples))
@@ -75,7 +82,8 @@ class BlendedSamples:
         for dataset in np.unique(datasets):
             here, part = datasets == dataset, self._parts[dataset]
             nth = samples[here] + epochs[here] * part.num_samples
-            numbers[here] = self._firsts[dataset] + part.order(nth)
+            rounds, within_part = np.divmod(part.order(nth), part.num_samples)
+            numbers[here] = rounds * self._firsts[-1] + self._firsts[dataset] + within_part
         return numbers
 
     def read(self, index: int) -> np.ndarray:
@@ -89,8 +97,10 @@ class BlendedSamples:
         return part.pieces(within)
 
     def _part_of(self, index: int) -> tuple[DocumentSamples, int]:
-        dataset = bisect_right(self._firsts, index) - 1
-        return self._parts[dataset], index - self._firsts[dataset]
+        rounds, within = divmod(index, self._firsts[-1])
+        dataset = bisect_right(self._firsts, within) - 1
+        part = self._parts[dataset]
+        return part, rounds * part.num_samples + within - self._firsts[dataset]
 
 
 def interleave(

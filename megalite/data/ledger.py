@@ -13,6 +13,7 @@ import numpy as np
 from megalite.config import Config
 from megalite.data.mixture import prepare_mixture
 from megalite.data.record import DataRecord, record_of
+from megalite.data.samples import PADDING
 from megalite.data.source import source_problems, token_texts_known
 from megalite.data.splits import open_samples
 from megalite.data.token_store import Piece
@@ -26,9 +27,10 @@ class Entry:
 
     Attributes:
         place: in the global batch, from 0.
-        sample: its number in the training data.
+        sample: its number, counted over all epochs.
         pieces: the documents in it, in order; none of random tokens.
-        texts: of each piece; None where the tokenizer is not known.
+        texts: of each piece as it is in the data, before fill-in-the-middle; None where the
+            tokenizer is not known.
     """
 
     place: int
@@ -60,7 +62,7 @@ def ledger(config: Config, step: int, record: DataRecord | None) -> list[Entry]:
         changes = record.changes(record_of(mixture, tokenizer.fingerprint))
         if changes:
             raise DataError(changes)
-    samples, _ = open_samples(config, mixture)
+    samples, _ = open_samples(config.replace(fim_rate=0.0), mixture)
     known = token_texts_known(config.data)
     sizes = config.batch_sizes
     places = sizes.consumed(step - 1) + np.arange(sizes.size(step - 1))
@@ -70,6 +72,7 @@ def ledger(config: Config, step: int, record: DataRecord | None) -> list[Entry]:
         texts: list[str | None] = [None] * len(pieces)
         if known:
             tokens = samples.read(int(sample))
+            tokens = tokens[tokens != PADDING]
             cuts = np.cumsum([piece.stop - piece.start for piece in pieces])[:-1]
             texts = [tokenizer.decode(part.tolist()) for part in np.split(tokens, cuts)]
         entries.append(Entry(place, int(sample), pieces, tuple(texts)))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megalite.config import Config
 from megalite.data.documents import document_bounds, document_starts
-from megalite.data.samples import Samples
+from megalite.data.samples import PADDING, Samples
 from megalite.layers.batch import Documents, DropoutPlace, MicroBatch
 from megalite.parallel.data import DataGroup
 from megalite.tokenizer.choose import open_tokenizer
@@ -121,7 +121,8 @@ class Loader:
     def prompt(self, length: int) -> list[int]:
         """The first tokens of the validation samples, or of the training ones if there are none."""
         samples = self._valid if self._valid.num_samples else self._train
-        return samples.read(0)[:length].tolist()
+        tokens = samples.read(0)
+        return tokens[tokens != PADDING][:length].tolist()
 
     def _own_numbers(self, size: int) -> np.ndarray:
         """Numbers j of this rank's samples in a global batch, int64 [micro-batches, B]."""
@@ -131,16 +132,21 @@ class Loader:
         return (micro_batch * self._dp.size + self._dp.rank) * rows + row
 
     def _read(self, split: Samples, samples: np.ndarray, numbers: np.ndarray) -> _Rows:
-        """Samples [micro-batches, B] (-1: none) of a split."""
+        """Samples [micro-batches, B] (-1: none) of a split.
+
+        In place of padding stand ends of documents, which nothing is predicted to be.
+        """
         length = self._config.model.seq_length
         tokens = np.zeros((*samples.shape, length + 1), np.int64)
         for place in np.ndindex(samples.shape):
             if samples[place] >= 0:
                 tokens[place] = split.read(int(samples[place]))
-        mask = np.broadcast_to(samples[..., None] >= 0, (*samples.shape, length))
+        padding = tokens == PADDING
+        tokens[padding] = self._eod
+        mask = (samples[..., None] >= 0) & ~padding[..., 1:]
         if self._config.data.eod_mask_loss:
             mask = mask & (tokens[..., :-1] != self._eod)
-        return _Rows(tokens, np.ascontiguousarray(mask), numbers)
+        return _Rows(tokens, mask, numbers)
 
     def _on_device(self, rows: _Rows, step: int | None) -> Batch:
         """Rows as tensors on the device."""

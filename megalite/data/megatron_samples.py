@@ -59,6 +59,10 @@ class MegatronSamples:
         self._shuffle = arrays["shuffle_index"]
         self.num_samples = len(self._shuffle)
 
+    def describe(self) -> str:
+        """Nothing."""
+        return ""
+
     def order(self, places: np.ndarray) -> np.ndarray:
         """Samples at these places of the run, int64, shape of `places`."""
         assert places.max(initial=0) < self.num_samples, (

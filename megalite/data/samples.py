@@ -3,7 +3,8 @@
 Sample j of a split covers the tokens `[j * seq, j * seq + seq]` of the split's stream, seq + 1 of
 them: inputs and labels, neighbours share one token. Which sample stands at place i of the run is a
 function of (seed, i) alone: epoch `i // N`, and within it `permute(i % N)`. It depends neither on
-the layout nor on the length of the run.
+the layout nor on the length of the run. The number of a sample counts over all epochs: sample j of
+epoch e is `e N + j`, so that what is drawn for a sample can be drawn anew in each epoch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import numpy as np
 
 from megalite.data.permutation import permute
 from megalite.data.token_store import Piece, TokenStore
+
+PADDING = -1
+"""In place of a token where a sample is not full: no input that matters, and no label."""
 
 
 class Samples(Protocol):
@@ -36,12 +40,20 @@ class Samples(Protocol):
         ...
 
     def read(self, index: int) -> np.ndarray:
-        """Tokens of one sample, int64 [seq + 1]."""
+        """Tokens of one sample, int64 [seq + 1]; PADDING stands at the end alone.
+
+        Args:
+            index: of `order`, or below `num_samples` for those of the first epoch.
+        """
         ...
 
 
 class DocumentSamples(Samples, Protocol):
     """Samples that know what they are made of."""
+
+    def describe(self) -> str:
+        """For the opening of a run: what is not to be seen from the data; mostly nothing."""
+        ...
 
     def pieces(self, index: int) -> list[Piece]:
         """The documents that a sample consists of, in order."""
@@ -62,6 +74,10 @@ class StreamSamples:
         self._store, self._start, self._seq, self._seed = store, start, seq_length, seed
         self.num_samples = max(0, (stop - start - 1) // seq_length)
 
+    def describe(self) -> str:
+        """Nothing."""
+        return ""
+
     def order(self, places: np.ndarray) -> np.ndarray:
         """Samples at these places of the run, int64, shape of `places`."""
         return sample_order(places, self.num_samples, self._seed)
@@ -79,8 +95,7 @@ class StreamSamples:
         return self._store.pieces([self._span(index)])
 
     def _span(self, index: int) -> tuple[int, int]:
-        assert 0 <= index < self.num_samples, f"sample {index} of {self.num_samples}"
-        begin = self._start + index * self._seq
+        begin = self._start + index % self.num_samples * self._seq
         return begin, begin + self._seq + 1
 
 
@@ -91,6 +106,10 @@ class MockSamples:
 
     def __init__(self, seq_length: int, vocab_size: int, seed: int):
         self._seq, self._vocab_size, self._seed = seq_length, vocab_size, seed
+
+    def describe(self) -> str:
+        """Nothing."""
+        return ""
 
     def order(self, places: np.ndarray) -> np.ndarray:
         """Samples at these places of the run, int64, shape of `places`."""
@@ -115,11 +134,12 @@ def sample_order(places: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
         seed: of the order.
 
     Returns:
-        int64 sample numbers, shape of `places`.
+        int64 sample numbers, counted over all epochs, shape of `places`.
     """
     epochs, offsets = np.divmod(places, num_samples)
     samples = np.empty_like(offsets)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        samples[here] = permute(offsets[here], num_samples, seed, int(epoch))
+        within = permute(offsets[here], num_samples, seed, int(epoch))
+        samples[here] = epoch * num_samples + within
     return samples

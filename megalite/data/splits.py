@@ -10,15 +10,18 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from megalite.config import Config, with_steps
+from megalite.data.best_fit_samples import BestFitSamples
 from megalite.data.blend import normalized
 from megalite.data.blended_samples import BlendedSamples
 from megalite.data.cache import cache_folder
 from megalite.data.corpus import Corpus
+from megalite.data.fill_in_middle import FillInTheMiddle, FillInTheMiddleSamples
 from megalite.data.index_cache import IndexCache
 from megalite.data.indexed_reader import IndexedReader
 from megalite.data.megatron_samples import MegatronSamples
 from megalite.data.mixture import Mixture, Part
 from megalite.data.samples import DocumentSamples, MockSamples, StreamSamples
+from megalite.data.sentinels import find_sentinels
 from megalite.data.token_store import TokenStore
 from megalite.errors import DataError
 from megalite.tokenizer.choose import open_tokenizer
@@ -88,9 +91,14 @@ def open_samples(config: Config, mixture: Mixture) -> tuple[DocumentSamples, Doc
 def _open_split(config: Config, parts: Sequence[Part], request: _Request) -> DocumentSamples:
     """The samples of one split, blended if there are many parts."""
     opened, problems = [], []
+    transform = _fill_in_the_middle(config) if request.which == "training" else None
     for part, samples in zip(parts, _samples_of_parts(config, parts, request), strict=True):
         try:
-            opened.append(_open_part(config, part.corpus, request, samples))
+            found = _open_part(config, part.corpus, request, samples)
+            if transform is not None:
+                seed, fingerprint = config.train.seed, part.corpus.fingerprint
+                found = FillInTheMiddleSamples(found, transform, seed, fingerprint)
+            opened.append(found)
         except DataError as error:
             problems += error.violations
     if problems:
@@ -105,6 +113,16 @@ def _open_split(config: Config, parts: Sequence[Part], request: _Request) -> Doc
     if config.data.data_order == "epoch":
         return BlendedSamples(opened, weights, request.samples, cache)
     return _blend_as_megatron(opened, weights, request, cache)
+
+
+def _fill_in_the_middle(config: Config) -> FillInTheMiddle | None:
+    """What happens to training samples; validation stays comparable whatever the rate."""
+    data = config.data
+    if not data.fim_rate:
+        return None
+    tokenizer = open_tokenizer(data, config.model.vocab_size)
+    sentinels = find_sentinels(data, tokenizer)
+    return FillInTheMiddle(data.fim_rate, data.fim_spm_rate, tokenizer, sentinels)
 
 
 def _weights(parts: Sequence[Part]) -> list[float] | None:
@@ -166,9 +184,19 @@ def _open_part(
         begin, end = split_bounds(data.split, end)[request.share]
     start = int(reader.lengths[:begin].sum(dtype=np.int64))
     stop = start + int(reader.lengths[begin:end].sum(dtype=np.int64))
-    stream = StreamSamples(store, start, stop, model.seq_length, config.train.seed)
+    seq, seed = model.seq_length, config.train.seed
+    if data.packing == "best-fit":
+        cache = IndexCache(cache_folder(data))
+        packed = BestFitSamples(store, corpus.fingerprint, begin, end, seq, seed, cache)
+        if not packed.num_samples and not request.may_be_empty:
+            raise DataError(
+                _no_sample(config, corpus, request, "no document of two tokens or more")
+            )
+        return packed
+    stream = StreamSamples(store, start, stop, seq, seed)
     if not stream.num_samples and not request.may_be_empty:
-        raise DataError(_too_short(config, corpus, request, stop - start))
+        found = f"{stop - start} tokens, fewer than one sample of --seq-length {seq} + 1"
+        raise DataError(_no_sample(config, corpus, request, found))
     if data.data_order == "epoch" or not stream.num_samples:
         return stream
     return MegatronSamples(
@@ -177,35 +205,35 @@ def _open_part(
         begin,
         end,
         order_samples,
-        model.seq_length,
-        config.train.seed,
+        seq,
+        seed,
         IndexCache(cache_folder(data)),
     )
 
 
 def _check_ends(config: Config, corpus: Corpus, reader: IndexedReader) -> None:
     """Options about ends of documents would do nothing on data in which none is marked."""
+    asked = ["--packing best-fit"] if config.data.packing == "best-fit" else []
     names = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
-    asked = [name for name in names if getattr(config.data, name)]
+    asked += [f"--{name.replace('_', '-')}" for name in names if getattr(config.data, name)]
     if not asked or not reader.num_tokens:
         return
     eod = open_tokenizer(config.data, config.model.vocab_size).eod
     last = int(reader.read(reader.num_tokens - 1, reader.num_tokens)[0])
     if last != eod:
         raise DataError(
-            f"--{asked[0].replace('_', '-')}: {corpus.description} ends with token {last}, not "
+            f"{asked[0]}: {corpus.description} ends with token {last}, not "
             f"with the end of a document, {eod}: preprocess it with --append-eod, or give its "
             "--tokenizer-type"
         )
 
 
-def _too_short(config: Config, corpus: Corpus, request: _Request, tokens: int) -> str:
+def _no_sample(config: Config, corpus: Corpus, request: _Request, found: str) -> str:
     split = config.data.split
     whose = f"the {request.which} share of --split {split}" if request.share is not None else "it"
-    sentence = (
-        f"{corpus.description}: {whose} holds {tokens} tokens, fewer than one sample of "
-        f"--seq-length {config.model.seq_length} + 1: give more text, a shorter --seq-length"
-    )
+    sentence = f"{corpus.description}: {whose} holds {found}: give more text"
+    if config.data.packing == "stream":
+        sentence += ", a shorter --seq-length"
     if request.share is not None:
         sentence += " or another --split"
     return sentence + (", or --eval-steps 0" if request.which == "validation" else "")

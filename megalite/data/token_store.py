@@ -41,7 +41,7 @@ class TokenStore:
     """
 
     def __init__(self, reader: IndexedReader, name: str, vocab_size: int):
-        self._reader, self._name, self._vocab_size = reader, name, vocab_size
+        self._reader, self.name, self._vocab_size = reader, name, vocab_size
         self._token_bytes = reader.dtype.itemsize
 
     @property
@@ -52,6 +52,27 @@ class TokenStore:
     def sequence_start(self, sequence: int) -> int:
         """First token of a sequence."""
         return int(self._reader.pointers[sequence]) // self._token_bytes
+
+    def document_range(self, begin: int, end: int) -> tuple[int, int]:
+        """The first document with sequences of `begin:end`, and the one behind the last."""
+        documents = self._reader.documents
+        first = int(np.searchsorted(documents, begin, side="right")) - 1
+        return max(0, first), int(np.searchsorted(documents, end, side="left"))
+
+    def document_bounds(self, documents: np.ndarray, begin: int, end: int) -> np.ndarray:
+        """The tokens at which documents begin; a document ends where the next one begins.
+
+        Args:
+            documents: their numbers, int [n].
+            begin, end: sequences; of documents that are not all in them the part that is.
+
+        Returns:
+            int64 [n].
+        """
+        pointers = self._reader.pointers
+        sequences = np.clip(self._reader.documents[documents], begin, end)
+        inside = pointers[np.minimum(sequences, len(pointers) - 1)] // self._token_bytes
+        return np.where(sequences < len(pointers), inside, self._reader.num_tokens)
 
     def gather(self, spans: Sequence[Span]) -> np.ndarray:
         """The tokens of the spans, one after the other, int64.
@@ -65,7 +86,7 @@ class TokenStore:
         if least < 0 or most >= self._vocab_size:
             wrong = most if least >= 0 else least
             raise DataError(
-                f"{self._name}: token id {wrong} near token {spans[0][0]} is outside "
+                f"{self.name}: token id {wrong} near token {spans[0][0]} is outside "
                 f"--vocab-size {self._vocab_size}"
             )
         return together.astype(np.int64)
@@ -85,6 +106,6 @@ class TokenStore:
             behind = int(documents[document + 1])
             end = self.sequence_start(behind) if behind < len(pointers) else self._reader.num_tokens
             part = min(stop, end)
-            found.append(Piece(self._name, document, start - first, part - first))
+            found.append(Piece(self.name, document, start - first, part - first))
             start = part
         return found

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
-from megalite.data.samples import Samples
+from megalite.data.samples import PADDING, Samples
 from megalite.layers.rope import rope_frequencies
 from megalite.optim.lr import learning_rate
 from megalite.parallel.rng import keep_mask, make_key, normal_slice
@@ -106,10 +106,11 @@ class Definition:
         places = sizes.consumed(step) + np.arange(sizes.size(step))
         numbers = self.samples.order(places)
         rows = torch.tensor(np.stack([self.samples.read(int(n)) for n in numbers]))
+        mask = rows[:, 1:] != PADDING
+        rows = rows.where(rows != PADDING, ByteTokenizer.eod)
         tokens, labels = rows[:, :-1], rows[:, 1:]
-        mask = torch.ones_like(tokens, dtype=torch.bool)
         if self.config.data.eod_mask_loss:
-            mask = tokens != ByteTokenizer.eod
+            mask = mask & (tokens != ByteTokenizer.eod)
         ends = (tokens == ByteTokenizer.eod).long()
         documents = ends.cumsum(1) - ends
         tokens, labels, mask, documents = (

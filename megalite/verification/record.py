@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
-from megalite.data.samples import sample_order
+from megalite.data.samples import PADDING, sample_order
 from megalite.layers.shard import Piece
 from megalite.models.llama import DecoderLayer
 from megalite.optim.flat import FlatParameters
@@ -28,8 +28,10 @@ Samples_of = tuple[int, ...]
 class VerificationSamples:
     """Random tokens, of which some end a document: how many differs from sample to sample.
 
+    Samples of packed documents end in padding, up to half of them.
+
     Args:
-        config: sequence length, vocabulary and seed.
+        config: sequence length, vocabulary, seed and packing.
     """
 
     num_samples = 1 << 20
@@ -37,6 +39,7 @@ class VerificationSamples:
     def __init__(self, config: Config):
         self._length, self._vocab_size = config.model.seq_length + 1, config.model.vocab_size
         self._seed = config.train.seed
+        self._is_packed = config.data.packing != "stream"
 
     def order(self, places: np.ndarray) -> np.ndarray:
         """Samples at these places of the run, int64, shape of `places`."""
@@ -49,6 +52,8 @@ class VerificationSamples:
         tokens = generator.integers(0, self._vocab_size, self._length, dtype=np.int64)
         ends = generator.random(self._length) < 0.4 * generator.random()
         tokens[ends] = ByteTokenizer.eod
+        if self._is_packed:
+            tokens[self._length - generator.integers(0, self._length // 2 + 1) :] = PADDING
         return tokens
 
 

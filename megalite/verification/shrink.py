@@ -110,6 +110,7 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
         merge_file="",
         tiktoken_pattern="",
         eod_mask_loss=True,
+        fim_rate=0.0,
         eval_steps=0,
     )
     return Small(resolve(small), tuple(changes))

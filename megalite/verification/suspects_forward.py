@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megalite.config import Config
 from megalite.models.stage import stage_specs
+from megalite.tokenizer.byte import ByteTokenizer
 from megalite.verification.compare import Difference, activation_part
 from megalite.verification.definition import DefinedDropout, attention
 from megalite.verification.evidence import (
@@ -283,5 +284,9 @@ def _other_losses(evidence: Evidence) -> Iterator[tuple[str, float]]:
         "a mean of the data ranks' means is taken, though they hold different numbers of tokens",
         mean_of_means([evidence.data_rank_samples(rank) for rank in range(dp)]),
     )
+    if evidence.config.data.packing != "stream":
+        before_padding = (batch.tokens != ByteTokenizer.eod).t()
+        counted = (right * before_padding).sum() / before_padding.sum()
+        yield "the padding of packed samples counts in the loss", counted.item()
     yield "tokens that are masked count too", right.mean().item()
     yield "the loss is divided by all tokens, masked ones too", (right * mask).mean().item()

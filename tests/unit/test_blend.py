@@ -166,25 +166,30 @@ PARTS = [Sized(7, 1), Sized(20, 2), Sized(3, 3)]
 def test_without_weights_each_sample_comes_once_an_epoch(tmp_path: Path) -> None:
     blend = BlendedSamples(PARTS, None, 90, IndexCache(tmp_path))
     assert blend.num_samples == 30
-    epochs = blend.order(np.arange(90)).reshape(3, 30)
+    numbers = blend.order(np.arange(90)).reshape(3, 30)
+    assert (numbers // 30 == np.arange(3)[:, None]).all(), "counted over all epochs"
+    epochs = numbers % 30
     for epoch in epochs:
         assert sorted(epoch) == list(range(30))
     assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3, "in another order each time"
     # Within an epoch a part's samples come in its own order of that epoch.
     for number, epoch in enumerate(epochs):
         own = epoch[(epoch >= 7) & (epoch < 27)] - 7
-        assert own.tolist() == sample_order(np.arange(20) + 20 * number, 20, 2).tolist()
+        assert own.tolist() == (sample_order(np.arange(20) + 20 * number, 20, 2) % 20).tolist()
 
 
 def test_with_weights_each_part_begins_anew_by_itself(tmp_path: Path) -> None:
     blend = BlendedSamples(PARTS, [0.5, 0.25, 0.25], 400, IndexCache(tmp_path))
-    numbers = blend.order(np.arange(400))
+    counted = blend.order(np.arange(400))
+    rounds, numbers = np.divmod(counted, 30)
     counts = np.bincount(np.searchsorted([7, 27], numbers, side="right"))
     assert counts.tolist() == [200, 100, 100]
     for first, part in zip((0, 7, 27), PARTS, strict=True):
-        own = numbers[(numbers >= first) & (numbers < first + part.num_samples)] - first
-        places = np.arange(len(own))
-        assert own.tolist() == part.order(places).tolist()
+        here = (numbers >= first) & (numbers < first + part.num_samples)
+        own = rounds[here] * part.num_samples + numbers[here] - first
+        assert own.tolist() == part.order(np.arange(len(own))).tolist()
+        for number, within in zip(counted[here][:50], own, strict=False):
+            assert (blend.read(int(number)) == part.read(int(within))).all()
     repeated = [i for i in range(401) if len(set(numbers[:i].tolist())) == i]
     assert blend.num_samples == max(repeated), "until the first sample comes again"
 

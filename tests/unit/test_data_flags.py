@@ -127,6 +127,10 @@ def test_weights_before_some_paths_only(text: str, words: str) -> None:
             "--data-order megatron --order-samples 3 --steps 10 --global-batch-size 8",
             "--order-samples 3 is below the 80 samples of the run",
         ),
+        (
+            "--packing best-fit --data-order megatron",
+            "--packing best-fit contradicts --data-order megatron",
+        ),
         ("--data-order random", "--data-order random: expected one of epoch, megatron"),
         ("--test-data-path a b", "--test-data-path is not in megalite: nothing is tested after"),
     ],
@@ -146,6 +150,7 @@ def test_rules(text: str, words: str, part: str) -> None:
         "--num-epochs 3 --data {0} {0}",
         "--data-order megatron --order-samples 4000 --steps 10 --global-batch-size 8",
         "--data {0} {0} --data-cache-path x",
+        "--data {0} {0} --packing best-fit --num-epochs 1",
         "--num-epochs 1 --lr-warmup-steps 5",
     ],
 )

@@ -22,6 +22,11 @@ WITHOUT_EFFECT = {
     "--reverse-micro-batches": "with a --global-batch-size of one micro-batch",
     "--split 90,10": "with --mock-data",
     "--data-cache-path somewhere": "without text",
+    "--packing best-fit": "with --mock-data, which has no documents to pack",
+    "--fim-spm-rate 0.3": "without --fim-rate",
+    "--fim-prefix-token x": "without --fim-rate",
+    "--fim-middle-token x": "without --fim-rate",
+    "--fim-suffix-token x": "without --fim-rate",
     "--sample-length 9": "without text",
     "--tokenizer-type ByteTokenizer": "with --mock-data and --vocab-size",
     "--tokenizer-model x": "without --tokenizer-type SentencePieceTokenizer or",
@@ -37,6 +42,7 @@ REST = {
     "--reverse-micro-batches": "--global-batch-size 8 --micro-batch-size 8",
     "--split 90,10": "--mock-data",
     "--data-cache-path somewhere": "--mock-data",
+    "--packing best-fit": "--mock-data",
     "--sample-length 9": "--mock-data",
     "--tokenizer-type ByteTokenizer": "--mock-data --vocab-size 300",
 }
@@ -50,6 +56,7 @@ WITH_EFFECT = [
     "--reverse-micro-batches",
     "--split 90,10",
     "--data-cache-path somewhere",
+    "--packing best-fit",
     "--sample-length 9",
     "--tokenizer-type ByteTokenizer",
     "--tokenizer-type ByteTokenizer --mock-data",
@@ -58,6 +65,7 @@ WITH_EFFECT = [
     "--eval-interval 0 --eval-steps 0",
     "--min-lr 0 --lr-decay-style constant",
     "--sample-length 0 --mock-data",
+    "--fim-spm-rate 0",
     "--no-reverse-micro-batches --global-batch-size 8",
 ]
 

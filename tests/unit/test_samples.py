@@ -233,7 +233,9 @@ def test_splits_by_hand(split: str, count: int, want: list[tuple[int, int]]) -> 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
 def test_the_order_runs_through_epochs(size: int) -> None:
-    order = sample_order(np.arange(5 * size), size, seed=11).reshape(5, size)
+    numbers = sample_order(np.arange(5 * size), size, seed=11).reshape(5, size)
+    assert (numbers // size == np.arange(5)[:, None]).all(), "counted over all epochs"
+    order = numbers % size
     for epoch in range(5):
         assert sorted(order[epoch]) == list(range(size))
         assert order[epoch].tolist() == whole(size, 11, epoch).tolist()

@@ -204,6 +204,17 @@ def label_shift(patch: Patch) -> None:
     patch.setattr(trainer.Trainer, "_token_losses", broken)
 
 
+def padding_counts(patch: Patch) -> None:
+    """Only ends of documents are masked, in whose place padding stands."""
+    right = loader.Loader._read
+
+    def broken(self: Any, *args: Any) -> Any:
+        rows = right(self, *args)
+        return replace(rows, mask=rows.tokens[..., :-1] != self._eod)
+
+    patch.setattr(loader.Loader, "_read", broken)
+
+
 def hidden_dropout_equal_on_tensor_ranks(patch: Patch) -> None:
     """Under sequence parallelism all ranks take the mask of the first positions."""
     patch.setattr(tensor.TensorGroup, "first_position", lambda self, length: 0)
@@ -543,6 +554,13 @@ FAULTS: dict[str, Fault] = {
         layer_dropped, "--pp 2 --pp-layers 3,1", "missing", "model.layers.1.mlp", "on no rank"
     ),
     "label shift": Fault(label_shift, "--pp 2", "loss", "loss", "labels are shifted"),
+    "padding counts": Fault(
+        padding_counts,
+        "--dp 2 --packing best-fit",
+        "loss",
+        "loss",
+        "the padding of packed samples counts in the loss",
+    ),
     "hidden dropout alike": Fault(
         hidden_dropout_equal_on_tensor_ranks,
         f"--tp 2 {DROPOUT}",

@@ -48,6 +48,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "rate": ("", "--lr-decay-style linear", "--lr-decay-style WSD", "--lr-decay-style constant"),
     "rope": ("", "--rope-scaling llama3"),
     "growing batch": ("", "--rampup-batch-size 12 12 30"),
+    "packing": ("", "--packing best-fit"),
     "documents": ("", "--reset-attention-mask", "--reset-position-ids"),
 }
 

@@ -1,0 +1,69 @@
+"""The tokens that mark the parts of a document for fill-in-the-middle. No torch or numpy import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megalite.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megalite.config_data import DataConfig
+    from megalite.tokenizer.base import Tokenizer
+
+_LISTED = 8
+"""Special tokens of a tokenizer that a message names."""
+
+
+@dataclass(frozen=True)
+class Sentinels:
+    """Ids of the tokens before each part."""
+
+    prefix: int
+    middle: int
+    suffix: int
+
+
+def find_sentinels(data: DataConfig, tokenizer: Tokenizer) -> Sentinels:
+    """The tokens that the configuration names.
+
+    Raises:
+        ConfigError: those that the tokenizer does not have, or that are one token.
+    """
+    problems, found = [], {}
+    for part in ("prefix", "middle", "suffix"):
+        text = getattr(data, f"fim_{part}_token")
+        token = _token(text, tokenizer)
+        if token is None:
+            problems.append(
+                f"--fim-{part}-token {text} is no special token of {data.tokenizer}, "
+                f"{_what_there_is(tokenizer)}"
+            )
+        else:
+            found[part] = token
+    if not problems and (len({*found.values()}) < 3 or tokenizer.eod in found.values()):
+        names = ", ".join(f"--fim-{p}-token {getattr(data, f'fim_{p}_token')}" for p in found)
+        problems.append(f"{names}: expected three tokens, none of which ends a document")
+    if problems:
+        raise ConfigError(problems)
+    return Sentinels(**found)
+
+
+def _token(text: str, tokenizer: Tokenizer) -> int | None:
+    """The token of this text. Files may hold such tokens without calling them special."""
+    if text in tokenizer.special:
+        return tokenizer.special[text]
+    if not tokenizer.special or len(text) < 2:
+        return None
+    around = tokenizer.encode("")  # what stands before or behind every text
+    ids = [token for token in tokenizer.encode(text) if token not in around]
+    return ids[0] if len(ids) == 1 else None
+
+
+def _what_there_is(tokenizer: Tokenizer) -> str:
+    if not tokenizer.special:
+        return "which has none: give a --tokenizer-type with such tokens, or --fim-rate 0"
+    # Those that may have been meant come first.
+    names = sorted(tokenizer.special, key=lambda text: ("fim" not in text.lower(), text))
+    more = ", ..." if len(names) > _LISTED else ""
+    return f"which has {', '.join(names[:_LISTED])}{more}"
