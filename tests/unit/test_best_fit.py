@@ -21,7 +21,8 @@ from runs import SMALL, run_in_pool
 
 from megalite.config import Config
 from megalite.data.best_fit import Packing, pack, plan, remainders
-from megalite.data.indexed import IndexedReader, IndexedWriter
+from megalite.data.indexed_reader import IndexedReader
+from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.ledger import ledger
 from megalite.data.loader import Loader
 from megalite.data.mixture import prepare_mixture
@@ -326,7 +327,7 @@ def test_the_ledger_names_the_documents(tmp_path: Path) -> None:
     reader = IndexedReader(prefix)
     firsts = np.cumsum([0, *reader.lengths.tolist()])
     numbers = train.order(16 + np.arange(8)).tolist()
-    entries = ledger(config, 3)
+    entries = ledger(config, 3, None)
     assert [entry.sample for entry in entries] == numbers
     for entry in entries:
         tokens = train.read(entry.sample)

@@ -313,8 +313,8 @@ def test_validation_is_as_it_was(files: Path, tmp_path: Path) -> None:
 
 
 def test_the_ledger_shows_documents_as_they_are(files: Path, tmp_path: Path) -> None:
-    plain = ledger(settings(files, tmp_path), 15)
-    assert ledger(settings(files, tmp_path, fim_rate=1.0), 15) == plain
+    plain = ledger(settings(files, tmp_path), 15, None)
+    assert ledger(settings(files, tmp_path, fim_rate=1.0), 15, None) == plain
     assert max(entry.sample for entry in plain) > 0
 
 
