@@ -214,16 +214,19 @@ def epoch_of(samples: Samples, epoch: int = 0) -> list[list[int]]:
 def test_every_pair_of_neighbours_is_in_one_sample_of_an_epoch(tmp_path: Path, gaps: bool) -> None:
     prefix = write(tmp_path / "a", random_lengths(1), gaps=gaps)
     reader = IndexedReader(prefix)
-    config = packed(tmp_path, prefix)
-    train, valid = open_data(config)
-    assert pairs_in(epoch_of(train)) == pairs_in(epoch_of(train, 3))
-    assert epoch_of(train) != epoch_of(train, 3)
-    # The split is by sequences: of a document that it cuts each part stands for itself.
-    last = round(0.8 * len(reader.lengths))
-    cut = int(reader.lengths[:last].sum())
     tokens = reader.tokens.tolist()
-    assert pairs_in(epoch_of(train)) == pairs_in([tokens[:cut]])
-    assert pairs_in(epoch_of(valid)) == pairs_in([tokens[cut:]])
+    inside = 0
+    for share in (50.5, 66, 72.5, 80, 86.5):
+        train, valid = open_data(packed(tmp_path, prefix, split=f"{share},{100 - share}"))
+        assert pairs_in(epoch_of(train)) == pairs_in(epoch_of(train, 3))
+        assert epoch_of(train) != epoch_of(train, 3)
+        # The split is by sequences: of a document that it cuts each part stands for itself.
+        last = round(share / 100 * len(reader.lengths))
+        cut = int(reader.lengths[:last].sum())
+        assert pairs_in(epoch_of(train)) == pairs_in([tokens[:cut]])
+        assert pairs_in(epoch_of(valid)) == pairs_in([tokens[cut:]])
+        inside += last not in reader.documents
+    assert (inside > 1) == gaps, "some cut a document"
 
 
 def test_a_sample_is_whole_documents_and_padding(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from megalite.config import Config, resolve
 from megalite.data.loader import Batch, Loader
-from megalite.data.samples import sample_order
+from megalite.data.samples import PADDING, sample_order
 from megalite.errors import DataError
 
 BATCH = 16
@@ -186,6 +186,30 @@ def test_eod_mask_loss_leaves_out_what_follows_an_end(dp: int, rows: int, masked
     as_input = int((samples % (SEQ + 1) < SEQ).sum())  # an end in the last place is a label only
     assert 0 < as_input < BATCH
     assert counted == BATCH * SEQ - (as_input if masked else 0)
+
+
+class Padded(InOrder):
+    """Sample i ends with i % (SEQ + 1) places of padding, and holds no end of document."""
+
+    def read(self, index: int) -> np.ndarray:
+        tokens = np.arange(SEQ + 1) + 10
+        tokens[SEQ + 1 - index % (SEQ + 1) :] = PADDING
+        return tokens
+
+
+@pytest.mark.parametrize(("dp", "rows"), LAYOUTS)
+def test_no_label_is_padding(dp: int, rows: int) -> None:
+    """Nor is anything but the labels left out: the last token before it is a label."""
+    counted = 0
+    for loader in loaders(dp, rows, Padded(100), Padded(100), eval_steps=1):
+        for batch in (loader.train_batch(0), *loader.validation_batches()):
+            for mb in batch.micro_batches:
+                assert ((mb.tokens >= 10) & (mb.labels >= 10)).all()
+                assert (mb.mask == (mb.labels != EOD)).all(), "an end stands in its place"
+                assert (mb.tokens[:, 1:] == mb.labels[:, :-1]).all()
+            counted += batch.counted_tokens
+    samples = sample_order(np.arange(BATCH), 100, 1234)
+    assert counted == 2 * int(np.maximum(SEQ - samples % (SEQ + 1), 0).sum())
 
 
 # Validation
