@@ -109,7 +109,7 @@ def loader(folder: Path, seq_length: int, batch: int, case: dict[str, Any]) -> L
     )
     samples = open_samples(config, prepare_mixture(config.data))
     alone: Any = SimpleNamespace(rank=0, size=1)
-    return Loader(config, *samples, alone, torch.device("cpu"))
+    return Loader(config, samples.train, samples.valid, alone, torch.device("cpu"))
 
 
 if __name__ == "__main__":

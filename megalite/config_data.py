@@ -24,9 +24,14 @@ class DataConfig(TokenizerSettings):
     valid_data_path: tuple[str, ...] = option(
         (), "Validation data beside --train-data-path; one or many.", metavar="[W] PATH"
     )
+    test_data_path: tuple[str, ...] = option(
+        (), "Data of the test after training, beside --train-data-path.", metavar="[W] PATH"
+    )
     mock_data: bool = option(False, "Random tokens in place of a corpus, for benchmarks.")
     split: str = option(
-        "95,5", "Shares of training and validation; a third one is left out.", metavar="A,B[,C]"
+        "95,5",
+        "Shares of training, validation and, if there is a third, of a test after training.",
+        metavar="A,B[,C]",
     )
     packing: str = option(
         "stream",

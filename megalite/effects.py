@@ -112,6 +112,16 @@ _EFFECTS = (
         "with --eval-steps 0, which validates nothing",
     ),
     Effect(
+        ("test_data_path",),
+        lambda c: bool(c.data.train_data_path),
+        "without --train-data-path: a third share of --split is tested on",
+    ),
+    Effect(
+        ("test_data_path",),
+        lambda c: c.train.eval_steps > 0,
+        "with --eval-steps 0, which tests nothing",
+    ),
+    Effect(
         ("data_order",),
         lambda c: not c.data.mock_data,
         "with --mock-data, which is random in any order",

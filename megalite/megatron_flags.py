@@ -139,10 +139,9 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
             "what tokenizer.json puts around a text is put there"
         ),
         "--trust-remote-code": Refused("a tokenizer is a file of data; no code is loaded"),
-        "--test-data-path": Refused(
-            "nothing is tested after training; give it as --valid-data-path"
+        "--per-split-data-args-path": Refused(
+            "give --train-data-path, --valid-data-path, --test-data-path"
         ),
-        "--per-split-data-args-path": Refused("give --train-data-path and --valid-data-path"),
         "--full-validation": Refused("give the batches of a validation with --eval-steps"),
         "--fim-data": With(
             "fim_rate",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
-from megalite.data.mixture import Mixture
+from megalite.data.mixture import Evaluated, Mixture
 from megalite.estimate import flops_per_token
 
 PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
@@ -174,13 +174,20 @@ class RunLog:
 
     def validation(self, step: int, loss: float) -> None:
         """Record a validation after `step` steps."""
-        bits_per_byte = self._mixture.bits_per_byte(loss)
-        record = {"step": step, "valid_loss": loss}
-        text = f"valid {step:>6d}  loss {loss:.4f}"
+        self._evaluation("valid", step, loss)
+
+    def test(self, step: int, loss: float) -> None:
+        """Record the test after the last of `step` steps."""
+        self._evaluation("test", step, loss)
+
+    def _evaluation(self, which: Evaluated, step: int, loss: float) -> None:
+        bits_per_byte = self._mixture.bits_per_byte(loss, which)
+        record = {"step": step, f"{which}_loss": loss}
+        text = f"{which:<5s} {step:>6d}  loss {loss:.4f}"
         if bits_per_byte is not None:
-            record["valid_bits_per_byte"] = bits_per_byte
+            record[f"{which}_bits_per_byte"] = bits_per_byte
             text += f"  {bits_per_byte:.4f} bits per byte"
-        self._write("valid", step, record)
+        self._write(which, step, record)
         self.say(text)
 
     def say(self, text: str) -> None:

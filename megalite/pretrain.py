@@ -242,12 +242,13 @@ def _closing(
     if sample is not None:
         lines += [f"sample, continuing {sample[0]!r}:", sample[1], ""]
     lines.append(f"final train loss {result.train_loss:.4f} nats per token")
-    if result.valid_loss is not None:
-        bits = mixture.bits_per_byte(result.valid_loss)
-        lines.append(
-            f"final valid loss {result.valid_loss:.4f} nats per token"
-            + (f" = {bits:.4f} bits per byte" if bits is not None else "")
-        )
+    for which, loss in (("valid", result.valid_loss), ("test", result.test_loss)):
+        if loss is not None:
+            bits = mixture.bits_per_byte(loss, "test" if which == "test" else "valid")
+            lines.append(
+                f"final {which} loss {loss:.4f} nats per token"
+                + (f" = {bits:.4f} bits per byte" if bits is not None else "")
+            )
     if mixture.unigram_nats:
         known = f"for comparison   {mixture.unigram_nats:.4f} knowing token counts only"
         if mixture.bigram_nats:

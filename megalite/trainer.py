@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -44,10 +44,12 @@ class Result:
     Attributes:
         train_loss: of the last step [nats per token].
         valid_loss: of the last validation, None if there was none.
+        test_loss: of the test after training, None if there was none.
     """
 
     train_loss: float
     valid_loss: float | None
+    test_loss: float | None
 
 
 class Trainer:
@@ -55,7 +57,7 @@ class Trainer:
 
     Args:
         config: fully resolved.
-        samples: of the training and of the validation split.
+        samples: of training, validation and, if there is one, the test after training.
         groups: of this rank.
         device: of this rank.
     """
@@ -63,7 +65,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        samples: tuple[Samples, Samples],
+        samples: tuple[Samples, Samples, Samples | None],
         groups: ParallelGroups,
         device: torch.device,
     ):
@@ -84,7 +86,8 @@ class Trainer:
             self.stages, groups, lambda number: self.flats[number].begin_last_backward()
         )
         self.optimizer = Optimizer(list(self.flats.values()), groups, config.train)
-        self.loader = Loader(config, *samples, groups.dp, device)
+        train_samples, valid_samples, self._tested = samples
+        self.loader = Loader(config, train_samples, valid_samples, groups.dp, device)
         self._last_stage = self.stages.get(plan.num_stages - 1)
 
     def train_step(self, step: int) -> Tensor:
@@ -127,16 +130,25 @@ class Trainer:
         self._activity.enter("updating weights", self._activity.position)
         return self.optimizer.clip_and_step(learning_rate(self.config.train, step), loss)
 
-    @torch.no_grad()
     def validate(self) -> float:
         """Mean loss over the validation samples [nats per token], equal on all ranks."""
+        return self._evaluate(self.loader.validation_batches(), "validation")
+
+    def test(self) -> float | None:
+        """Mean loss over the test samples [nats per token], equal on all ranks; None: no test."""
+        if self._tested is None:
+            return None
+        return self._evaluate(self.loader.evaluation_batches(self._tested), "test")
+
+    @torch.no_grad()
+    def _evaluate(self, batches: Iterable[Batch], what: str) -> float:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
 
         def head(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
             return self._token_losses(logits, micro_batch).sum()
 
-        for number, batch in enumerate(self.loader.validation_batches(), start=1):
-            self._activity.begin(f"batch {number} of a validation")
+        for number, batch in enumerate(batches, start=1):
+            self._activity.begin(f"batch {number} of a {what}")
             program = self._forward_program(len(batch.micro_batches))
             losses = self.executor.run(program, batch.micro_batches, head)
             totals[0] += self._sum(losses)[0]
@@ -173,7 +185,7 @@ class Trainer:
         return results[0][: self.config.model.vocab_size] if results else None
 
     def fit(self, log: RunLog | None) -> Result:
-        """Train to the end, with validations on the way.
+        """Train to the end, with validations on the way and a test behind it.
 
         Args:
             log: on the rank that keeps the record, None on the others.
@@ -202,7 +214,10 @@ class Trainer:
                     valid_loss = self.validate()
                     if log is not None:
                         log.validation(step, valid_loss)
-        return Result(loss, valid_loss)
+        test_loss = self.test()
+        if log is not None and test_loss is not None:
+            log.test(train.steps, test_loss)
+        return Result(loss, valid_loss, test_loss)
 
     def save(self, folder: Path) -> None:
         """Write the final weights; returns when all ranks have."""

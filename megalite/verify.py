@@ -53,6 +53,7 @@ def _small(command: cli.Command, world: World | None) -> Small:
             data=(),
             train_data_path=(),
             valid_data_path=(),
+            test_data_path=(),
             data_order="epoch",
             order_samples=0,
             packing="stream",

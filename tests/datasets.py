@@ -10,7 +10,7 @@ from megalite.config import Config, resolve
 from megalite.data.indexed_writer import IndexedWriter
 from megalite.data.mixture import prepare_mixture
 from megalite.data.samples import Samples
-from megalite.data.splits import open_samples
+from megalite.data.splits import SplitSamples, open_samples
 from megalite.tokenizer.choose import open_tokenizer
 
 
@@ -53,6 +53,11 @@ def data_config(folder: Path, *words: str | Path, **values: object) -> Config:
 
 def open_data(config: Config) -> tuple[Samples, Samples]:
     """Training and validation samples."""
+    return open_splits(config)[:2]
+
+
+def open_splits(config: Config) -> SplitSamples:
+    """The samples of all splits."""
     tokenizer = open_tokenizer(config.data, config.model.vocab_size)
     return open_samples(config, prepare_mixture(config.data, tokenizer))
 

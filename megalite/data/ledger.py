@@ -62,7 +62,7 @@ def ledger(config: Config, step: int, record: DataRecord | None) -> list[Entry]:
         changes = record.changes(record_of(mixture, tokenizer.fingerprint))
         if changes:
             raise DataError(changes)
-    samples, _ = open_samples(config.replace(fim_rate=0.0), mixture)
+    samples = open_samples(config.replace(fim_rate=0.0), mixture).train
     known = token_texts_known(config.data)
     sizes = config.batch_sizes
     places = sizes.consumed(step - 1) + np.arange(sizes.size(step - 1))

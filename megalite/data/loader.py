@@ -102,21 +102,25 @@ class Loader:
         return self._read(self._train, samples, numbers)
 
     def validation_batches(self) -> Iterator[Batch]:
-        """Samples from all over the validation split, always the same ones for a seed.
+        """The batches of a validation; see `evaluation_batches`."""
+        return self.evaluation_batches(self._valid)
+
+    def evaluation_batches(self, split: Samples) -> Iterator[Batch]:
+        """Samples from all over a split, always the same ones for a seed.
 
         If the split is shorter than `eval_steps` batches it is used once; rows without a sample
         have an empty mask.
         """
         train = self._config.train
         wanted = train.eval_steps * train.global_batch_size
-        available = min(wanted, self._valid.num_samples)
+        available = min(wanted, split.num_samples)
         for first in range(0, available, train.global_batch_size):
             numbers = self._own_numbers(train.global_batch_size)
             places = first + numbers
             exists = places < available
-            order = self._valid.order(np.where(exists, places, 0))
+            order = split.order(np.where(exists, places, 0))
             samples = np.where(exists, order, -1)
-            yield self._on_device(self._read(self._valid, samples, numbers), None)
+            yield self._on_device(self._read(split, samples, numbers), None)
 
     def prompt(self, length: int) -> list[int]:
         """The first tokens of the validation samples, or of the training ones if there are none."""

@@ -6,12 +6,21 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megalite.config_data import DataConfig
 from megalite.data.corpus import Corpus, prepare_corpus
-from megalite.data.source import Ingredient, train_ingredients, valid_ingredients
+from megalite.data.source import (
+    Ingredient,
+    test_ingredients,
+    train_ingredients,
+    valid_ingredients,
+)
 from megalite.errors import DataError
 from megalite.tokenizer.base import Tokenizer
+
+Evaluated = Literal["valid", "test"]
+"""The splits that are evaluated: validations on the way, and a test at the end."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +38,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What a run trains and validates on.
+    """What a run trains, validates and is tested on.
 
     Attributes:
         train: at least one part.
-        valid: empty if the validation data is a share of each part of `train`.
+        valid, test: empty if that data is a share of each part of `train`, or there is none.
     """
 
     train: tuple[Part, ...]
     valid: tuple[Part, ...] = ()
+    test: tuple[Part, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -46,14 +56,15 @@ class Mixture:
             return self._only.fingerprint
         told = [
             [(part.corpus.fingerprint, part.weight) for part in parts]
-            for parts in (self.train, self.valid)
+            for parts in (self.train, self.valid, self.test)
         ]
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     @property
     def is_text(self) -> bool:
         """Whether all of it was tokenized here, so that tokens have a text that is known."""
-        return all(part.corpus.text_bytes for part in (*self.train, *self.valid))
+        parts = (*self.train, *self.valid, *self.test)
+        return all(part.corpus.text_bytes for part in parts)
 
     @property
     def unigram_nats(self) -> float:
@@ -65,8 +76,8 @@ class Mixture:
         """Entropy of a token given the one before [nats]; 0 if unknown."""
         return self._only.bigram_nats if self._only is not None else 0.0
 
-    def bits_per_byte(self, loss: float) -> float | None:
-        """A validation loss [nats per token] as bits per byte of text; None if that is unknown.
+    def bits_per_byte(self, loss: float, which: Evaluated = "valid") -> float | None:
+        """A loss [nats per token] of a split as bits per byte of text; None if that is unknown.
 
         Of a blend, a token has the mean length of its parts' tokens, weighted as they are blended.
         """
@@ -74,7 +85,7 @@ class Mixture:
             return None
         if self._only is not None:
             return self._only.bits_per_byte(loss)
-        parts = self.valid or self.train
+        parts = (self.test if which == "test" else self.valid) or self.train
         bytes_per_token = sum(
             share * part.corpus.text_bytes / part.corpus.tokens
             for share, part in zip(shares(parts), parts, strict=True)
@@ -89,16 +100,17 @@ class Mixture:
             f"{100 * share:.3g}% {part.corpus.describe()}"
             for share, part in zip(shares(self.train), self.train, strict=True)
         ]
-        if self.valid:
+        for name, parts in (("validation", self.valid), ("test", self.test)):
             lines += [
-                f"validation, {100 * share:.3g}% {part.corpus.describe()}"
-                for share, part in zip(shares(self.valid), self.valid, strict=True)
+                f"{name}, {100 * share:.3g}% {part.corpus.describe()}"
+                for share, part in zip(shares(parts), parts, strict=True)
             ]
         return "\n".join(lines)
 
     @property
     def _only(self) -> Corpus | None:
-        return self.train[0].corpus if len(self.train) == 1 and not self.valid else None
+        apart = self.valid or self.test
+        return self.train[0].corpus if len(self.train) == 1 and not apart else None
 
 
 def shares(parts: Sequence[Part]) -> list[float]:
@@ -116,9 +128,10 @@ def prepare_mixture(data: DataConfig, tokenizer: Tokenizer | None = None) -> Mix
     problems: list[str] = []
     train = _prepare(train_ingredients(data), tokenizer, problems)
     valid = _prepare(valid_ingredients(data), tokenizer, problems)
+    test = _prepare(test_ingredients(data), tokenizer, problems)
     if problems:
         raise DataError(problems)
-    return Mixture(train, valid)
+    return Mixture(train, valid, test)
 
 
 def _prepare(

@@ -42,12 +42,13 @@ class DataRecord:
 
     Attributes:
         tokenizer: its fingerprint.
-        train, valid: in the order of the command line; weights and shares are in `config.json`.
+        train, valid, test: in the order of the command line; weights are in `config.json`.
     """
 
     tokenizer: str
     train: tuple[CorpusRecord, ...]
     valid: tuple[CorpusRecord, ...]
+    test: tuple[CorpusRecord, ...]
 
     def write(self, folder: Path) -> None:
         """Write it to a run's folder."""
@@ -57,6 +58,7 @@ class DataRecord:
         """A sentence for everything that is not what it was; none if the run can be repeated."""
         found = list(_changes("--data", self.train, now.train))
         found += _changes("--valid-data-path", self.valid, now.valid)
+        found += _changes("--test-data-path", self.test, now.test)
         if self.tokenizer != now.tokenizer:
             found.append(
                 f"the run was trained with the tokenizer {self.tokenizer}, its files now give "
@@ -72,7 +74,8 @@ def record_of(mixture: Mixture, tokenizer: str) -> DataRecord:
         mixture: all of it.
         tokenizer: its fingerprint.
     """
-    return DataRecord(tokenizer, _records(mixture.train), _records(mixture.valid))
+    read = (mixture.train, mixture.valid, mixture.test)
+    return DataRecord(tokenizer, *map(_records, read))
 
 
 def read_record(folder: Path) -> DataRecord | None:
@@ -88,6 +91,7 @@ def read_record(folder: Path) -> DataRecord | None:
             tokenizer=content["tokenizer"],
             train=tuple(_read(each) for each in content["train"]),
             valid=tuple(_read(each) for each in content["valid"]),
+            test=tuple(_read(each) for each in content["test"]),
         )
     except FileNotFoundError:
         return None

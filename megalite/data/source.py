@@ -55,13 +55,18 @@ def valid_ingredients(data: DataConfig) -> tuple[Ingredient, ...]:
     return _ingredients(data, data.valid_data_path) if data.valid_data_path else ()
 
 
+def test_ingredients(data: DataConfig) -> tuple[Ingredient, ...]:
+    """What is tested on after training; none if it is a share of what is trained on, or nothing."""
+    return _ingredients(data, data.test_data_path) if data.test_data_path else ()
+
+
 def _ingredients(data: DataConfig, words: Sequence[str]) -> tuple[Ingredient, ...]:
     """Words as Megatron-LM reads them: pairs if every other one is a number, else paths."""
     weights: Sequence[float | None] = [_number(word) for word in words[::2]]
     paths = words[1::2]
     if len(words) % 2 or None in weights or not words:
         weights, paths = [None] * len(words), words
-    alone = replace(data, data=(), train_data_path=(), valid_data_path=())
+    alone = replace(data, data=(), train_data_path=(), valid_data_path=(), test_data_path=())
     if not words:
         return (Ingredient(None, alone),)
     return tuple(
@@ -98,9 +103,9 @@ def token_texts_known(data: DataConfig) -> bool:
 
 def is_text(data: DataConfig) -> bool:
     """Whether everything that is read is text, tokenized here."""
+    read = (*train_ingredients(data), *valid_ingredients(data), *test_ingredients(data))
     return all(
-        find_source(ingredient.data).kind in ("stdlib", "text", "records")
-        for ingredient in (*train_ingredients(data), *valid_ingredients(data))
+        find_source(ingredient.data).kind in ("stdlib", "text", "records") for ingredient in read
     )
 
 
@@ -111,6 +116,7 @@ def source_problems(data: DataConfig) -> list[str]:
         ("--data", data.data, train_ingredients(data) if not data.train_data_path else ()),
         ("--train-data-path", data.train_data_path, train_ingredients(data)),
         ("--valid-data-path", data.valid_data_path, valid_ingredients(data)),
+        ("--test-data-path", data.test_data_path, test_ingredients(data)),
     ):
         if words or flag == "--data":
             problems += _blend_problems(flag, words, ingredients)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,7 +36,7 @@ class _Request:
     """Samples of one split.
 
     Attributes:
-        which: "training" or "validation".
+        which: "training", "validation" or "test".
         share: which share of `--split` of each part; None: all of it.
         samples: that the run takes.
         order_samples: that Megatron-LM's order is made for.
@@ -49,8 +50,16 @@ class _Request:
     may_be_empty: bool = False
 
 
-def open_samples(config: Config, mixture: Mixture) -> tuple[DocumentSamples, DocumentSamples]:
-    """Training and validation samples.
+class SplitSamples(NamedTuple):
+    """Samples of a run; None: nothing is tested."""
+
+    train: DocumentSamples
+    valid: DocumentSamples
+    test: DocumentSamples | None
+
+
+def open_samples(config: Config, mixture: Mixture) -> SplitSamples:
+    """The samples of all splits.
 
     Raises:
         DataError: a split is shorter than one sample or than the order needs, token ids exceed the
@@ -58,34 +67,39 @@ def open_samples(config: Config, mixture: Mixture) -> tuple[DocumentSamples, Doc
     """
     model, train = config.model, config.train
     if config.data.mock_data:
-        return (
+        return SplitSamples(
             MockSamples(model.seq_length, model.vocab_size, train.seed),
             MockSamples(model.seq_length, model.vocab_size, train.seed + 1),
+            None,
         )
-    batches = train.eval_steps
+    evaluated = train.eval_steps * train.global_batch_size
+    validations = 1
     if train.eval_interval:  # Megatron-LM's order is made for all validations of the run
-        batches *= train.steps // train.eval_interval + 1
+        validations += train.steps // train.eval_interval
     whole = bool(config.data.train_data_path)
-    requests = [
-        _Request(
-            "training",
-            None if whole else 0,
-            config.num_train_samples,
-            config.data.order_samples,
-        ),
-        _Request(
-            "validation",
-            None if whole else 1,
-            train.eval_steps * train.global_batch_size,
-            batches * train.global_batch_size,
-            may_be_empty=not train.eval_steps,
-        ),
-    ]
-    read = (mixture.train, mixture.valid or mixture.train)
-    train_samples, valid_samples = (
-        _open_split(config, parts, request) for parts, request in zip(read, requests, strict=True)
+
+    def opened(which: str, share: int, samples: int, order_samples: int) -> DocumentSamples:
+        own = (mixture.train, mixture.valid, mixture.test)[share]
+        request = _Request(
+            which, None if whole else share, samples, order_samples, may_be_empty=not samples
+        )
+        return _open_split(config, own or mixture.train, request)
+
+    return SplitSamples(
+        opened("training", 0, config.num_train_samples, config.data.order_samples),
+        opened("validation", 1, evaluated, validations * evaluated),
+        opened("test", 2, evaluated, evaluated) if tests(config) else None,
     )
-    return train_samples, valid_samples
+
+
+def tests(config: Config) -> bool:
+    """Whether the run ends with a test: there is data for it, and batches are asked for."""
+    data = config.data
+    if data.mock_data or not config.train.eval_steps:
+        return False
+    if data.train_data_path:
+        return bool(data.test_data_path)
+    return sum(map(float, data.split.split(",")[2:])) > 0
 
 
 def _open_split(config: Config, parts: Sequence[Part], request: _Request) -> DocumentSamples:
@@ -236,7 +250,7 @@ def _no_sample(config: Config, corpus: Corpus, request: _Request, found: str) ->
         sentence += ", a shorter --seq-length"
     if request.share is not None:
         sentence += " or another --split"
-    return sentence + (", or --eval-steps 0" if request.which == "validation" else "")
+    return sentence + ("" if request.which == "training" else ", or --eval-steps 0")
 
 
 def split_bounds(split: str, num_sequences: int) -> list[tuple[int, int]]:

@@ -110,7 +110,7 @@ class Recorder:
         self, config: Config, groups: ParallelGroups, device: torch.device, *, watch: bool
     ):
         samples = VerificationSamples(config)
-        self.trainer = Trainer(config, (samples, samples), groups, device)
+        self.trainer = Trainer(config, (samples, samples, None), groups, device)
         self._watch = watch
 
     def weights(self) -> list[Part]:

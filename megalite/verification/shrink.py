@@ -101,6 +101,7 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
         data=(),
         train_data_path=(),
         valid_data_path=(),
+        test_data_path=(),
         data_order="epoch",
         order_samples=0,
         mock_data=False,

@@ -619,7 +619,7 @@ def test_a_text_of_any_shape_can_be_split(tmp_path: Path, text: str) -> None:
     config = resolve(
         Config().replace(data=(str(tmp_path / "a.txt"),), data_cache_path=str(tmp_path))
     )
-    train, valid = open_samples(config, prepare_mixture(config.data))
+    train, valid, _ = open_samples(config, prepare_mixture(config.data))
     share = valid.num_samples / (train.num_samples + valid.num_samples)
     assert 0.02 < share < 0.08
 

@@ -132,7 +132,15 @@ def test_weights_before_some_paths_only(text: str, words: str) -> None:
             "--packing best-fit contradicts --data-order megatron",
         ),
         ("--data-order random", "--data-order random: expected one of epoch, megatron"),
-        ("--test-data-path a b", "--test-data-path is not in megalite: nothing is tested after"),
+        ("--test-data-path {0}", "--test-data-path {0} has no effect without --train-data-path"),
+        (
+            "--train-data-path {0} --test-data-path {0} --eval-steps 0",
+            "--test-data-path {0} has no effect with --eval-steps 0",
+        ),
+        (
+            "--train-data-path {0} --valid-data-path {0} --test-data-path {0}x",
+            "--test-data-path {0}x: there is no file",
+        ),
     ],
 )
 def test_rules(text: str, words: str, part: str) -> None:
@@ -147,6 +155,7 @@ def test_rules(text: str, words: str, part: str) -> None:
         "--data 0.7 {0} 0.3 {0} --data-order megatron",
         "--train-data-path {0} --eval-steps 0",
         "--train-data-path {0} --valid-data-path {0} {0}",
+        "--train-data-path {0} --valid-data-path {0} --test-data-path 1 {0} 2 {0}",
         "--num-epochs 3 --data {0} {0}",
         "--data-order megatron --order-samples 4000 --steps 10 --global-batch-size 8",
         "--data {0} {0} --data-cache-path x",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import data_config, open_data, rows, write_dataset
+from datasets import data_config, open_data, open_splits, rows, write_dataset
 
 from megalite.config import Config
 from megalite.data.blended_samples import BlendedSamples
@@ -218,9 +218,9 @@ def megatron() -> Callable[..., Any]:
     def build(config: Config, sizes: list[int]) -> list[Any]:
         data = config.data
         if data.train_data_path:
-            words = (list(data.train_data_path), list(data.valid_data_path))
+            words = map(list, (data.train_data_path, data.valid_data_path, data.test_data_path))
             what: dict[str, Any] = {
-                "blend_per_split": [*(utils.get_blend_from_list(w or None) for w in words), None]
+                "blend_per_split": [utils.get_blend_from_list(w or None) for w in words]
             }
         else:
             what = {"blend": utils.get_blend_from_list(list(data.data)), "split": data.split}
@@ -256,6 +256,9 @@ CASES: dict[str, tuple[Words, dict[str, object]]] = {
     "one, part of an epoch": (BLENDS["one"], dict(steps=2)),
     "one, many epochs": (BLENDS["one"], dict(steps=97)),
     "one, another seed and split": (BLENDS["one"], dict(seed=7, split="70,25,5", steps=50)),
+    "one, of which much is for the test": (BLENDS["one"], dict(split="6,2,2", steps=30)),
+    "weights and a test": (BLENDS["with weights"], dict(split="5,3,4")),
+    "no weights and a test": (BLENDS["without weights"], dict(split="5,3,4", steps=5)),
     "one with a weight": (lambda s: [3.0, s[0]], dict(steps=40)),
     "weights": (BLENDS["with weights"], {}),
     "weights, many epochs": (BLENDS["with weights"], dict(steps=90)),
@@ -276,9 +279,10 @@ def test_megatrons_order_is_what_megatron_reads(
     check_against_megatron(config, megatron)
 
 
+@pytest.mark.parametrize("test", [False, True])
 @pytest.mark.parametrize("weights", [False, True])
 def test_also_with_data_for_each_split(
-    tmp_path: Path, sets: list[Path], weights: bool, megatron: Callable[..., Any]
+    tmp_path: Path, sets: list[Path], weights: bool, test: bool, megatron: Callable[..., Any]
 ) -> None:
     a, b, c = map(str, sets)
     train = ("0.7", a, "0.3", c) if weights else (a, c)
@@ -286,6 +290,7 @@ def test_also_with_data_for_each_split(
         tmp_path,
         train_data_path=train,
         valid_data_path=("1.0", b) if weights else (b,),
+        test_data_path=train[::-1] if test and not weights else train if test else (),
         data_order="megatron",
         eval_steps=1,
     )
@@ -295,12 +300,17 @@ def test_also_with_data_for_each_split(
 def check_against_megatron(config: Config, megatron: Callable[..., Any]) -> None:
     train = config.train
     validations = train.steps // train.eval_interval + 1 if train.eval_interval else 1
-    sizes = [config.num_train_samples, validations * train.eval_steps * 8, 0]
-    theirs = megatron(config, sizes)
-    ours = open_data(config)
-    assert rows(ours[0], sizes[0]) == megatron_rows(theirs[0], sizes[0])
     first = train.eval_steps * 8
-    assert rows(ours[1], first) == megatron_rows(theirs[1], first)
+    ours = open_splits(config)
+    sizes = [config.num_train_samples, validations * first, first if ours.test else 0]
+    theirs = megatron(config, sizes)
+    assert rows(ours.train, sizes[0]) == megatron_rows(theirs[0], sizes[0])
+    assert rows(ours.valid, first) == megatron_rows(theirs[1], first)
+    if ours.test is not None:
+        assert rows(ours.test, first) == megatron_rows(theirs[2], first)
+    assert (ours.test is not None) == bool(
+        config.data.test_data_path or len(config.data.split.split(",")) == 3
+    )
 
 
 def test_more_than_megatron_would_read_is_refused(tmp_path: Path, sets: list[Path]) -> None:

@@ -276,11 +276,11 @@ def settings(**values: object) -> Config:
 
 def test_shares_of_a_corpus_are_whole_sequences(tmp_path: Path) -> None:
     corpus = indexed_corpus(tmp_path, [30, 10, 25, 35])
-    train, valid = open_samples(settings(split="75,25", seq_length=8), corpus)
+    train, valid, _ = open_samples(settings(split="75,25", seq_length=8), corpus)
     assert (train.num_samples, valid.num_samples) == (64 // 8, 34 // 8)
     assert train.read(7).tolist() == list(range(56, 65)), "65 tokens: the last one is a label"
     assert valid.read(0).tolist() == list(range(65, 74))
-    _, left = open_samples(settings(split="1,2,1", seq_length=8), corpus)
+    _, left, _ = open_samples(settings(split="1,2,1", seq_length=8), corpus)
     assert (left.num_samples, left.read(0)[0]) == (34 // 8, 30)
 
 
@@ -309,13 +309,13 @@ def test_a_share_shorter_than_a_sample_is_named(
 
 def test_without_validations_the_validation_share_may_be_empty(tmp_path: Path) -> None:
     corpus = indexed_corpus(tmp_path, [100])
-    train, valid = open_samples(settings(seq_length=8, eval_steps=0), corpus)
+    train, valid, _ = open_samples(settings(seq_length=8, eval_steps=0), corpus)
     assert (train.num_samples, valid.num_samples) == (99 // 8, 0)
 
 
 def test_one_sample_in_each_share_is_enough(tmp_path: Path) -> None:
     corpus = indexed_corpus(tmp_path, [9, 9])
-    train, valid = open_samples(settings(seq_length=8, split="1,1"), corpus)
+    train, valid, _ = open_samples(settings(seq_length=8, split="1,1"), corpus)
     assert (train.num_samples, valid.num_samples) == (1, 1)
     assert valid.read(0).tolist() == list(range(9, 18))
 
@@ -333,7 +333,7 @@ def test_a_corpus_of_a_larger_vocabulary_is_refused(tmp_path: Path) -> None:
 def test_random_tokens_of_training_and_validation_differ() -> None:
     corpus = Mixture((Part(Corpus("", "random tokens", "mock", 0, 0, 0)),))
     config = settings(mock_data=True, vocab_size=1000, seq_length=16)
-    train, valid = open_samples(config, corpus)
+    train, valid, _ = open_samples(config, corpus)
     assert train.num_samples == valid.num_samples > 1 << 32
     assert not (train.read(0) == valid.read(0)).all()
     assert max(train.read(i).max() for i in range(100)) < 1000
