@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from megalite.tokenizer.base import Tokenizer
 
 _LISTED = 8
-"""Special tokens of a tokenizer that a message names."""
+"""Tokens of a tokenizer that a message names."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ def find_sentinels(data: DataConfig, tokenizer: Tokenizer) -> Sentinels:
     problems, found = [], {}
     for part in ("prefix", "middle", "suffix"):
         text = getattr(data, f"fim_{part}_token")
-        token = _token(text, tokenizer)
+        token = tokenizer.symbols.get(text)
         if token is None:
             problems.append(
-                f"--fim-{part}-token {text} is no special token of {data.tokenizer}, "
+                f"--fim-{part}-token {text} is no special, added or user-defined token of "
+                f"{data.tokenizer}, "
                 f"{_what_there_is(tokenizer)}"
             )
         else:
@@ -49,21 +50,11 @@ def find_sentinels(data: DataConfig, tokenizer: Tokenizer) -> Sentinels:
     return Sentinels(**found)
 
 
-def _token(text: str, tokenizer: Tokenizer) -> int | None:
-    """The token of this text. Files may hold such tokens without calling them special."""
-    if text in tokenizer.special:
-        return tokenizer.special[text]
-    if not tokenizer.special or len(text) < 2:
-        return None
-    around = tokenizer.encode("")  # what stands before or behind every text
-    ids = [token for token in tokenizer.encode(text) if token not in around]
-    return ids[0] if len(ids) == 1 else None
-
-
 def _what_there_is(tokenizer: Tokenizer) -> str:
-    if not tokenizer.special:
+    symbols = tokenizer.symbols
+    if not symbols:
         return "which has none: give a --tokenizer-type with such tokens, or --fim-rate 0"
     # Those that may have been meant come first.
-    names = sorted(tokenizer.special, key=lambda text: ("fim" not in text.lower(), text))
+    names = sorted(symbols, key=lambda text: ("fim" not in text.lower(), text))
     more = ", ..." if len(names) > _LISTED else ""
     return f"which has {', '.join(names[:_LISTED])}{more}"

@@ -28,6 +28,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def symbols(self) -> Mapping[str, int]:
+        """Tokens that somebody named, by their text: special ones, added and user-defined ones."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Names the mapping: equal for tokenizers that give equal ids for every text, whatever
         their files; it is part of a tokenized corpus's identity."""
@@ -35,6 +40,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of a text. Lone surrogates are replaced, never an error.
+
+        Raises:
+            DataError: the text has none (NullTokenizer alone).
 
         Args:
             text: of any length.

@@ -84,6 +84,11 @@ class BytePairTokenizer:
         self._find_pieces = regex.compile(pattern).findall
         self._use_tiktoken = engine != "regex" and installed and pairs is None
 
+    @property
+    def symbols(self) -> Mapping[str, int]:
+        """The special tokens: rank files and GPT-2's name no others."""
+        return self.special
+
     @cached_property
     def fingerprint(self) -> str:
         """Names the mapping: the pattern, the tokens, the merges, the special tokens."""

@@ -21,6 +21,11 @@ class ByteTokenizer:
         """None: the end of a document has no text that one could write."""
         return {}
 
+    @property
+    def symbols(self) -> Mapping[str, int]:
+        """None."""
+        return {}
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:  # noqa: ARG002
         """UTF-8 bytes of the text (lone surrogates as Python's `surrogatepass` writes them)."""
         return list(text.encode("utf-8", "surrogatepass"))

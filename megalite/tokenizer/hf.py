@@ -62,6 +62,9 @@ class HuggingFaceTokenizer:
         self.special: Mapping[str, int] = MappingProxyType(
             {token.content: number for number, token in added.items() if token.special}
         )
+        self.symbols: Mapping[str, int] = MappingProxyType(
+            {token.content: number for number, token in added.items()}
+        )
         numbers = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(numbers.values(), default=0)
         self.eod = _end_of_document(file, numbers)

@@ -32,6 +32,11 @@ class NullTokenizer:
         """None."""
         return {}
 
+    @property
+    def symbols(self) -> Mapping[str, int]:
+        """None."""
+        return {}
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:  # noqa: ARG002
         """The numbers in the text.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megalite.errors import DataError
 from megalite.tokenizer.files import read_bytes
@@ -64,6 +64,13 @@ class SentencePieceTokenizer:
             {piece: i for piece, i in pieces.items() if model.is_control(i)}
         )
 
+    @property
+    def symbols(self) -> Mapping[str, int]:
+        """The control symbols and the user-defined ones."""
+        model = self._model
+        named = user_defined(self._content)
+        return {**self.special, **{piece: model.piece_to_id(piece) for piece in named}}
+
     @cached_property
     def fingerprint(self) -> str:
         """Names the mapping: the model file's content, and what a text begins with."""
@@ -91,3 +98,39 @@ class SentencePieceTokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of the tokens as the library writes it; ids that the model lacks are dropped."""
         return self._model.decode([int(t) for t in tokens if 0 <= t < self.vocab_size])
+
+
+_PIECE, _TEXT, _TYPE = 1, 1, 3
+"""Fields of sentencepiece_model.proto: a model's pieces, and of a piece its text and type."""
+_USER_DEFINED = 4
+
+
+def user_defined(content: bytes) -> list[str]:
+    """User-defined symbols of a model file; the library's Python interface does not tell them."""
+    pieces = (dict(_fields(part)) for number, part in _fields(content) if number == _PIECE)
+    return [str(piece[_TEXT], "utf-8") for piece in pieces if piece.get(_TYPE) == _USER_DEFINED]
+
+
+def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a protobuf message."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = content[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(content):
+        number, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield number, varint()
+            continue
+        size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
+        yield number, content[at : at + size]
+        at += size

@@ -34,6 +34,15 @@ PATTERNS = ("gpt2", "cl100k_base", "o200k_base", "llama3", "v1", "v2")
 MEGATRON_PATTERNS = frozenset({"v1", "v2"})
 """Of Megatron-LM: special tokens before the ranks, and a size that says how many ranks count."""
 
+SOMETIMES_READ = (
+    *("tokenizer_model", "vocab_file", "merge_file"),
+    *("tiktoken_pattern", "tiktoken_num_special_tokens"),
+)
+"""Settings that only some tokenizers read."""
+
+_RANKS = frozenset({"vocab_size", "tiktoken_num_special_tokens"})
+"""What Megatron-LM's patterns read, and no other pattern."""
+
 
 @dataclass(frozen=True)
 class TokenizerSettings:
@@ -65,3 +74,17 @@ class TokenizerSettings:
     def tokenizer(self) -> str:
         """The type in use."""
         return "ByteTokenizer" if self.tokenizer_type == "auto" else self.tokenizer_type
+
+    def reads(self, name: str) -> bool:
+        """Whether the tokenizer reads a field of these, or `vocab_size`."""
+        by_pattern = name in _RANKS and self.tiktoken_pattern in MEGATRON_PATTERNS
+        return by_pattern or name in TYPES[self.tokenizer]
+
+
+def read_with(name: str) -> str:
+    """The flags under which a field is read, as the rest of a sentence."""
+    types = [kind for kind, needed in TYPES.items() if name in needed]
+    flags = [f"--tokenizer-type {' or '.join(types)}"] if types else []
+    if name in _RANKS:
+        flags.append(f"--tiktoken-pattern {' or '.join(sorted(MEGATRON_PATTERNS))}")
+    return " or ".join(flags)

@@ -25,6 +25,7 @@ from megalite.data.ledger import ledger
 from megalite.data.loader import Loader
 from megalite.data.samples import PADDING, Samples
 from megalite.data.sentinels import Sentinels, find_sentinels
+from megalite.errors import ConfigError
 from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.choose import open_tokenizer
 
@@ -49,7 +50,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         add(list(NAMES))
         (folder / name).mkdir()
         tokenizer.save(str(folder / name / "tokenizer.json"))
-    vocabularies.write_sentencepiece(folder / "a.model", control_symbols=",".join(NAMES))
+    for name, option in (("a", "control_symbols"), ("user", "user_defined_symbols")):
+        vocabularies.write_sentencepiece(folder / f"{name}.model", **{option: ",".join(NAMES)})
     lines = [{"text": f"{number}: {text}"} for number in range(60) for text in TEXTS]
     (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -72,6 +74,7 @@ def kinds(files: Path) -> dict[str, dict[str, str]]:
             "tokenizer_type": "Llama2Tokenizer",
             "tokenizer_model": f"{files}/a.model",
         },
+        "user": {"tokenizer_type": "Llama2Tokenizer", "tokenizer_model": f"{files}/user.model"},
     }
 
 
@@ -360,8 +363,8 @@ def test_rates_outside_0_to_1(flag: str, rate: str) -> None:
 def test_tokens_that_the_tokenizer_lacks(files: Path) -> None:
     found = violations("--fim-rate", "0.5")
     assert found == [
-        f"--fim-{part}-token <fim_{part}> is no special token of ByteTokenizer, which has none: "
-        "give a --tokenizer-type with such tokens, or --fim-rate 0"
+        f"--fim-{part}-token <fim_{part}> is no special, added or user-defined token of "
+        "ByteTokenizer, which has none: give a --tokenizer-type with such tokens, or --fim-rate 0"
         for part in ("prefix", "middle", "suffix")
     ]
     ranks = ("--tokenizer-type", "TikTokenizer", "--tokenizer-model", f"{files}/ranks.tiktoken")
@@ -370,8 +373,8 @@ def test_tokens_that_the_tokenizer_lacks(files: Path) -> None:
         *("--fim-prefix-token", "<|fim_prefix|>", "--fim-suffix-token", "<|fim_suffix|>"),
     )
     assert found == (
-        "--fim-middle-token <fim_middle> is no special token of TikTokenizer, which has "
-        "<|fim_middle|>, <|fim_prefix|>, <|fim_suffix|>, <|endofprompt|>, <|endoftext|>"
+        "--fim-middle-token <fim_middle> is no special, added or user-defined token of "
+        "TikTokenizer, which has <|fim_middle|>, <|fim_prefix|>, <|fim_suffix|>, <|endofprompt|>, <|endoftext|>"
     )
     found = violations(*ranks, "--tiktoken-pattern", "llama3", "--fim-rate", "1")
     assert len(found) == 3 and all(sentence.endswith(", ...") for sentence in found)
@@ -383,7 +386,7 @@ def test_tokens_that_the_tokenizer_lacks(files: Path) -> None:
     assert "expected three tokens, none of which ends a document" in found
 
 
-@pytest.mark.parametrize("kind", ["tiktoken", "special", "ordinary", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["tiktoken", "special", "ordinary", "sentencepiece", "user"])
 def test_what_is_right(files: Path, kind: str) -> None:
     words = [
         word
@@ -392,6 +395,15 @@ def test_what_is_right(files: Path, kind: str) -> None:
     ]
     assert run("--fim-rate", "0.5", *words).data.fim_spm_rate == 0.5
     assert run("--fim-rate", "1", "--fim-data", "--fim-spm-rate", "1", *words).data.fim_rate == 1.0
+
+
+@pytest.mark.parametrize("kind", ["tiktoken", "special", "user"])
+def test_an_ordinary_word_marks_nothing(files: Path, tmp_path: Path, kind: str) -> None:
+    config = settings(files, tmp_path, kind, fim_middle_token="the")
+    tokenizer = open_tokenizer(config.data)
+    assert len(set(tokenizer.encode("the")) - set(tokenizer.encode(""))) == 1, "it is one token"
+    with pytest.raises(ConfigError, match="--fim-middle-token the is no special, added"):
+        find_sentinels(config.data, tokenizer)
 
 
 def test_data_without_a_known_text(files: Path, tmp_path: Path) -> None:
