@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megalite.config import Config, fields
 from megalite.data.source import is_text, token_texts_known, train_ingredients
-from megalite.tokenizer.settings import MEGATRON_PATTERNS, TYPES
+from megalite.tokenizer.settings import SOMETIMES_READ, read_with
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,7 @@ def _is_cached(config: Config) -> bool:
 
 def _read_by(name: str) -> Effect:
     """A setting of some tokenizers."""
-    types = [kind for kind, needed in TYPES.items() if name in needed]
-    return Effect(
-        (name,),
-        lambda c: c.data.tokenizer in types,
-        f"without --tokenizer-type {' or '.join(types)}",
-    )
+    return Effect((name,), lambda c: c.data.reads(name), f"without {read_with(name)}")
 
 
 _EFFECTS = (
@@ -161,12 +156,7 @@ _EFFECTS = (
         ),
         "with --mock-data and --vocab-size, which leave nothing to ask a tokenizer",
     ),
-    *map(_read_by, ("tokenizer_model", "vocab_file", "merge_file", "tiktoken_pattern")),
-    Effect(
-        ("tiktoken_num_special_tokens",),
-        lambda c: c.data.tiktoken_pattern in MEGATRON_PATTERNS,
-        f"without --tiktoken-pattern {' or '.join(sorted(MEGATRON_PATTERNS))}",
-    ),
+    *map(_read_by, SOMETIMES_READ),
 )
 
 _ON_ONE_RANK = (

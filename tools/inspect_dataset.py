@@ -23,7 +23,12 @@ from megalite.preprocessing.inspection import (
     statistics,
     verify,
 )
-from megalite.preprocessing.tokenizer_flags import TOKENIZER_FLAGS, tokenizer_settings
+from megalite.preprocessing.tokenizer_flags import (
+    TOKENIZER_FLAGS,
+    no_tokenizer_wanted,
+    tokenizer_problems,
+    tokenizer_settings,
+)
 from megalite.tokenizer.choose import open_tokenizer
 
 FLAGS = (
@@ -55,19 +60,29 @@ def main(argv: Sequence[str]) -> int:
     wants_document = values["document"] is not None
     if not values["input"]:
         raise ConfigError(problems)
-    if values["ids"] and not wants_document:
-        problems.append("--ids has no effect without --document")
+    if not wants_document:
+        problems += values.no_effect("ids", "without --document")
+        problems += no_tokenizer_wanted(values, "without --document")
+    elif values["ids"]:
+        problems += no_tokenizer_wanted(values, "with --ids, which are no text")
+    else:
+        problems += tokenizer_problems(values)
     dataset = together(problems, lambda: open_dataset(Path(values["input"])))
     if wants_document and values["ids"]:
         print(" ".join(str(token) for token in document(dataset, values["document"]).tolist()))
     elif wants_document:
+        if dataset.sidecar is None and values["tokenizer_type"] == "auto":
+            raise ConfigError(
+                f"--document {values['document']}: no {dataset.prefix}.json says which tokenizer "
+                "wrote it: give --tokenizer-type, or --ids for its tokens"
+            )
         tokenizer = open_tokenizer(tokenizer_settings(values), values["vocab_size"])
         print(document_text(dataset, values["document"], tokenizer))
-    elif values["verify"]:
+    if values["verify"]:
         wrong = verify(dataset, print)
         if wrong:
             raise DataError(wrong)
-    else:
+    elif not wants_document:
         print(statistics(dataset))
         print(histogram(dataset))
     return 0

@@ -20,7 +20,11 @@ from megalite.preprocessing.progress import ProgressLine, summary
 from megalite.preprocessing.reading_flags import READING_FLAGS
 from megalite.preprocessing.run import prepare
 from megalite.preprocessing.settings import Settings
-from megalite.preprocessing.tokenizer_flags import TOKENIZER_FLAGS, tokenizer_settings
+from megalite.preprocessing.tokenizer_flags import (
+    TOKENIZER_FLAGS,
+    tokenizer_problems,
+    tokenizer_settings,
+)
 from megalite.reading.chunks import TEXT_DOCUMENTS
 
 FLAGS = (
@@ -96,6 +100,7 @@ def main(argv: Sequence[str]) -> int:
             f"--dataset-impl {values['dataset_impl']} is not in megalite: Megatron-LM itself reads "
             "mmap only"
         )
+    problems += tokenizer_problems(values)
     settings = Settings(
         inputs=values["input"],
         output_prefix=values["output_prefix"],

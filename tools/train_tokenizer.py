@@ -20,6 +20,7 @@ from typing import Any
 from megalite.errors import ConfigError, DataError
 from megalite.preprocessing.flags import Flag, end, read_flags, together
 from megalite.preprocessing.reading_flags import READING_FLAGS, reading_problems
+from megalite.preprocessing.settings import long_name
 from megalite.reading.chunks import Place, chunks
 from megalite.reading.inputs import find_inputs
 from megalite.reading.records import SHOWN_BAD, left_out, sentences, texts
@@ -31,6 +32,9 @@ LONGEST_LINE_BYTES = 4192
 
 LEAST_COVERAGE = 0.98
 """SentencePiece takes no less."""
+
+LEAST_LINES = 101
+"""SentencePiece draws no fewer."""
 
 
 FLAGS = (
@@ -80,6 +84,8 @@ FLAGS = (
 def main(argv: Sequence[str]) -> int:
     """Run the tool; returns its exit code."""
     values, problems = read_flags(argv, FLAGS, prog="train_tokenizer.py", description=__doc__ or "")
+    if values["type"] == "bpe":
+        problems += values.no_effect("threads", "without --type unigram")
     options = together(problems, lambda: _checked(values))
     lines = _Lines(options)
     model = _train(options, lines)
@@ -99,10 +105,14 @@ def _checked(values: Mapping[str, Any]) -> SimpleNamespace:
     options.inputs, problems = find_inputs(options.input)
     if options.output != Path() and options.output.suffix != ".model":
         problems.append(f"--output {options.output}: the name must end with .model")
-    if options.output.is_file():
+    if os.path.isfile(options.output):
         problems.append(f"--output {options.output} exists; choose another name or remove it")
-    elif not options.output.absolute().parent.is_dir():
+    elif not os.path.isdir(options.output.parent):
         problems.append(f"--output {options.output}: there is no such folder")
+    elif why := long_name(options.output):
+        problems.append(f"--output {options.output}: {why}")
+    elif options.output != Path() and options.output.is_dir():
+        problems.append(f"--output {options.output} is a folder")
     if options.vocab_size < 1:
         problems.append(f"--vocab-size {options.vocab_size} must be above 0")
     if not LEAST_COVERAGE <= options.character_coverage <= 1:
@@ -111,8 +121,8 @@ def _checked(values: Mapping[str, Any]) -> SimpleNamespace:
         )
     if options.threads < 1:
         problems.append(f"--threads {options.threads} must be above 0")
-    if options.max_lines < 0:
-        problems.append(f"--max-lines {options.max_lines} must not be negative")
+    if options.max_lines and options.max_lines < LEAST_LINES:
+        problems.append(f"--max-lines {options.max_lines} must be 0, or {LEAST_LINES} or more")
     symbols = options.user_symbols
     problems += [
         f"--user-symbols {symbol!r} must be there once, and not one of <unk>, <s>, </s>, which "
@@ -232,7 +242,7 @@ def _explain(message: str, options: SimpleNamespace, lines: _Lines) -> str:
 
 def _write(path: Path, model: bytes) -> None:
     """Under its final name only when it is complete."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".megalite.tmp-{os.getpid()}")  # no longer than any name
     try:
         temporary.write_bytes(model)
         os.replace(temporary, path)

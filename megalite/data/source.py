@@ -11,7 +11,7 @@ from math import isfinite
 from pathlib import Path
 
 from megalite.config_data import DataConfig
-from megalite.reading.inputs import kind_of, missing_packages
+from megalite.reading.inputs import dataset_prefix, kind_of, missing_packages
 
 _NOT_TEXT = frozenset(
     {".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".arrow", ".npy", ".pt", ".safetensors"}
@@ -86,8 +86,8 @@ def find_source(data: DataConfig) -> Source:
         return Source("stdlib", Path(sysconfig.get_paths()["stdlib"]))
     (name,) = data.data
     path = Path(name)
-    if path.suffix in (".bin", ".idx"):
-        return Source("indexed", path.with_suffix(""))
+    if (prefix := dataset_prefix(path)) != path:
+        return Source("indexed", prefix)
     if _exists(_index_of(path)) or (_exists(_tokens_of(path)) and not _exists(path)):
         return Source("indexed", path)
     is_records = kind_of(path.name)[0] in ("json", "parquet")

@@ -49,6 +49,24 @@ class Flag:
         return f"{name} [...]" if isinstance(self.default, tuple) else name
 
 
+class Values(dict[str, Any]):
+    """Values by the flags' names without dashes.
+
+    Attributes:
+        given: what was typed of the flags that were: `--workers 3`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: dict[str, str] = {}
+
+    def no_effect(self, name: str, otherwise: str) -> list[str]:
+        """A sentence if a flag was given that asks for something; as of a run's flags."""
+        if name not in self.given or not self[name]:
+            return []
+        return [f"{self.given[name]} has no effect {otherwise}; leave it out"]
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -66,7 +84,7 @@ def read_flags(
     prog: str,
     description: str,
     refused: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[Values, list[str]]:
     """Values by the flags' names without dashes, and a sentence for everything that is wrong.
 
     Args:
@@ -99,15 +117,17 @@ def read_flags(
         parser.add_argument(flag.name, nargs="*", metavar=flag.shown_value, help=doc)
     given, unknown = parser.parse_known_args(list(argv))
     problems = _unknown(unknown, [flag.name for flag in flags], refused)
-    values: dict[str, Any] = {}
+    values = Values()
     for flag in flags:
         key = flag.name.lstrip("-").replace("-", "_")
         values[key] = flag.default
         if not hasattr(given, key):
             problems += [f"{flag.name} is missing"] if flag.required else []
             continue
+        words = getattr(given, key)
+        values.given[key] = " ".join([flag.name, *(words if isinstance(words, list) else [])])
         try:
-            values[key] = _value(flag, getattr(given, key))
+            values[key] = _value(flag, words)
         except ValueError as error:
             problems.append(f"{flag.name} {error}")
     return values, problems

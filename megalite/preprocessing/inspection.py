@@ -14,6 +14,7 @@ from megalite.data.indexed_reader import IndexedReader
 from megalite.data.indexed_writer import FileSum
 from megalite.data.sidecar import Sidecar, read_sidecar, tokenizer_problem
 from megalite.errors import ConfigError, DataError
+from megalite.reading.inputs import dataset_prefix
 from megalite.tokenizer.base import Tokenizer
 from megalite.wording import counted
 
@@ -36,8 +37,7 @@ def open_dataset(prefix: Path) -> Dataset:
     Raises:
         DataError: it breaks a rule of the format, or its sidecar describes other files.
     """
-    if prefix.suffix in (".bin", ".idx"):
-        prefix = prefix.with_suffix("")
+    prefix = dataset_prefix(prefix)
     return Dataset(prefix, IndexedReader(prefix), read_sidecar(prefix))
 
 
@@ -140,9 +140,10 @@ def verify(dataset: Dataset, show: Callable[[str], None]) -> list[str]:
     reader, sidecar, prefix = dataset.reader, dataset.sidecar, dataset.prefix
     show(f"format: {counted(len(reader.lengths), 'sequence')}, both files fit each other")
     low, high = _token_range(reader)
+    span = f"{low} to {high}" if reader.num_tokens else "none"
     problems = [] if low >= 0 else [f"{prefix}.bin holds a negative token id, {low}"]
     if sidecar is None:
-        show(f"token ids: {low} to {high}")
+        show(f"token ids: {span}")
         show("no sidecar: neither vocabulary nor checksums can be checked")
         return problems
     if high >= sidecar.vocab_size:
@@ -168,7 +169,7 @@ def verify(dataset: Dataset, show: Callable[[str], None]) -> list[str]:
                 f"{actual.sha256}"
             )
     if not problems:
-        show(f"token ids: {low} to {high}, below {sidecar.vocab_size}")
+        show(f"token ids: {span}, below {sidecar.vocab_size}")
         show("figures and checksums: as the sidecar says")
     return problems
 

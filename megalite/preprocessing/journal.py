@@ -114,6 +114,8 @@ class Journal:
                 f"{self.folder} holds what an interrupted run, or one that still runs, has "
                 "written: continue it with --resume, or remove the folder"
             ) from None
+        except OSError as error:
+            raise DataError(f"{self.folder} cannot be made: {error.strerror}") from None
 
     def temporary(self, key: str) -> Path:
         """Path without suffix of the unfinished files of a key."""
@@ -130,7 +132,7 @@ class Journal:
             state = _state(kept)
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
             raise DataError(
                 f"{self._path} is damaged ({error}): remove the folder and start anew"
             ) from None

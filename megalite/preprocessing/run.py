@@ -19,15 +19,13 @@ from megalite.data.sidecar import Sidecar, SourceFile, read_sidecar, sidecar_pat
 from megalite.errors import ConfigError, DataError
 from megalite.preprocessing.encode import Encoding, Result
 from megalite.preprocessing.journal import Counts, Journal, State, identity
-from megalite.preprocessing.settings import Settings, problems
+from megalite.preprocessing.settings import SUFFIXES, Settings, problems
 from megalite.preprocessing.workers import encode_in_order
 from megalite.reading.chunks import Chunk, Place, chunks
 from megalite.reading.inputs import STANDARD_INPUT, Input, find_inputs
 from megalite.reading.records import SHOWN_BAD, sentences
 from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.choose import open_tokenizer
-
-_SUFFIXES = ("bin", "idx", "json")
 
 
 @dataclass(frozen=True)
@@ -145,13 +143,19 @@ class Job:
                 writer.release()
 
     def _publish(self, journal: Journal, state: State) -> Report:
-        """Give all files their names."""
-        for key in self._settings.json_keys:
-            for suffix in _SUFFIXES:
-                path = Path(f"{journal.temporary(key)}.{suffix}")
-                if path.exists():  # an earlier run may have come as far as this
-                    _to_disk(path)
-                    os.replace(path, f"{self._settings.prefix(key)}.{suffix}")
+        """Give all files their names.
+
+        Raises:
+            DataError: one cannot have its name; `resume` goes on.
+        """
+        try:
+            self._name_files(journal)
+        except OSError as error:
+            raise DataError(
+                f"{error.filename2 or error.filename or journal.folder}: {error.strerror}; all is "
+                f"encoded and in {journal.folder}: when there is room for it, the same command "
+                "with --resume goes on"
+            ) from None
         journal.remove()
         prefixes = [self._settings.prefix(key) for key in self._settings.json_keys]
         sidecars = {prefix: read_sidecar(prefix) for prefix in prefixes}
@@ -160,6 +164,14 @@ class Job:
             left_out=state.bad_count,
             examples=sentences(state.bad, self._inputs),
         )
+
+    def _name_files(self, journal: Journal) -> None:
+        for key in self._settings.json_keys:
+            for suffix in SUFFIXES:
+                path = Path(f"{journal.temporary(key)}.{suffix}")
+                if path.exists():  # an earlier run may have come as far as this
+                    _to_disk(path)
+                    os.replace(path, f"{self._settings.prefix(key)}.{suffix}")
 
     def _encode(
         self,

@@ -13,6 +13,9 @@ from megalite.reading.chunks import TEXT_DOCUMENTS
 from megalite.reading.inputs import STANDARD_INPUT, Input
 from megalite.tokenizer.settings import TokenizerSettings
 
+SUFFIXES = ("bin", "idx", "json")
+"""Of a dataset's files."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -60,6 +63,11 @@ def problems(settings: Settings, inputs: list[Input]) -> Iterator[str]:
     if settings.text_documents not in TEXT_DOCUMENTS:
         nearest = suggest(settings.text_documents, TEXT_DOCUMENTS, every=True)
         yield f"--text-documents {settings.text_documents} is unknown{nearest}"
+    if inputs and settings.text_documents != "file" and "text" not in {i.kind for i in inputs}:
+        yield (
+            f"--text-documents {settings.text_documents} has no effect without a .txt --input; "
+            "leave it out"
+        )
     keys = settings.json_keys
     for key in {key for key in keys if keys.count(key) > 1}:
         yield f"--json-keys: {key} is named twice"
@@ -73,7 +81,26 @@ def problems(settings: Settings, inputs: list[Input]) -> Iterator[str]:
     folder = Path(settings.output_prefix).parent
     if settings.output_prefix.endswith("/"):
         yield f"--output-prefix {settings.output_prefix}: the beginning of a file's name is missing"
-    elif not folder.is_dir():
+    elif not os.path.isdir(folder):
         yield f"--output-prefix {settings.output_prefix}: there is no folder {folder}"
     elif not os.access(folder, os.W_OK | os.X_OK):
         yield f"--output-prefix {settings.output_prefix}: {folder} cannot be written"
+    else:
+        yield from _name_problems(settings)
+
+
+def _name_problems(settings: Settings) -> Iterator[str]:
+    """A sentence for each file of the output that cannot have its name."""
+    paths = [Path(f"{settings.prefix(key)}.{s}") for key in settings.json_keys for s in SUFFIXES]
+    for path in paths:
+        if problem := long_name(path):
+            yield f"--output-prefix {settings.output_prefix}: {problem}"
+            return
+        if path.is_dir():
+            yield f"--output-prefix {settings.output_prefix}: {path} is a folder"
+
+
+def long_name(path: Path) -> str:
+    """What is wrong with the name of a file to write in a folder that there is; "" if nothing."""
+    size, most = len(os.fsencode(path.name)), os.pathconf(path.parent, "PC_NAME_MAX")
+    return f"a file's name of {size} bytes is too long, {most} is the most" if size > most else ""

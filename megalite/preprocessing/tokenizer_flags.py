@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, cast
+from typing import cast
 
-from megalite.preprocessing.flags import Flag
-from megalite.tokenizer.settings import TokenizerSettings
+from megalite.preprocessing.flags import Flag, Values
+from megalite.tokenizer.settings import SOMETIMES_READ, TokenizerSettings, read_with
 
 TOKENIZER_FLAGS = (
     *(
@@ -30,6 +29,25 @@ TOKENIZER_FLAGS = (
 )
 
 
-def tokenizer_settings(values: Mapping[str, Any]) -> TokenizerSettings:
+def tokenizer_settings(values: Values) -> TokenizerSettings:
     """The settings that these flags stand for."""
     return TokenizerSettings(**{item.name: values[item.name] for item in fields(TokenizerSettings)})
+
+
+def tokenizer_problems(values: Values) -> list[str]:
+    """A sentence for each flag that the chosen tokenizer does not read."""
+    settings = tokenizer_settings(values)
+    unread = [name for name in (*SOMETIMES_READ, "vocab_size") if not settings.reads(name)]
+    return [
+        problem
+        for name in unread
+        for problem in values.no_effect(name, f"without {read_with(name)}")
+    ]
+
+
+def no_tokenizer_wanted(values: Values, otherwise: str) -> list[str]:
+    """A sentence for each of these flags, where no tokenizer is used."""
+    names = [item.name for item in fields(TokenizerSettings)]
+    return [
+        problem for name in (*names, "vocab_size") for problem in values.no_effect(name, otherwise)
+    ]

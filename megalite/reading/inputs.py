@@ -91,6 +91,20 @@ def missing_packages(kind: str, compression: str) -> list[str]:
     ]
 
 
+def dataset_prefix(path: Path) -> Path:
+    """The prefix of a dataset that one of its files names; any other path as it is."""
+    if path.suffix in (".bin", ".idx") or is_sidecar(path):
+        return path.with_suffix("")
+    return path
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether a file describes the .bin/.idx beside it, and is no text."""
+    return path.suffix == ".json" and all(
+        os.path.isfile(path.with_suffix(suffix)) for suffix in (".bin", ".idx")
+    )
+
+
 def _paths(argument: str, problems: list[str]) -> list[str]:
     """Files that an argument names; says so if there are none."""
     if os.path.isdir(argument):
@@ -101,7 +115,7 @@ def _paths(argument: str, problems: list[str]) -> list[str]:
     if os.path.lexists(argument):
         return [argument]
     paths = sorted(glob.glob(argument, recursive=True), key=natural_key)
-    paths = [path for path in paths if not os.path.isdir(path)]
+    paths = [path for path in paths if not os.path.isdir(path) and not is_sidecar(Path(path))]
     if not paths:
         what = "matches no file" if glob.has_magic(argument) else "there is no such file"
         problems.append(f"--input {argument}: {what}{_near(Path(argument))}")
@@ -110,10 +124,13 @@ def _paths(argument: str, problems: list[str]) -> list[str]:
 
 def _below(folder: str) -> Iterator[str]:
     for place, folders, names in os.walk(folder):
+        # What preprocessing has written here, or not completed, is no input of it.
         folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.endswith(".partial")]
         for name in names:
-            if kind_of(name)[0] and not name.startswith("."):
-                yield os.path.join(place, name)
+            path = os.path.join(place, name)
+            if kind_of(name)[0] and not name.startswith(".") and not is_sidecar(Path(path)):
+                yield path
 
 
 def kind_of(name: str) -> tuple[str, str]:
@@ -130,6 +147,8 @@ def _input(path: str) -> Input:
     kind, compression = kind_of(path)
     if not kind:
         raise ValueError(f"{path} is no {_known()}")
+    if is_sidecar(Path(path)):
+        raise ValueError(f"{path} describes the .bin and .idx beside it, and is no text")
     try:
         status = os.stat(path)
         if not os.access(path, os.R_OK):

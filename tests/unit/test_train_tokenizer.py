@@ -108,7 +108,7 @@ BAD_FLAGS = {
     "--character-coverage 2": "--character-coverage 2.0 must be from 0.98 to 1",
     "--character-coverage nan": "--character-coverage nan must be from 0.98 to 1",
     "--threads 0": "--threads 0 must be above 0",
-    "--max-lines -1": "--max-lines -1 must not be negative",
+    "--max-lines -1": "--max-lines -1 must be 0, or 101 or more",
     "--user-symbols a a": "--user-symbols 'a' must be there once",
     "--user-symbols <s>": "--user-symbols '<s>' must be there once",
     "--input missing.txt": "--input missing.txt: there is no such file",
