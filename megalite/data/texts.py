@@ -12,9 +12,10 @@ from pathlib import Path
 
 from megalite.data.source import Source
 from megalite.errors import DataError
-from megalite.reading.chunks import Place, chunks
+from megalite.reading.chunks import Bad, Place, chunks
 from megalite.reading.inputs import Input, kind_of
 from megalite.reading.records import sentences, texts
+from megalite.wording import counted
 
 STDLIB_CAP_BYTES = 16 << 20
 STDLIB_LEAST_BYTES = 1 << 20
@@ -145,11 +146,23 @@ def _about(size: int, file: BufferedReader) -> bytes:
 
 def _record_sequences(files: Sequence[Input]) -> Iterator[tuple[bytes, bool]]:
     for chunk in chunks(files, _KEYS, "file", MOST_RECORD_BYTES, Place()):
-        good, bad = texts(chunk, _KEYS, MOST_RECORD_BYTES, keep_surrogates=True)
+        good, bad = texts(chunk, _KEYS, MOST_RECORD_BYTES)
         if bad:
-            *others, last = sentences(bad, files)
-            raise DataError(
-                [*others, f"{last}; tools/preprocess_data.py leaves out what cannot be used"]
-            )
+            raise _unusable(bad, files)
         for (text,) in good:
-            yield text.encode("utf-8", "surrogatepass"), True
+            yield text.encode(), True
+
+
+def _unusable(bad: Sequence[Bad], files: Sequence[Input]) -> DataError:
+    """Names the first of the records of a chunk that cannot be used, and counts the others."""
+    shown = sentences(bad, files)
+    count = sum(each.count for each in bad)
+    leave_out = "tools/preprocess_data.py leaves out what cannot be used"
+    if sum(each.count for each in bad[: len(shown)]) == count:
+        *others, last = shown
+        return DataError([*others, f"{last}; {leave_out}"])
+    first = "".join(f"\n    {each}" for each in shown)
+    return DataError(
+        f"{files[bad[0].input].path}: at least {counted(count, 'record')} cannot be used; "
+        f"{leave_out}:{first}\n    ..."
+    )

@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 
 from megalite.data.indexed_format import token_dtype
+from megalite.errors import DataError
 from megalite.reading.chunks import Bad, Chunk
 from megalite.reading.records import SHOWN_BAD, texts
 from megalite.tokenizer.base import Tokenizer
@@ -64,14 +65,27 @@ class Result:
 
 def encode_chunk(encoding: Encoding, chunk: Chunk) -> Result:
     """Encode every good record of a chunk."""
-    good, bad = texts(chunk, encoding.keys, encoding.limit)
-    columns = zip(*good, strict=True) if good else [()] * len(encoding.keys)
     tokenizer = _opened(encoding.tokenizer, encoding.vocab_size)
+    good, bad = texts(chunk, encoding.keys, encoding.limit)
+    try:
+        datasets = _datasets(encoding, tokenizer, good)
+    except DataError:
+        # Some text is none for this tokenizer; which one, each alone tells.
+        good, bad = texts(chunk, encoding.keys, encoding.limit, check=tokenizer.encode)
+        datasets = _datasets(encoding, tokenizer, good)
     return Result(
-        datasets=tuple(_encode(tokenizer, each, encoding.append_eod) for each in columns),
+        datasets=datasets,
         bad=tuple(bad[:SHOWN_BAD]),
         bad_count=sum(each.count for each in bad),
     )
+
+
+def _datasets(
+    encoding: Encoding, tokenizer: Tokenizer, good: Sequence[tuple[str, ...]]
+) -> tuple[Encoded, ...]:
+    """The documents of each key."""
+    columns = zip(*good, strict=True) if good else [()] * len(encoding.keys)
+    return tuple(_encode(tokenizer, each, encoding.append_eod) for each in columns)
 
 
 def _encode(tokenizer: Tokenizer, column: Sequence[str], append_eod: bool) -> Encoded:

@@ -21,7 +21,7 @@ from megalite.preprocessing.encode import Encoding, Result
 from megalite.preprocessing.journal import Counts, Journal, State, identity
 from megalite.preprocessing.settings import SUFFIXES, Settings, problems
 from megalite.preprocessing.workers import encode_in_order
-from megalite.reading.chunks import Chunk, Place, chunks
+from megalite.reading.chunks import Chunk, NoLinesError, Place, chunks
 from megalite.reading.inputs import STANDARD_INPUT, Input, find_inputs
 from megalite.reading.records import SHOWN_BAD, sentences
 from megalite.tokenizer.base import Tokenizer
@@ -188,7 +188,7 @@ class Job:
             settings.append_eod,
             self._limit,
         )
-        results = encode_in_order(encoding, self._chunks(state.place), settings.workers)
+        results = encode_in_order(encoding, self._chunks(journal, state.place), settings.workers)
         show(self._progress(state))
         with closing(results):
             for chunk, result in results:
@@ -203,12 +203,15 @@ class Job:
             raise DataError(["the inputs hold no document", *sentences(state.bad, self._inputs)])
         return state
 
-    def _chunks(self, start: Place) -> Iterator[Chunk]:
+    def _chunks(self, journal: Journal, start: Place) -> Iterator[Chunk]:
         settings = self._settings
         try:
             yield from chunks(
                 self._inputs, settings.json_keys, settings.text_documents, self._limit, start
             )
+        except NoLinesError:
+            journal.remove()
+            raise
         except DataError as error:
             (why,) = error.violations
             raise DataError(f"{why}; when it can, the same command with --resume goes on") from None

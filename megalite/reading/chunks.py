@@ -26,7 +26,7 @@ class Bad:
 
     Attributes:
         input: number of the input.
-        record: its line or row, counted from 1.
+        record: its line or row, counted from 1; 0: the file itself.
         why: the rest of a sentence.
         count: records left out for this.
     """
@@ -193,6 +193,14 @@ def too_long(limit: int) -> str:
     return f"longer than {limit >> 20} MB (--max-document-mb)"
 
 
+_ARRAY = re.compile(rb"\s*\[\s*(\{|$)")
+"""How an array of records begins."""
+
+
+class NoLinesError(DataError):
+    """A file is JSON, but not JSON Lines."""
+
+
 def _records(
     stream: ByteStream, start: Place, form: str, limit: int
 ) -> Iterator[tuple[Lines | Bad, Place]]:
@@ -211,6 +219,11 @@ def _records(
             yield what, Place(start.input + 1)
             return
         held += block
+        if form == "json" and not place.offset and _ARRAY.match(held.removeprefix(_BOM)[:64]):
+            raise NoLinesError(
+                f"{stream.path} is one JSON array: expected JSON Lines, an object for each record "
+                f"on a line of its own, as jq -c '.[]' writes them"
+            )
         if dropping:
             end = _first_end(held, form) if block else len(held)
             size = end or len(held) - 2  # what ends a record may begin with the last two bytes

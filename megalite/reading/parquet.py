@@ -20,11 +20,12 @@ def rows(
 
     A file is read page by page; a page has to fit into the memory, as whoever wrote it held it too.
     """
-    row = start.record
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(
             source.path, pre_buffer=False, buffer_size=1 << 20
         ) as file:
+            row = start.record
             why = _unfit(file.schema_arrow, keys)
             if why:
                 all_rows = Bad(start.input, 1, why, file.metadata.num_rows)
@@ -46,7 +47,8 @@ def _unfit(schema: pyarrow.Schema, keys: Sequence[str]) -> str:
         found = schema.field(key).type
         kinds = pyarrow.types
         values = found.value_type if kinds.is_dictionary(found) else found
-        if not (kinds.is_string(values) or kinds.is_large_string(values)):
+        texts = (kinds.is_string, kinds.is_large_string, kinds.is_binary, kinds.is_large_binary)
+        if not any(is_text(values) for is_text in texts):
             return f"has in column {key!r} {found}, not text"
     return ""
 

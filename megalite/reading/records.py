@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
+from megalite.errors import DataError
 from megalite.reading.chunks import Bad, Chunk, Lines, Rows, too_long
 from megalite.reading.inputs import Input
 from megalite.wording import counted
@@ -16,7 +17,11 @@ SHOWN_BAD = 5
 
 
 def texts(
-    chunk: Chunk, keys: tuple[str, ...], limit: int, *, keep_surrogates: bool = False
+    chunk: Chunk,
+    keys: tuple[str, ...],
+    limit: int,
+    *,
+    check: Callable[[str], object] | None = None,
 ) -> tuple[list[tuple[str, ...]], list[Bad]]:
     """Every good record of a chunk, and those that are left out, both in order.
 
@@ -26,8 +31,7 @@ def texts(
         chunk: of records.
         keys: the fields wanted of each record.
         limit: longest record [bytes].
-        keep_surrogates: halves of surrogate pairs (only JSON can write them) stay in a text, which
-            then cannot be encoded as UTF-8; else such a record is left out.
+        check: is called with every text; one for which it raises DataError is left out.
 
     Returns:
         Of each good record the text of each key.
@@ -38,11 +42,15 @@ def texts(
         for number, record in _records(part):
             try:
                 fields = _fields(part, record, keys, limit)
-                if not keep_surrogates:
-                    _check_unicode(fields)
+                _check_unicode(fields)
+                if check is not None:
+                    for text in fields:
+                        check(text)
                 good.append(fields)
             except _UnfitError as error:
                 bad.append(Bad(part.input, number, str(error)))
+            except DataError as error:
+                bad.append(Bad(part.input, number, f"has no tokens: {error.violations[0]}"))
     return good, sorted(bad)
 
 
@@ -53,7 +61,9 @@ def sentences(bad: Sequence[Bad], inputs: Sequence[Input]) -> tuple[str, ...]:
 
 def _sentence(bad: Bad, source: Input) -> str:
     unit = "row" if source.kind == "parquet" else "line"
-    records = f"{unit} {bad.record}" if bad.count == 1 else f"its {bad.count} {unit}s"
+    if not bad.record:
+        return f"{source.path} {bad.why}"
+    records = f"{unit} {bad.record}" if bad.count == 1 else f"each of its {bad.count} {unit}s"
     return f"{source.path}: {records} {bad.why}"
 
 
@@ -124,7 +134,7 @@ def _text(content: bytes) -> str:
 
 def _json_fields(line: str, keys: tuple[str, ...]) -> tuple[str, ...]:
     try:
-        record = json.loads(line)
+        record = _parsed(line)
     except (ValueError, RecursionError) as error:
         raise _UnfitError(f"is not JSON: {error}") from None
     if not isinstance(record, dict):
@@ -135,6 +145,15 @@ def _json_fields(line: str, keys: tuple[str, ...]) -> tuple[str, ...]:
         if not isinstance(record[key], str):
             raise _UnfitError(f"has in key {key!r} {_json_type(record[key])}, not a string")
     return tuple(record[key] for key in keys)
+
+
+def _parsed(line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python reads no integer of thousands of digits; no number is used here
+        return json.loads(line, parse_int=float)
 
 
 def _check_unicode(fields: tuple[str, ...]) -> None:

@@ -30,12 +30,14 @@ class ByteStream:
     """Reads an input front to back.
 
     Attributes:
+        path: of the input.
         position: bytes of the file itself that have been read, packed or not.
     """
 
     def __init__(self, source: Input):
         standard = source.path == STANDARD_INPUT
         self._file: BinaryIO = sys.stdin.buffer if standard else open(source.path, "rb")
+        self.path = source.path
         self._new = _decompressor(source.compression)
         self._open: _Decompressor | None = None
         self._rest = bytearray()

@@ -132,13 +132,24 @@ def test_bytes_that_are_not_utf8_are_tokens_too(prepare: Callable[..., Corpus]) 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_jsonl_is_a_document_a_line(prepare: Callable[..., Corpus], name: str) -> None:
-    texts = ["plain", "Ünïcode 中文 😀", "lone \ud800 surrogate", "two\nlines", "x" * 10_000, "\0"]
+    texts = ["plain", "Ünïcode 中文 😀", "two\nlines", "x" * 10_000, "\0"]
     corpus = prepare(jsonl(*texts), name)
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    encoded = [text.encode() for text in texts]
     assert documents(corpus) == [[[*text, EOD]] for text in encoded]
     assert (corpus.documents, corpus.max_token) == (len(texts), EOD)
     assert corpus.text_bytes == sum(map(len, encoded))
     assert corpus.tokens == corpus.text_bytes + len(texts)
+
+
+def test_unusable_records_are_counted(prepare: Callable[..., Corpus]) -> None:
+    bad = jsonl("lone \ud800 surrogate") + '{"body": 1}\n' * 6
+    with pytest.raises(DataError) as error:
+        prepare(jsonl("good") + bad, "a.jsonl")
+    (told,) = error.value.violations
+    first, *lines = told.splitlines()
+    assert "a.jsonl: at least 7 records cannot be used; tools/preprocess_data.py leaves" in first
+    assert lines[0].endswith("a.jsonl: line 2 holds half of a surrogate pair")
+    assert [line.strip() for line in lines[4:]][1:] == ["..."]
 
 
 def test_jsonl_as_others_write_it(prepare: Callable[..., Corpus]) -> None:

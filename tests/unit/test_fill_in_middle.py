@@ -374,7 +374,8 @@ def test_tokens_that_the_tokenizer_lacks(files: Path) -> None:
     )
     assert found == (
         "--fim-middle-token <fim_middle> is no special, added or user-defined token of "
-        "TikTokenizer, which has <|fim_middle|>, <|fim_prefix|>, <|fim_suffix|>, <|endofprompt|>, <|endoftext|>"
+        "TikTokenizer, which has <|fim_middle|>, <|fim_prefix|>, <|fim_suffix|>, "
+        "<|endofprompt|>, <|endoftext|>"
     )
     found = violations(*ranks, "--tiktoken-pattern", "llama3", "--fim-rate", "1")
     assert len(found) == 3 and all(sentence.endswith(", ...") for sentence in found)

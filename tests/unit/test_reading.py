@@ -9,11 +9,15 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megalite.errors import DataError
 from megalite.preprocessing.encode import Encoding, encode_chunk
+from megalite.preprocessing.run import prepare
+from megalite.preprocessing.settings import Settings
 from megalite.reading import chunks as chunks_module
 from megalite.reading import records, streams
 from megalite.reading.chunks import Chunk, Place, chunks
@@ -171,16 +175,23 @@ def test_parquet_rows_that_cannot_be_used(tmp_path: Path) -> None:
             ("a.parquet", 3, "longer than 0 MB (--max-document-mb)"),
         ],
     )
+    binary = pyarrow.table({"text": pyarrow.array([b"a", b"\xff"], pyarrow.binary())})
+    parquet.write_table(binary, path)
+    assert read(path) == ([("a",)], [("a.parquet", 2, "is not UTF-8: byte 0xff at 0")])
     parquet.write_table(pyarrow.table({"text": [1, 2], "body": ["a", "b"]}), path)
     assert read(path)[1] == [("a.parquet", 1, "has in column 'text' int64, not text")]
     (chunk,) = all_chunks(path)
     assert encode_chunk(encoding(), chunk).bad_count == 2, "both rows"
+    inputs = find_inputs([str(path)])[0]
+    (told,) = records.sentences(chunk.bad, inputs)
+    assert told == f"{path}: each of its 2 rows has in column 'text' int64, not text"
     assert read(path, keys=("story",))[1] == [
         ("a.parquet", 1, "has no column 'story', only text, body")
     ]
     path.write_bytes(path.read_bytes()[:-4])
-    ((_, _, why),) = read(path)[1]
-    assert why.startswith("cannot be read: Parquet magic bytes not found")
+    (chunk,) = all_chunks(path)
+    (told,) = records.sentences(chunk.bad, inputs)
+    assert told.startswith(f"{path} cannot be read: Parquet magic bytes not found")
 
 
 @pytest.mark.usefixtures("_tiny_pieces")
@@ -247,6 +258,36 @@ def test_a_bad_line_is_named_and_left_out(tmp_path: Path, line: bytes) -> None:
     ((name, record, why),) = bad
     assert (name, record) == ("a.jsonl", 4)
     assert why.startswith(BAD_LINES[line]), why
+
+
+def test_a_number_of_any_length_is_json(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "n": ' + "9" * 5000 + "}\n")
+    assert texts_of(tmp_path / "a.jsonl") == ["a"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz"])
+def test_an_array_of_records_is_refused(tmp_path: Path, name: str, indent: int | None) -> None:
+    content = json.dumps([{"text": "a"}, {"text": "b"}], indent=indent).encode()
+    path = packed(tmp_path / name, content, random.Random(0))
+    with pytest.raises(DataError, match="is one JSON array: expected JSON Lines"):
+        read(path)
+    job = prepare(Settings((str(path),), f"{tmp_path}/o", workers=1))
+    with pytest.raises(DataError, match="is one JSON array: expected JSON Lines") as error:
+        job.run(lambda progress: None)
+    assert "--resume" not in str(error.value)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_text_that_has_no_tokens_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("5 6\n7 eight\n9\n")
+    (chunk,) = all_chunks(tmp_path / "a.txt", documents="line")
+    numbers = TokenizerSettings(tokenizer_type="NullTokenizer")
+    result = encode_chunk(replace(encoding(), tokenizer=numbers, vocab_size=10), chunk)
+    assert result.datasets[0].lengths.tolist() == [2, 1]
+    assert [(bad.record, bad.why) for bad in result.bad] == [
+        (2, "has no tokens: NullTokenizer: 'eight' is no token id from 0 to 9"),
+    ]
 
 
 def test_a_record_is_good_only_with_all_its_keys(tmp_path: Path) -> None:
