@@ -23,7 +23,14 @@ from megalite.data.entropy import TokenCounter
 from megalite.data.indexed_format import token_dtype
 from megalite.data.indexed_reader import IndexedReader
 from megalite.data.indexed_writer import IndexedWriter
-from megalite.data.sidecar import Sidecar, SourceFile, read_sidecar, sidecar_path, tokenizer_problem
+from megalite.data.sidecar import (
+    Sidecar,
+    SourceFile,
+    content_problems,
+    read_sidecar,
+    sidecar_path,
+    tokenizer_problem,
+)
 from megalite.data.source import Source, find_source
 from megalite.data.texts import (
     SEQUENCE_BYTES,
@@ -40,6 +47,10 @@ from megalite.wording import counted
 FORMAT = 5
 """Part of the cache's key: raised when the same text would give other files."""
 
+HEAD_TOKENS = 1 << 24
+"""Of a `.bin` so much is read at every start; a change behind it is found by
+`tools/inspect_dataset.py --verify` alone."""
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -48,12 +59,16 @@ class Corpus:
     Attributes:
         prefix: of its .bin and .idx; empty for random tokens.
         description: what it is, for people.
-        fingerprint: of the tokens; ranks with different fingerprints refuse to train together.
+        fingerprint: of the whole index and the first `HEAD_TOKENS`, as they are in the files;
+            ranks with different fingerprints refuse to train together.
         documents, tokens: their numbers.
-        max_token: largest token id seen (of a dataset without sidecar: in its first 16 Mi tokens).
+        max_token: largest token id seen (of a dataset without sidecar: in its first `HEAD_TOKENS`).
         text_bytes: bytes of the text; 0 if unknown.
         unigram_nats, bigram_nats: entropy of a token, and of a token given the one before [nats];
             0 if unknown, as the latter is of a large vocabulary (`TokenCounter`).
+        tokenizer_type, tokenizer_fingerprint: of the one that wrote it; empty if unknown.
+        eod: the token that ends its documents, None if unknown.
+        append_eod: documents end with it, as far as its sidecar says.
     """
 
     prefix: str
@@ -65,6 +80,10 @@ class Corpus:
     text_bytes: int = 0
     unigram_nats: float = 0.0
     bigram_nats: float = 0.0
+    tokenizer_type: str = ""
+    tokenizer_fingerprint: str = ""
+    eod: int | None = None
+    append_eod: bool = True
 
     def bits_per_byte(self, loss: float) -> float | None:
         """A loss [nats per token] as bits per byte of text; None if the text's size is unknown."""
@@ -105,42 +124,80 @@ def prepare_corpus(data: DataConfig, tokenizer: Tokenizer | None = None) -> Corp
         return _describe_indexed(source.path, tokenizer, named=data.tokenizer_type != "auto")
     files = source_files(source)
     prefix = cache_folder(data) / f"{source.kind}-{_cache_key(files, tokenizer)}"
-    sidecar = _read_cache(prefix)
-    if sidecar is None:
+    found = _read_cache(prefix)
+    if found is None:
         with locked(prefix):
-            sidecar = _read_cache(prefix)
-            if sidecar is None:
-                sidecar = _tokenize(source, files, prefix, data.tokenizer, tokenizer)
-    return _corpus(prefix, sidecar, _describe(source))
+            found = _read_cache(prefix)
+            if found is None:
+                _tokenize(source, files, prefix, data.tokenizer, tokenizer)
+                found = _read_cache(prefix)
+    if found is None:
+        raise DataError(
+            f"{prefix} cannot be read back as it was written: give another folder with "
+            "--data-cache-path"
+        )
+    return replace(found, description=_describe(source))
 
 
-def _read_cache(prefix: Path) -> Sidecar | None:
+def _read_cache(prefix: Path) -> Corpus | None:
     """The tokenized corpus, or None if it is missing, incomplete or damaged."""
     try:
         sidecar = read_sidecar(prefix)
-        found = IndexedReader(prefix)
+        return _corpus(prefix, sidecar) if sidecar else None
     except DataError:
         return None
-    return sidecar if sidecar and found.num_tokens == sidecar.tokens else None
 
 
-def _corpus(prefix: Path, sidecar: Sidecar, description: str) -> Corpus:
-    return Corpus(
+def _corpus(prefix: Path, sidecar: Sidecar | None) -> Corpus:
+    """What is known of a dataset: by its files, and by the sidecar if there is one.
+
+    Raises:
+        DataError: the files break a rule of the format, or are not those of the sidecar.
+    """
+    reader = IndexedReader(prefix)
+    with open(f"{prefix}.idx", "rb") as index:  # of 100 million documents it has 2 GB
+        digest = hashlib.file_digest(index, "sha256")
+    head = reader.read(0, min(reader.num_tokens, HEAD_TOKENS))
+    if len(head) and int(head.min()) < 0:
+        raise DataError(f"{prefix}.bin holds a negative token id, {int(head.min())}")
+    corpus = Corpus(
         prefix=str(prefix),
-        description=description,
-        fingerprint=sidecar.content[:16],
-        documents=sidecar.documents,
-        tokens=sidecar.tokens,
-        max_token=max(0, sidecar.max_token),
-        text_bytes=sidecar.text_bytes,
-        unigram_nats=sidecar.unigram_nats,
-        bigram_nats=sidecar.bigram_nats,
+        description=str(prefix),
+        fingerprint="",
+        documents=len(reader.documents) - 1,
+        tokens=reader.num_tokens,
+        max_token=int(head.max(initial=0)),
     )
+    if sidecar is not None:
+        found: dict[str, int | str] = {
+            "documents": corpus.documents,
+            "sequences": len(reader.lengths),
+            "tokens": corpus.tokens,
+            "idx": digest.hexdigest(),
+        }
+        if len(head) == corpus.tokens:
+            found["bin"] = hashlib.sha256(head.data).hexdigest()
+        problems = content_problems(prefix, sidecar, found)
+        if problems:
+            raise DataError(problems)
+        corpus = replace(
+            corpus,
+            max_token=max(0, sidecar.max_token),
+            text_bytes=sidecar.text_bytes,
+            unigram_nats=sidecar.unigram_nats,
+            bigram_nats=sidecar.bigram_nats,
+            tokenizer_type=sidecar.tokenizer_type,
+            tokenizer_fingerprint=sidecar.tokenizer_fingerprint,
+            eod=sidecar.eod,
+            append_eod=sidecar.append_eod,
+        )
+    digest.update(head.data)
+    return replace(corpus, fingerprint=digest.hexdigest()[:16])
 
 
 def _tokenize(
     source: Source, files: Sequence[Input], prefix: Path, name: str, tokenizer: Tokenizer
-) -> Sidecar:
+) -> None:
     """Write .bin, .idx and, last, the sidecar that marks them as complete."""
     try:
         writer = IndexedWriter(prefix, token_dtype(tokenizer.vocab_size))
@@ -156,7 +213,6 @@ def _tokenize(
             f"cannot write the tokenized corpus to {prefix.parent}: {error.strerror}; "
             "give another folder with --data-cache-path"
         ) from None
-    return sidecar
 
 
 def _write_tokens(
@@ -210,29 +266,13 @@ def _describe(source: Source) -> str:
 
 
 def _describe_indexed(prefix: Path, tokenizer: Tokenizer, *, named: bool) -> Corpus:
-    """What is known of a dataset: by its sidecar, or by looking at its first tokens."""
-    reader = IndexedReader(prefix)
+    """A dataset that somebody else wrote, or our tools."""
     sidecar = read_sidecar(prefix)
-    if sidecar:
-        problem = tokenizer_problem(prefix, sidecar, tokenizer)
-        if problem and named:
-            raise DataError(f"--data {problem}")
-        corpus = _corpus(prefix, sidecar, str(prefix))
-        return replace(corpus, text_bytes=0) if problem else corpus  # its text cannot be shown
-    with open(f"{prefix}.idx", "rb") as index:  # of 100 million documents it has 2 GB
-        digest = hashlib.file_digest(index, "sha256")
-    head = np.asarray(reader.tokens[: 1 << 24])
-    digest.update(head.tobytes())
-    if len(head) and int(head.min()) < 0:
-        raise DataError(f"{prefix}.bin holds a negative token id, {int(head.min())}")
-    return Corpus(
-        prefix=str(prefix),
-        description=str(prefix),
-        fingerprint=digest.hexdigest()[:16],
-        documents=len(reader.documents) - 1,
-        tokens=len(reader.tokens),
-        max_token=int(head.max(initial=0)),
-    )
+    problem = tokenizer_problem(prefix, sidecar, tokenizer) if sidecar else None
+    if problem and named:
+        raise DataError(f"--data {problem}")
+    corpus = _corpus(prefix, sidecar)
+    return replace(corpus, text_bytes=0) if problem else corpus  # its text cannot be shown
 
 
 def _tokens(text: bytes, tokenizer: Tokenizer) -> np.ndarray:

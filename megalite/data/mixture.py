@@ -129,9 +129,23 @@ def prepare_mixture(data: DataConfig, tokenizer: Tokenizer | None = None) -> Mix
     train = _prepare(train_ingredients(data), tokenizer, problems)
     valid = _prepare(valid_ingredients(data), tokenizer, problems)
     test = _prepare(test_ingredients(data), tokenizer, problems)
+    problems += _other_tokenizers((*train, *valid, *test))
     if problems:
         raise DataError(problems)
     return Mixture(train, valid, test)
+
+
+def _other_tokenizers(parts: Sequence[Part]) -> list[str]:
+    """A sentence for each corpus that another tokenizer wrote than the first that is known."""
+    known = [part.corpus for part in parts if part.corpus.tokenizer_fingerprint]
+    return [
+        f"{corpus.description} was tokenized with {corpus.tokenizer_type} "
+        f"({corpus.tokenizer_fingerprint}), but {known[0].description} with "
+        f"{known[0].tokenizer_type} ({known[0].tokenizer_fingerprint}): preprocess them with one "
+        "tokenizer"
+        for corpus in known[1:]
+        if corpus.tokenizer_fingerprint != known[0].tokenizer_fingerprint
+    ]
 
 
 def _prepare(

@@ -25,8 +25,8 @@ class CorpusRecord:
 
     Attributes:
         name: for people: its file, or what it is.
-        fingerprint: of its tokens (`Corpus.fingerprint`): all of them if it was tokenized here or
-            has a sidecar, else its index and its first 16 Mi tokens.
+        fingerprint: of its whole index and its first 16 Mi tokens (`Corpus.fingerprint`). A later
+            change inside of the `.bin` is found by `tools/inspect_dataset.py --verify` alone.
         documents, tokens: their numbers.
     """
 

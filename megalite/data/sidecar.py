@@ -7,9 +7,9 @@ would give.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from megalite.data.indexed_writer import FileSum
 from megalite.errors import DataError
+from megalite.wording import counted
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from megalite.tokenizer.base import Tokenizer
 
 _FORMAT = "megalite dataset 1"
@@ -69,11 +72,6 @@ class Sidecar:
     unigram_nats: float = 0.0
     bigram_nats: float = 0.0
 
-    @property
-    def content(self) -> str:
-        """Names the tokens and their documents: equal for equal files."""
-        return hashlib.sha256(f"{self.bin.sha256} {self.idx.sha256}".encode()).hexdigest()
-
     def write(self, path: Path) -> None:
         """Write it to a file."""
         text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=1)
@@ -98,14 +96,16 @@ def read_sidecar(prefix: Path | str) -> Sidecar | None:
         return None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged: {error}") from None
     if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
         return None  # somebody else's file of that name
     try:
         sidecar = _sidecar(content)
-    except (TypeError, KeyError) as error:
-        raise DataError(f"{path} is damaged: {error}") from None
+    except _DamagedError as damage:
+        raise DataError(
+            f"{path} is damaged: {damage}; remove the sidecar or preprocess again"
+        ) from None
     for suffix, expected in (("bin", sidecar.bin), ("idx", sidecar.idx)):
         try:
             size = os.stat(f"{prefix}.{suffix}").st_size
@@ -119,20 +119,81 @@ def read_sidecar(prefix: Path | str) -> Sidecar | None:
     return sidecar
 
 
+class _DamagedError(Exception):
+    """A value that is missing, or of another type."""
+
+
 def _sidecar(content: Mapping[str, Any]) -> Sidecar:
-    wanted = {field.name: field.type for field in fields(Sidecar)}
     # Sidecars of before these were added are still read.
     content = {"unigram_nats": 0.0, "bigram_nats": 0.0} | dict(content)
-    types = {"int": int, "str": str, "bool": bool, "float": float}
-    for name, kind in wanted.items():
-        if kind in types and type(content[name]) is not types[kind]:
-            raise TypeError(f"{name} is {content[name]!r}")
+    values = _values(Sidecar, content, "")
+    sources = values["sources"]
+    if not isinstance(sources, list):
+        raise _DamagedError(f"sources is {reprlib.repr(sources)}, expected a list")
     return Sidecar(
-        **{name: content[name] for name in wanted if name not in ("bin", "idx", "sources")},
-        bin=FileSum(**content["bin"]),
-        idx=FileSum(**content["idx"]),
-        sources=tuple(SourceFile(**each) for each in content["sources"]),
+        **values
+        | {name: FileSum(**_values(FileSum, values[name], f"{name}: ")) for name in ("bin", "idx")}
+        | {
+            "sources": tuple(
+                SourceFile(**_values(SourceFile, source, f"source {i}: "))
+                for i, source in enumerate(sources)
+            )
+        }
     )
+
+
+def _values(kind: type[DataclassInstance], content: Any, where: str) -> dict[str, Any]:
+    """The values of a dataclass's fields; those of plain types are of that type.
+
+    Raises:
+        _DamagedError: one is not, or is missing.
+    """
+    types = {"int": (int, "a whole number"), "str": (str, "a text"),
+             "bool": (bool, "true or false"), "float": (float, "a number")}  # fmt: skip
+    if not isinstance(content, dict):
+        raise _DamagedError(f"{where}{reprlib.repr(content)} instead of names and values")
+    values = {}
+    for field in fields(kind):
+        if field.name not in content:
+            raise _DamagedError(f"{where}{field.name} is missing")
+        value = values[field.name] = content[field.name]
+        wanted, words = types.get(str(field.type), (object, ""))
+        if wanted is not object and type(value) is not wanted:
+            raise _DamagedError(f"{where}{field.name} is {reprlib.repr(value)}, expected {words}")
+    return values
+
+
+def content_problems(
+    prefix: Path | str, sidecar: Sidecar, found: Mapping[str, int | str]
+) -> list[str]:
+    """Why the dataset is not the one that its sidecar describes; none if it is.
+
+    Args:
+        prefix: of the dataset.
+        sidecar: of it.
+        found: in the files: `documents`, `sequences`, `tokens`, and the SHA-256 of `idx` and, if
+            it was read whole, of `bin`.
+    """
+    told = {
+        "documents": sidecar.documents,
+        "sequences": sidecar.sequences,
+        "tokens": sidecar.tokens,
+        "idx": sidecar.idx.sha256,
+        "bin": sidecar.bin.sha256,
+    }
+    wrong = [
+        f"the SHA-256 of its .{name} is {value}, not {told[name]}"
+        if isinstance(value, str)
+        else f"it has {counted(value, name.removesuffix('s'))}, not {told[name]:,}"
+        for name, value in found.items()
+        if value != told[name]
+    ]
+    if not wrong:
+        return []
+    return [
+        f"{prefix} is not the dataset that its sidecar {sidecar_path(prefix)} describes: "
+        f"{'; '.join(wrong)}: remove the sidecar or preprocess again"
+    ]
 
 
 def tokenizer_problem(prefix: Path | str, sidecar: Sidecar, tokenizer: Tokenizer) -> str | None:

@@ -308,7 +308,17 @@ def cut_to_nothing(path: Path) -> None:
     os.truncate(path, 0)
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, cut, cut_to_nothing])
+def nested(path: Path) -> None:
+    path.write_text("[" * 100_000)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[0] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, cut_to_nothing, nested, flip])
 @pytest.mark.parametrize("suffix", ["bin", "idx", "json"])
 def test_a_damaged_cache_is_built_again(
     prepare: Callable[..., Corpus],

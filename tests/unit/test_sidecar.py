@@ -3,6 +3,7 @@ sidecar of other files is noticed. And the flags and the progress line of the to
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from dataclasses import replace
@@ -13,7 +14,8 @@ import pytest
 
 from megalite.config_data import DataConfig
 from megalite.data.corpus import prepare_corpus
-from megalite.data.indexed_writer import IndexedWriter
+from megalite.data.indexed_writer import FileSum, IndexedWriter
+from megalite.data.mixture import prepare_mixture
 from megalite.data.sidecar import Sidecar, SourceFile, read_sidecar, sidecar_path
 from megalite.errors import ConfigError, DataError
 from megalite.preprocessing.flags import Flag, read_flags
@@ -25,16 +27,16 @@ from megalite.tokenizer.byte import ByteTokenizer
 from megalite.tokenizer.null import NullTokenizer
 
 
-def dataset(prefix: Path, tokens: list[int], dtype: str = "<u2", **other: object) -> Sidecar:
+def dataset(prefix: Path, ids: list[int], dtype: str = "<u2", **other: object) -> Sidecar:
     """One document, and the sidecar of a byte tokenizer with some values changed."""
     writer = IndexedWriter(prefix, np.dtype(dtype))
-    writer.add_sequence(np.array(tokens))
+    writer.add_sequence(np.array(ids))
     writer.end_document()
     sums = writer.close()
     sidecar = Sidecar(
         tokenizer_type="ByteTokenizer", tokenizer_fingerprint="byte-257", vocab_size=257, eod=256,
-        append_eod=True, documents=1, sequences=1, tokens=len(tokens), text_bytes=len(tokens) - 1,
-        max_token=max(tokens), left_out=0, bin=sums["bin"], idx=sums["idx"],
+        append_eod=True, documents=1, sequences=1, tokens=len(ids), text_bytes=len(ids) - 1,
+        max_token=max(ids), left_out=0, bin=sums["bin"], idx=sums["idx"],
         sources=(SourceFile("a.jsonl", 17),),
     )  # fmt: skip
     sidecar = replace(sidecar, **other)  # type: ignore[arg-type]
@@ -61,14 +63,25 @@ def test_a_sidecar_of_before_entropies_were_kept_is_read(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("change", [{"max_token": "7"}, {"tokens": None}, {"bin": {"bytes": 1}},
                                     {"append_eod": 1}, {"unigram_nats": "1"},
-                                    {"sources": [{"path": "a"}]}])  # fmt: skip
+                                    {"bin": {"bytes": "a", "sha256": "b"}}, {"idx": [1]},
+                                    {"sources": 1}, {"sources": [1]}, {"sources": [{"path": "a"}]},
+                                    {"sources": [{"path": 1, "bytes": 2}]},
+                                    {"sources": [{"path": "a", "bytes": "b"}]}])  # fmt: skip
 def test_a_damaged_sidecar_is_named(tmp_path: Path, change: dict[str, object]) -> None:
     dataset(tmp_path / "a", [1])
     path = tmp_path / "a.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(DataError, match=r"a\.json is damaged"):
+    (name,) = change
+    with pytest.raises(DataError, match=rf"a\.json is damaged: {name.removesuffix('s')}") as caught:
         read_sidecar(tmp_path / "a")
-    path.write_text("{")
+    assert "__init__" not in caught.value.violations[0]
+    assert caught.value.violations[0].endswith("; remove the sidecar or preprocess again")
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "\xff"])
+def test_a_sidecar_that_is_no_json_is_named(tmp_path: Path, text: str) -> None:
+    dataset(tmp_path / "a", [1])
+    (tmp_path / "a.json").write_text(text, encoding="latin-1")
     with pytest.raises(DataError, match=r"a\.json is damaged"):
         read_sidecar(tmp_path / "a")
 
@@ -84,11 +97,85 @@ def test_a_sidecar_of_other_files_is_noticed(tmp_path: Path) -> None:
 
 def test_a_run_takes_the_sidecars_figures(tmp_path: Path) -> None:
     """Values that no scan would find: they come from the sidecar."""
-    sidecar = dataset(tmp_path / "a", [1, 2, 256], max_token=255, documents=7)
+    dataset(tmp_path / "a", [1, 2, 256], max_token=255)
     corpus = prepare_corpus(DataConfig(data=(str(tmp_path / "a"),)))
-    assert (corpus.max_token, corpus.documents, corpus.tokens) == (255, 7, 3)
+    assert (corpus.max_token, corpus.documents, corpus.tokens) == (255, 1, 3)
     assert corpus.text_bytes == 2
-    assert sidecar.content.startswith(corpus.fingerprint)
+    (tmp_path / "a.json").unlink()
+    without = prepare_corpus(DataConfig(data=(str(tmp_path / "a"),)))
+    assert corpus.fingerprint == without.fingerprint, "of the files, whatever stands beside them"
+
+
+def shuffled(prefix: Path, order: list[int]) -> None:
+    """Three documents of different lengths, written in an order."""
+    texts = [[1, 256], [2, 2, 256], [3, 3, 3, 256]]
+    writer = IndexedWriter(prefix, np.dtype("<u2"))
+    for number in order:
+        writer.add_sequence(np.array(texts[number]))
+        writer.end_document()
+    writer.close()
+
+
+@pytest.mark.parametrize("head", [1 << 24, 4])
+def test_a_sidecar_of_the_documents_in_another_order_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: int
+) -> None:
+    """Both files have the sizes that the sidecar says."""
+    monkeypatch.setattr("megalite.data.corpus.HEAD_TOKENS", head)
+    prefix, data = tmp_path / "a", DataConfig(data=(str(tmp_path / "a"),))
+    shuffled(prefix, [0, 1, 2])
+    idx = hashlib.sha256((tmp_path / "a.idx").read_bytes()).hexdigest()
+    bin_ = hashlib.sha256((tmp_path / "a.bin").read_bytes()).hexdigest()
+    right = dataset(tmp_path / "b", [1], documents=3, sequences=3, tokens=9, max_token=256,
+                    bin=FileSum(18, bin_), idx=FileSum(34 + 3 * 12 + 4 * 8, idx))  # fmt: skip
+    right.write(sidecar_path(prefix))
+    before = prepare_corpus(data).fingerprint
+    shuffled(prefix, [2, 1, 0])
+    assert read_sidecar(prefix) == right, "by sizes it fits"
+    with pytest.raises(DataError) as caught:
+        prepare_corpus(data)
+    (sentence,) = caught.value.violations
+    assert sentence.startswith(
+        f"{prefix} is not the dataset that its sidecar {prefix}.json describes: the SHA-256 of its "
+        ".idx is "
+    )
+    assert ("SHA-256 of its .bin is" in sentence) == (head > 9), "if it was read whole"
+    assert sentence.endswith("remove the sidecar or preprocess again")
+    (tmp_path / "a.json").unlink()
+    assert prepare_corpus(data).fingerprint != before
+
+
+@pytest.mark.parametrize("name", ["documents", "sequences", "tokens"])
+def test_a_sidecar_of_other_numbers_is_refused(tmp_path: Path, name: str) -> None:
+    dataset(tmp_path / "a", [1, 2, 256], **{name: 7})
+    with pytest.raises(DataError, match=rf"it has \d {name[:-1]}s?, not 7: remove the sidecar"):
+        prepare_corpus(DataConfig(data=(str(tmp_path / "a"),)))
+
+
+@pytest.mark.parametrize("words", ["a b", "0.5 a 0.5 b", "valid", "test", "text"])
+def test_one_run_does_not_mix_tokenizers(tmp_path: Path, words: str) -> None:
+    """Although none is named."""
+    a, b, text = (str(tmp_path / name) for name in ("a", "b", "c.txt"))
+    Path(text).write_text("some text\n" * 100)
+    dataset(tmp_path / "a", [1, 2, 3], tokenizer_type="Llama2Tokenizer", tokenizer_fingerprint="sp")
+    dataset(tmp_path / "b", [4, 5, 6])
+    cache = str(tmp_path / "cache")
+    data = {
+        "valid": DataConfig(train_data_path=(a,), valid_data_path=(b,)),
+        "test": DataConfig(train_data_path=(a,), test_data_path=(b,)),
+        "text": DataConfig(data=(a, text), data_cache_path=cache),
+    }.get(words) or DataConfig(
+        data=tuple(f"{tmp_path}/{w}" if w in "ab" else w for w in words.split())
+    )
+    with pytest.raises(DataError) as caught:
+        prepare_mixture(data)
+    other = text if words == "text" else b
+    assert caught.value.violations == [
+        f"{other} was tokenized with ByteTokenizer (byte-257), but {a} with Llama2Tokenizer (sp): "
+        "preprocess them with one tokenizer"
+    ]
+    dataset(tmp_path / "a", [1, 2, 3], tokenizer_type="another name of it")
+    prepare_mixture(data)
 
 
 def test_a_run_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
