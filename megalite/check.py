@@ -292,7 +292,8 @@ def _order(config: Config) -> Violations:
     if data.data_order == "megatron" and data.order_samples < config.num_train_samples:
         yield (
             f"--order-samples {data.order_samples} is below the {config.num_train_samples} samples "
-            f"of the run: give as many or more, or leave it out"
+            "of the run: give fewer steps, or --order-samples 0 for an order of this length, which "
+            "is another one from its first sample on"
         )
     if epochs and data.mock_data:
         yield f"--num-epochs {epochs}: the random tokens of --mock-data never end; give --steps"

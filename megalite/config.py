@@ -201,9 +201,11 @@ class Config:
     def to_saved(self) -> dict[str, Any]:
         """What `config.json` and TOML files hold: `derived`, then plain values by group.
 
-        A reader leaves the fields that are named there open again.
+        A reader leaves the fields that are named there open again. Megatron-LM's order is not: made
+        for another number of samples it would be another one from the first sample on.
         """
-        order = [spec.name for spec in fields() if spec.name in self.derived]
+        opened = self.derived - {"order_samples"}
+        order = [spec.name for spec in fields() if spec.name in opened]
         return {"derived": order, **self.to_dict()}
 
     @property

@@ -19,6 +19,7 @@ from megalite.pipeline.draw import LEGEND, draw_timeline
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedules import SCHEDULES
 from megalite.pipeline.simulate import simulate
+from megalite.wording import counted
 
 MOST_RANKS_LISTED = 16
 MOST_MICRO_BATCHES_DRAWN = 64
@@ -48,8 +49,9 @@ def opening(
     """
     model, parallel, train = config.model, config.parallel, config.train
     shape = (
-        f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads"
-        f" ({model.num_kv_heads} kv), ffn {model.ffn_hidden_size}, vocabulary {model.vocab_size}"
+        f"{counted(model.num_layers, 'layer')}, hidden {model.hidden_size}, "
+        f"{counted(model.num_attention_heads, 'head')} ({model.num_kv_heads} kv), "
+        f"ffn {model.ffn_hidden_size}, vocabulary {model.vocab_size}"
         f" (padded to {model.padded_vocab_size(parallel.tp)})"
     )
     kernels = (
@@ -92,17 +94,19 @@ def timeline(config: Config) -> str:
     step = simulate(program, {Op.FORWARD: 1.0, Op.BACKWARD: 2.0})
     # Filling and draining the pipeline takes the same time however many micro-batches there are.
     idle, busy = step.bubble() * shown, (1.0 - step.bubble()) * count
+    drawn = f"; drawn: {counted(shown, 'micro-batch')}" if shown < count else ""
     return (
-        f"pipeline: {schedule}, {count} micro-batches, {100 * idle / (idle + busy):.1f}% idle "
-        f"({LEGEND}{f'; drawn: {shown} micro-batches' if shown < count else ''})\n"
+        f"pipeline: {schedule}, {counted(count, 'micro-batch')}, "
+        f"{100 * idle / (idle + busy):.1f}% idle "
+        f"({LEGEND}{drawn})\n"
         f"{draw_timeline(step)}"
     )
 
 
 def _layout(config: Config) -> str:
     parallel = config.parallel
-    text = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp} = {config.world_size} rank"
-    text += "s" if config.world_size > 1 else ""
+    text = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp} = "
+    text += counted(config.world_size, "rank")
     if parallel.sequence_parallel and parallel.tp > 1:
         text += ", sequence parallel"
     if parallel.pp > 1:
@@ -113,16 +117,18 @@ def _layout(config: Config) -> str:
 def _length(config: Config) -> str:
     train = config.train
     if train.num_epochs and not train.steps:
-        return f"{train.num_epochs} epoch{'s' if train.num_epochs > 1 else ''} of the data"
-    return f"{train.steps} steps, {_si(config.num_train_samples * config.model.seq_length)} tokens"
+        return f"{counted(train.num_epochs, 'epoch')} of the data"
+    tokens = _si(config.num_train_samples * config.model.seq_length).rstrip()
+    return f"{counted(train.steps, 'step')}, {tokens} tokens"
 
 
 def _batch(config: Config) -> str:
     train = config.train
     return (
-        f"{train.global_batch_size} samples of {config.model.seq_length} tokens a step"
-        f"{_ramp(config)} = {config.num_micro_batches} micro-batches of {train.micro_batch_size} "
-        f"on {config.parallel.dp} data rank{'s' if config.parallel.dp > 1 else ''}; "
+        f"{counted(train.global_batch_size, 'sample')} of "
+        f"{counted(config.model.seq_length, 'token')} a step{_ramp(config)} = "
+        f"{counted(config.num_micro_batches, 'micro-batch')} of {train.micro_batch_size} "
+        f"on {counted(config.parallel.dp, 'data rank')}; "
         f"{_si(config.tokens_per_step)} tokens"
     )
 
@@ -133,7 +139,8 @@ def _ramp(config: Config) -> str:
         return ""
     start, increment, samples = sizes.ramp
     step = sizes.phases[-1].first_step + 1
-    return f" (from {start} by {increment} over {samples} samples, all from step {step} on)"
+    over = counted(samples, "sample")
+    return f" (from {start} by {increment} over {over}, all from step {step} on)"
 
 
 def _precision(config: Config) -> str:

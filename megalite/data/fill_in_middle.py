@@ -103,7 +103,8 @@ class FillInTheMiddleSamples:
     """Samples of others, rearranged.
 
     What is drawn follows from the seed, the data and the number of the sample, which counts over
-    all epochs: it is the same in every layout and after every resume, and new in every epoch.
+    all epochs: it is the same in every layout and at whichever step a run begins, and new in every
+    epoch.
 
     Args:
         samples: the others.

@@ -26,9 +26,13 @@ from megalite.data.sentinels import find_sentinels
 from megalite.data.token_store import TokenStore
 from megalite.errors import DataError
 from megalite.tokenizer.choose import open_tokenizer
+from megalite.wording import counted
 
 MEGATRON_SURPLUS = 0.005
 """Megatron-LM builds so much more of each dataset of a blend than its weight asks for."""
+
+ENDS_LOOKED_AT = 1000
+"""Documents of each split of a dataset: reading their last tokens takes a few milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +170,8 @@ def _blend_as_megatron(
     if weights is None and request.samples > sum(sizes):
         raise DataError(
             f"--data-order megatron uses each dataset of a blend without weights once: "
-            f"{sum(sizes):,} {request.which} samples, but the run takes {request.samples:,}; give "
-            "weights, fewer steps or --data-order epoch"
+            f"{counted(sum(sizes), f'{request.which} sample')}, but the run takes "
+            f"{request.samples:,}; give weights, fewer steps or --data-order epoch"
         )
     # It divides given weights by their sum twice, which rounds twice.
     ratios = [float(size) for size in sizes] if weights is None else normalized(weights)
@@ -191,11 +195,11 @@ def _open_part(
             f"{model.vocab_size}: give the size of its tokenizer"
         )
     reader = IndexedReader(corpus.prefix)  # type: ignore[arg-type]
-    _check_ends(config, corpus, reader)
     store = TokenStore(reader, corpus.description, model.vocab_size)
     begin, end = 0, len(reader.lengths)
     if request.share is not None:
         begin, end = split_bounds(data.split, end)[request.share]
+    _check_ends(config, corpus, store, (begin, end))
     start = int(reader.lengths[:begin].sum(dtype=np.int64))
     stop = start + int(reader.lengths[begin:end].sum(dtype=np.int64))
     seq, seed = model.seq_length, config.train.seed
@@ -209,7 +213,7 @@ def _open_part(
         return packed
     stream = StreamSamples(store, start, stop, seq, seed)
     if not stream.num_samples and not request.may_be_empty:
-        found = f"{stop - start} tokens, fewer than one sample of --seq-length {seq} + 1"
+        found = f"{counted(stop - start, 'token')}, fewer than one sample of --seq-length {seq} + 1"
         raise DataError(_no_sample(config, corpus, request, found))
     if data.data_order == "epoch" or not stream.num_samples:
         return stream
@@ -225,20 +229,34 @@ def _open_part(
     )
 
 
-def _check_ends(config: Config, corpus: Corpus, reader: IndexedReader) -> None:
-    """Options about ends of documents would do nothing on data in which none is marked."""
+def _check_ends(
+    config: Config, corpus: Corpus, store: TokenStore, sequences: tuple[int, int]
+) -> None:
+    """Options about ends of documents would do nothing on documents in which none is marked."""
     asked = ["--packing best-fit"] if config.data.packing == "best-fit" else []
     names = ("reset_attention_mask", "reset_position_ids", "eod_mask_loss")
     asked += [f"--{name.replace('_', '-')}" for name in names if getattr(config.data, name)]
-    if not asked or not reader.num_tokens:
+    if not asked:
         return
     eod = open_tokenizer(config.data, config.model.vocab_size).eod
-    last = int(reader.read(reader.num_tokens - 1, reader.num_tokens)[0])
-    if last != eod:
+    remedy = "preprocess it with --append-eod, or give its --tokenizer-type"
+    if not corpus.append_eod:
         raise DataError(
-            f"{asked[0]}: {corpus.description} ends with token {last}, not "
-            f"with the end of a document, {eod}: preprocess it with --append-eod, or give its "
-            "--tokenizer-type"
+            f"{asked[0]}: {corpus.description} was preprocessed without --append-eod, by its "
+            f"sidecar: {remedy}"
+        )
+    if corpus.eod not in (None, eod):
+        raise DataError(
+            f"{asked[0]}: documents of {corpus.description} end with token {corpus.eod}, by its "
+            f"sidecar, not with {eod}: {remedy}"
+        )
+    last = store.last_tokens(*sequences, ENDS_LOOKED_AT)
+    wrong = last[last != eod]
+    if len(wrong):
+        raise DataError(
+            f"{asked[0]}: {len(wrong):,} of the {counted(len(last), 'document')} of "
+            f"{corpus.description} that were looked at have no end: they end with token {wrong[0]} "
+            f"or others, not with {eod}: {remedy}"
         )
 
 
@@ -284,8 +302,8 @@ def of_epochs(config: Config, mixture: Mixture) -> Config:
     sizes = config.batch_sizes
     if samples < sizes.size(0):
         raise DataError(
-            f"--num-epochs {epochs}: {samples} samples do not fill a --global-batch-size of "
-            f"{sizes.size(0)}: give a smaller one, or more epochs"
+            f"--num-epochs {epochs}: {counted(samples, 'sample')} cannot fill a "
+            f"--global-batch-size of {sizes.size(0)}: give a smaller one, or more epochs"
         )
     # The last step that is filled ends before one more sample than there are.
     return with_steps(config, sizes.steps_for(samples + 1) - 1)

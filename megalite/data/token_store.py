@@ -74,6 +74,29 @@ class TokenStore:
         inside = pointers[np.minimum(sequences, len(pointers) - 1)] // self._token_bytes
         return np.where(sequences < len(pointers), inside, self._reader.num_tokens)
 
+    def last_tokens(self, begin: int, end: int, most: int) -> np.ndarray:
+        """Last tokens of documents that end in some sequences, evenly spread over them.
+
+        Args:
+            begin, end: the sequences. If none with tokens ends there the dataset's last token is
+                taken: of one long document a split may hold the middle.
+            most: so many documents are looked at.
+
+        Returns:
+            int [documents looked at that have tokens].
+        """
+        documents = self._reader.documents
+        # A document that the end of the range cuts ends behind it.
+        first = max(1, int(np.searchsorted(documents, begin, side="right")))
+        behind = int(np.searchsorted(documents, end, side="right"))
+        ends = np.arange(first, behind)
+        if len(ends) > most:
+            ends = np.linspace(first, behind - 1, most).astype(np.int64)
+        whole = (0, len(self._reader.lengths))
+        starts, stops = (self.document_bounds(each, *whole) for each in (ends - 1, ends))
+        lasts = stops[stops > starts].tolist() or [self._reader.num_tokens]
+        return np.concatenate([self._reader.read(max(0, stop - 1), stop) for stop in lasts])
+
     def gather(self, spans: Sequence[Span]) -> np.ndarray:
         """The tokens of the spans, one after the other, int64.
 

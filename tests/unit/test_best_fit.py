@@ -7,6 +7,7 @@ import hashlib
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,9 @@ from megalite.data.ledger import ledger
 from megalite.data.loader import Loader
 from megalite.data.mixture import prepare_mixture
 from megalite.data.samples import PADDING, Samples
+from megalite.data.sidecar import read_sidecar
 from megalite.data.splits import of_epochs
+from megalite.data.token_store import TokenStore
 from megalite.errors import DataError
 
 EOD = 256
@@ -248,7 +251,7 @@ def test_a_sample_is_whole_documents_and_padding(tmp_path: Path) -> None:
 def test_a_document_that_the_split_cuts_stands_last(tmp_path: Path) -> None:
     """It has no end: whatever stood behind it would seem to go on with it."""
     prefix = write(tmp_path / "a", [9] * 40, gaps=True)
-    ends = np.cumsum(IndexedReader(prefix).lengths)
+    before_padding = 0
     for split in ("50,50", "49,51", "47,53", "45,55"):
         train, _ = open_data(packed(tmp_path, prefix, split=split, seq_length=40))
         for number in range(train.num_samples):
@@ -257,7 +260,10 @@ def test_a_document_that_the_split_cuts_stands_last(tmp_path: Path) -> None:
             pieces = train.pieces(number)
             stops = np.cumsum([piece.stop - piece.start for piece in pieces]) - 1
             assert (filled[stops[:-1]] == EOD).all()
-    assert len(ends) > 40
+            cut = pieces[-1].stop < 9
+            assert (filled[-1] != EOD) == (cut or pieces[-1].stop > 9)
+            before_padding += cut and len(pieces) > 1 and len(filled) < len(row)
+    assert before_padding, "a cut document stood behind others, and padding behind it"
 
 
 def test_the_loader_keeps_padding_out_of_the_loss(tmp_path: Path) -> None:
@@ -299,7 +305,7 @@ def test_the_loader_keeps_padding_out_of_the_loss(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", [False, True])
 def test_data_ranks_share_the_samples_of_a_step(tmp_path: Path, weights: bool) -> None:
-    """The same ones in every layout, after a resume, and in a longer run."""
+    """The same ones in every layout, and in a longer run."""
     sets = [write(tmp_path / name, random_lengths(seed)) for seed, name in enumerate("ab")]
     words = [0.7, sets[0], 0.3, sets[1]] if weights else sets
     found = []
@@ -405,8 +411,65 @@ def test_data_without_marked_ends_is_refused(tmp_path: Path) -> None:
         writer.add_sequence(np.arange(20))
         writer.end_document()
     writer.close()
-    with pytest.raises(DataError, match=r"--packing best-fit: .* ends with token 19, not"):
+    with pytest.raises(
+        DataError, match=r"--packing best-fit: 40 of the 40 documents .* token 19 or "
+    ):
         open_data(packed(tmp_path, tmp_path / "a"))
+
+
+def some_without_end(prefix: Path, without: set[int], count: int = 3000) -> Path:
+    writer = IndexedWriter(prefix, np.dtype("<u2"))
+    for number in range(count):
+        writer.add_sequence(np.array([1, 2]))
+        writer.add_sequence(np.array([3, 4 if number in without else EOD]))
+        writer.end_document()
+        writer.end_document()  # one without tokens has no end
+    writer.close()
+    return prefix
+
+
+def test_documents_without_end_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    """As when a part that was preprocessed without --append-eod was merged in."""
+    right = some_without_end(tmp_path / "a", set())
+    assert open_data(packed(tmp_path, right))[0].num_samples
+    half = some_without_end(tmp_path / "b", set(range(0, 3000, 2)))
+    with pytest.raises(DataError, match=r"2\d\d of the \d+ documents of .*b that were looked at"):
+        open_data(packed(tmp_path, half, split="50,50"))
+    first = some_without_end(tmp_path / "c", set(range(100)))
+    with pytest.raises(DataError, match=r"3\d of the \d+ documents of .*c .* end with token 4 or"):
+        open_data(packed(tmp_path, first, split="50,50"))
+    few = some_without_end(tmp_path / "d", {2}, 5)
+    with pytest.raises(DataError, match=r"1 of the 4 documents of .* have no end"):
+        open_data(packed(tmp_path, few, split="80,20"))
+
+
+def test_last_tokens_are_of_the_documents_that_end_in_a_range(tmp_path: Path) -> None:
+    store = TokenStore(IndexedReader(some_without_end(tmp_path / "a", {2}, 5)), "", 257)
+    assert store.last_tokens(0, 10, 99).tolist() == [EOD, EOD, 4, EOD, EOD]
+    assert store.last_tokens(0, 5, 9).tolist() == [EOD, EOD], "the cut one ends behind it"
+    assert store.last_tokens(5, 6, 9).tolist() == [4], "and in the next range"
+    assert store.last_tokens(6, 7, 9).tolist() == [EOD], "of the dataset, where none ends"
+    assert len(store.last_tokens(0, 10, 3)) <= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"append_eod": False}, "was preprocessed without --append-eod"),
+     ({"eod": 255}, r"end with token 255, by its sidecar, not with 256")],
+)  # fmt: skip
+def test_a_sidecar_that_tells_of_other_ends_is_believed(
+    tmp_path: Path, change: dict[str, object], told: str
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("a line of text\n" * 500)
+    config = packed(tmp_path, text)
+    prefix = prepare_mixture(config.data).train[0].corpus.prefix
+    assert open_data(packed(tmp_path, prefix))[0].num_samples
+    sidecar = read_sidecar(prefix)
+    assert sidecar is not None
+    replace(sidecar, **change).write(Path(f"{prefix}.json"))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=f"--packing best-fit: .*{told}"):
+        open_data(packed(tmp_path, prefix))
 
 
 def test_a_share_without_a_pair_of_tokens_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run, violations
 from datasets import data_config, open_data, open_splits, rows, write_dataset
 
 from megalite.config import Config
+from megalite.config_file import to_toml
 from megalite.data.blended_samples import BlendedSamples
 from megalite.data.loader import Loader
 from megalite.data.mixture import prepare_mixture
@@ -51,8 +54,8 @@ def test_a_longer_run_begins_as_the_shorter_one(
     words = BLENDS[blend](sets)
     lengths = (3, 20, 60, 61)  # 24 samples to 488: up to some epochs
     runs = [rows(open_data(data_config(tmp_path, *words, steps=n))[0], 8 * n) for n in lengths]
-    for n, run in zip(lengths, runs, strict=True):
-        assert run == runs[-1][: 8 * n]
+    for n, found in zip(lengths, runs, strict=True):
+        assert found == runs[-1][: 8 * n]
     assert len({tuple(row) for row in runs[-1]}) < len(runs[-1]), "more than one epoch"
 
 
@@ -75,8 +78,32 @@ def test_megatrons_order_does_depend_on_the_length(
 def test_the_sample_count_of_megatrons_order_is_part_of_the_run(tmp_path: Path) -> None:
     config = data_config(tmp_path, "x", data_order="megatron", steps=7)
     assert config.to_saved()["data"]["order_samples"] == 56
-    assert "order_samples" in config.to_saved()["derived"]
     assert data_config(tmp_path, "x", steps=7).data.order_samples == 0
+
+
+@pytest.mark.parametrize("suffix", ["json", "toml"])
+def test_the_order_of_a_saved_run_stays(tmp_path: Path, suffix: str) -> None:
+    """More steps than it was made for would reshuffle the run from its first sample on."""
+    prefix = write_dataset(tmp_path / "a", 1)
+    words = ["--data", str(prefix), "--vocab-size", "1000", "--global-batch-size", "8"]
+    ran = run(*words, "--data-order", "megatron", "--steps", "12")
+    assert ran.data.order_samples == 96
+    file = tmp_path / f"saved.{suffix}"
+    file.write_text(to_toml(ran) if suffix == "toml" else json.dumps(ran.to_saved()))
+    saved = ("--config", str(file))
+    assert run(*saved) == ran
+    fewer = run(*saved, "--steps", "3")
+    assert (fewer.train.steps, fewer.data.order_samples) == (3, 96)
+    (found,) = violations(*saved, "--steps", "36")
+    assert found == (
+        "--order-samples 96 is below the 288 samples of the run: give fewer steps, or "
+        "--order-samples 0 for an order of this length, which is another one from its first sample "
+        "on"
+    )
+    (found,) = violations(*saved, "--steps", "13")
+    assert found.startswith("--order-samples 96 is below the 104 samples of the run")
+    assert run(*saved, "--steps", "36", "--order-samples", "0").data.order_samples == 288
+    assert run(*saved, "--data-order", "epoch", "--order-samples", "0").data.order_samples == 0
 
 
 # Epochs
@@ -119,7 +146,7 @@ def test_epochs_that_do_not_fill_a_batch_are_refused(tmp_path: Path, sets: list[
     config = data_config(
         tmp_path, sets[1], steps=0, num_epochs=1, global_batch_size=800, eval_steps=0
     )
-    with pytest.raises(DataError, match=r"--num-epochs 1: .* do not fill"):
+    with pytest.raises(DataError, match=r"--num-epochs 1: .* samples? cannot fill"):
         of_epochs(config, prepare_mixture(config.data))
 
 
