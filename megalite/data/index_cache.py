@@ -1,10 +1,15 @@
 """Arrays that are built once per node and then mapped into memory by every process.
 
 An entry is a folder `<kind>-<key>`: one `.npy` file for each array, readable by any numpy, and
-`entry.json` with their checksums and the facts they were built from. The key is a hash of those
-facts, which name the data by its content: a corpus that was rewritten under its old name has
-another key. An entry appears under its name when it is complete, by renaming; one that is
-damaged, cut short or too short is built anew. Nothing in it is ever unpickled.
+`entry.json` with their checksums, sizes and times of change, and the facts they were built from.
+The key is a hash of those facts, which name the data by its content: a corpus that was rewritten
+under its old name has another key. An entry appears under its name when it is complete, by
+renaming; one that is damaged, cut short or too short is built anew. Nothing in it is ever
+unpickled.
+
+While a file has the size and the time of change that it was written with it is not read through: a
+node has many processes, and an index may have gigabytes. Else, as in a copy of the folder, its
+checksum decides. So damage that leaves size and time as they were goes unseen.
 """
 
 from __future__ import annotations
@@ -82,11 +87,11 @@ class IndexCache:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            checksums = {}
+            files = {}
             for name, array in arrays.items():
                 np.save(temporary / f"{name}.npy", array, allow_pickle=False)
-                checksums[name] = _checksum(array)
-            entry = json.dumps({"facts": json.loads(facts), "crc32": checksums}, indent=2)
+                files[name] = {"crc32": _checksum(array), **_stamp(temporary / f"{name}.npy")}
+            entry = json.dumps({"facts": json.loads(facts), "files": files}, indent=2)
             (temporary / "entry.json").write_text(entry, encoding="utf-8")
             _put(temporary, path)
         except OSError as error:
@@ -116,17 +121,25 @@ def _put(temporary: Path, path: Path) -> None:
 def _read(path: Path) -> Arrays | None:
     """The arrays, or None if the entry is missing, incomplete or damaged."""
     try:
-        entry = json.loads((path / "entry.json").read_text(encoding="utf-8"))
-        arrays = {
-            name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in entry["crc32"]
-        }
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        files = json.loads((path / "entry.json").read_text(encoding="utf-8"))["files"]
+        arrays = {}
+        for name, told in files.items():
+            file = path / f"{name}.npy"
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            is_as_written = told == {"crc32": told["crc32"], **_stamp(file)}
+            if not is_as_written and _checksum(array) != told["crc32"]:
+                return None
+            # Indexing a plain array is several times faster than indexing its subclass.
+            arrays[name] = np.asarray(array)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError):
         return None
-    if any(_checksum(array) != entry["crc32"][name] for name, array in arrays.items()):
-        return None
-    # Indexing a plain array is several times faster than indexing its subclass.
-    return {name: np.asarray(array) for name, array in arrays.items()}
+    return arrays or None
+
+
+def _stamp(file: Path) -> dict[str, int]:
+    """What changes when a file is written to."""
+    status = file.stat()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def _rows(arrays: Arrays) -> int:

@@ -7,16 +7,18 @@ what the names hold now with this record.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 from megalite.data.mixture import Mixture, Part
 from megalite.errors import DataError
 from megalite.wording import counted
 
 NAME = "data.json"
+_RESTORE = "restore it, or remove it to go without this check"
+_CORPUS = MappingProxyType({"name": str, "fingerprint": str, "documents": int, "tokens": int})
 
 
 @dataclass(frozen=True)
@@ -87,25 +89,32 @@ def read_record(folder: Path) -> DataRecord | None:
     path = folder / NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return DataRecord(
-            tokenizer=content["tokenizer"],
-            train=tuple(_read(each) for each in content["train"]),
-            valid=tuple(_read(each) for each in content["valid"]),
-            test=tuple(_read(each) for each in content["test"]),
-        )
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}: {_RESTORE}") from None
+    splits = ("train", "valid", "test")
+    if not isinstance(content, dict) or not isinstance(content.get("tokenizer"), str):
+        raise DataError(f"{path} is damaged: it names no tokenizer: {_RESTORE}")
+    for split in splits:
+        corpora = content.get(split)
+        if not isinstance(corpora, list) or not all(map(_is_corpus, corpora)):
+            raise DataError(
+                f"{path} is damaged: {split!r} is no list of corpora, each with "
+                f"{', '.join(_CORPUS)}: {_RESTORE}"
+            )
+    read = (tuple(CorpusRecord(**each) for each in content[split]) for split in splits)
+    return DataRecord(content["tokenizer"], *read)
 
 
-def _read(content: Mapping[str, Any]) -> CorpusRecord:
-    record = CorpusRecord(**content)
-    if [type(value) for value in astuple(record)] != [str, str, int, int]:
-        raise TypeError(f"{content} is no corpus")
-    return record
+def _is_corpus(content: object) -> bool:
+    return (
+        isinstance(content, dict)
+        and content.keys() == _CORPUS.keys()
+        and all(type(content[name]) is kind for name, kind in _CORPUS.items())
+    )
 
 
 def _records(parts: Sequence[Part]) -> tuple[CorpusRecord, ...]:

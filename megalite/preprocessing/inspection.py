@@ -161,6 +161,26 @@ def verify(dataset: Dataset, show: Callable[[str], None]) -> list[str]:
         for name, value in found.items()
         if getattr(sidecar, name) != value
     ]
+    if not 0 <= sidecar.eod < sidecar.vocab_size:
+        problems.append(
+            f"{prefix}.json says eod {sidecar.eod}, expected a token below {sidecar.vocab_size}"
+        )
+    with_tokens, with_end = _count_ends(reader, sidecar.eod)
+    if sidecar.append_eod and with_end < with_tokens:
+        problems.append(
+            f"{prefix}.json says append_eod true, but {with_tokens - with_end:,} of "
+            f"{counted(with_tokens, 'document')} with tokens do not end with eod {sidecar.eod}"
+        )
+    if not sidecar.append_eod and with_tokens and with_end == with_tokens:
+        problems.append(
+            f"{prefix}.json says append_eod false, but every document ends with eod {sidecar.eod}"
+        )
+    of_text = reader.num_tokens - (with_end if sidecar.append_eod else 0)
+    if sidecar.text_bytes < 0 or (of_text and not sidecar.text_bytes):
+        problems.append(
+            f"{prefix}.json says text_bytes {sidecar.text_bytes}, but it has "
+            f"{counted(of_text, 'token')} of text"
+        )
     for suffix, expected in (("bin", sidecar.bin), ("idx", sidecar.idx)):
         actual = _sum_of(Path(f"{prefix}.{suffix}"))
         if actual != expected:
@@ -172,6 +192,18 @@ def verify(dataset: Dataset, show: Callable[[str], None]) -> list[str]:
         show(f"token ids: {span}, below {sidecar.vocab_size}")
         show("figures and checksums: as the sidecar says")
     return problems
+
+
+def _count_ends(reader: IndexedReader, eod: int) -> tuple[int, int]:
+    """How many documents have tokens, and how many of these end with the token."""
+    with_tokens = with_end = start = 0
+    for lengths in _document_lengths(reader):
+        ends = start + np.cumsum(lengths, dtype=np.int64)
+        start = int(ends[-1])
+        lasts = ends[lengths > 0] - 1
+        with_tokens += len(lasts)
+        with_end += int(np.count_nonzero(reader.tokens[lasts] == eod))
+    return with_tokens, with_end
 
 
 def _token_range(reader: IndexedReader) -> tuple[int, int]:

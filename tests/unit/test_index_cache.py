@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalite.data import index_cache
 from megalite.data.index_cache import Arrays, IndexCache
 from megalite.errors import DataError
 
@@ -75,6 +76,7 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 16
     path.write_bytes(content)
+    os.utime(path, (1, 1))  # the clock of files may not have moved on since it was written
 
 
 def swap(path: Path) -> None:
@@ -105,6 +107,42 @@ def test_a_damaged_entry_is_built_anew(
     # Of a JSON text not every flip hurts.
     assert builder.found == [0, 0] or (damage, name) == ("flipped", "entry.json")
     assert before.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", '{"files": []}', '{"files": {}}', '{"files": {"a": 1}}', '{"files": {"a": [1]}}',
+     '{"files": {"a": {"crc32": [1]}, "b": {"crc32": 2}}}', '{"files": {"c": {"crc32": 2}}}',
+     "[" * 100_000],
+)  # fmt: skip
+def test_an_entry_that_says_something_else_is_built_anew(
+    tmp_path: Path, builder: Builder, content: str
+) -> None:
+    cache = IndexCache(tmp_path)
+    cache.get("kind", FACTS, builder)
+    (entry(tmp_path) / "entry.json").write_text(content)
+    check(cache.get("kind", FACTS, builder))
+    assert builder.found == [0, 0]
+
+
+def test_arrays_are_read_through_only_if_their_files_have_changed(
+    tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of many processes maps what may have gigabytes."""
+    cache = IndexCache(tmp_path)
+    summed: list[int] = []
+    checksum = index_cache._checksum
+    monkeypatch.setattr(
+        index_cache, "_checksum", lambda array: [summed.append(len(array)), checksum(array)][1]
+    )
+    cache.get("kind", FACTS, builder)
+    assert summed == [10, 10], "when they are written"
+    for _ in range(3):
+        check(cache.get("kind", FACTS, builder))
+    assert summed == [10, 10]
+    os.utime(entry(tmp_path) / "b.npy", (1, 1))  # as in a copy of the folder
+    check(cache.get("kind", FACTS, builder))
+    assert summed == [10, 10, 10] and builder.found == [0]
 
 
 def test_an_entry_with_too_few_rows_is_continued(tmp_path: Path) -> None:

@@ -230,7 +230,19 @@ def test_a_run_of_before_the_record_is_noted(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"tokenizer": "a", "train": [1], "valid": []}']
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"tokenizer": "a", "train": [1], "valid": []}',
+        "[" * 100_000,
+        '{"tokenizer": 1, "train": [], "valid": [], "test": []}',
+        '{"tokenizer": "a", "train": 1, "valid": [], "test": []}',
+        '{"tokenizer": "a", "train": [], "valid": [], "test": [{"path": "a"}]}',
+        '{"tokenizer": "a", "valid": [], "test": [],'
+        ' "train": [{"name": "a", "fingerprint": "b", "documents": 1, "tokens": "c"}]}',
+    ],
 )
 def test_a_damaged_record_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
@@ -239,6 +251,8 @@ def test_a_damaged_record_is_named(
     (run / "data.json").write_text(content)
     (sentence,) = changed(capsys, run)
     assert sentence.startswith(f"{run}/data.json is damaged: ")
+    assert sentence.endswith(": restore it, or remove it to go without this check")
+    assert not any(word in sentence for word in ("object", "argument", "__init__", "indices"))
 
 
 def test_the_command_imports_no_torch(tmp_path: Path) -> None:

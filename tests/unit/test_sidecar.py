@@ -35,7 +35,8 @@ def dataset(prefix: Path, ids: list[int], dtype: str = "<u2", **other: object) -
     sums = writer.close()
     sidecar = Sidecar(
         tokenizer_type="ByteTokenizer", tokenizer_fingerprint="byte-257", vocab_size=257, eod=256,
-        append_eod=True, documents=1, sequences=1, tokens=len(ids), text_bytes=len(ids) - 1,
+        append_eod=ids[-1] == 256, documents=1, sequences=1, tokens=len(ids),
+        text_bytes=sum(token != 256 for token in ids),
         max_token=max(ids), left_out=0, bin=sums["bin"], idx=sums["idx"],
         sources=(SourceFile("a.jsonl", 17),),
     )  # fmt: skip
@@ -216,8 +217,8 @@ def test_datasets_of_a_folder_stand_in_natural_order(tmp_path: Path) -> None:
 
 def test_what_cannot_be_merged(tmp_path: Path) -> None:
     a, b, c = (tmp_path / name for name in "abc")
-    dataset(a, [1])
-    dataset(b, [2], "<i4", tokenizer_fingerprint="other", append_eod=False)
+    dataset(a, [1, 256])
+    dataset(b, [2], "<i4", tokenizer_fingerprint="other")
     with pytest.raises(ConfigError) as caught:
         merge([a, b], c)
     assert caught.value.violations == [
@@ -253,6 +254,14 @@ def test_a_dataset_without_sidecar_makes_one_without(tmp_path: Path) -> None:
         ([1, 2], {"max_token": 5}, "says max_token 5, found 2"),
         ([1, 2], {"documents": 3}, "says documents 3, found 1"),
         ([1, -2], {"dtype": "<i4"}, "holds a negative token id, -2"),
+        ([1, 256], {"eod": 0}, "says append_eod true, but 1 of 1 document with tokens do not end"),
+        ([1, 256], {"eod": 257}, "says eod 257, expected a token below 257"),
+        ([1, 256], {"eod": -1}, "says eod -1, expected a token below 257"),
+        ([1, 256], {"append_eod": False}, "says append_eod false, but every document ends with"),
+        ([1, 255], {"append_eod": True}, "says append_eod true, but 1 of 1 document"),
+        ([1, 256], {"text_bytes": 0}, "says text_bytes 0, but it has 1 token of text"),
+        ([1, 256], {"text_bytes": -5}, "says text_bytes -5, but it has 1 token of text"),
+        ([256], {"text_bytes": -5}, "says text_bytes -5, but it has 0 tokens of text"),
     ],
 )
 def test_verify_names_what_is_wrong(
