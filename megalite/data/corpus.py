@@ -280,11 +280,7 @@ def _tokens(text: bytes, tokenizer: Tokenizer) -> np.ndarray:
     U+FFFD."""
     if isinstance(tokenizer, ByteTokenizer):
         return np.frombuffer(text, np.uint8).astype(np.uint16)
-    try:
-        decoded = text.decode("utf-8", "surrogatepass")  # of JSON; the tokenizer replaces them
-    except UnicodeDecodeError:
-        decoded = text.decode("utf-8", "replace")
-    return tokenizer.encode_batch([decoded])[0]
+    return tokenizer.encode_batch([text.decode("utf-8", "replace")])[0]
 
 
 def _cut(tokens: np.ndarray) -> list[np.ndarray]:

@@ -28,7 +28,8 @@ def find_sentinels(data: DataConfig, tokenizer: Tokenizer) -> Sentinels:
     """The tokens that the configuration names.
 
     Raises:
-        ConfigError: those that the tokenizer does not have, or that are one token.
+        ConfigError: names that the tokenizer does not have, or that are not three tokens apart from
+            the end of a document.
     """
     problems, found = [], {}
     for part in ("prefix", "middle", "suffix"):

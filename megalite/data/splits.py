@@ -92,11 +92,11 @@ def open_samples(config: Config, mixture: Mixture) -> SplitSamples:
     return SplitSamples(
         opened("training", 0, config.num_train_samples, config.data.order_samples),
         opened("validation", 1, evaluated, validations * evaluated),
-        opened("test", 2, evaluated, evaluated) if tests(config) else None,
+        opened("test", 2, evaluated, evaluated) if has_test(config) else None,
     )
 
 
-def tests(config: Config) -> bool:
+def has_test(config: Config) -> bool:
     """Whether the run ends with a test: there is data for it, and batches are asked for."""
     data = config.data
     if data.mock_data or not config.train.eval_steps:
