@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megalite.checkpoint.weights import save_weights
 from megalite.config import Config
-from megalite.data.loader import Batch, Loader
+from megalite.data.host_batch import Batch
+from megalite.data.loader import Loader
 from megalite.data.samples import Samples
 from megalite.layers.batch import MicroBatch
 from megalite.layers.shard import initialize
@@ -234,10 +235,7 @@ class Trainer:
 
     def _global_tokens(self, batch: Batch) -> Tensor:
         """Tokens that count in the global batch, fp64 [] on the device; at least 1."""
-        count = torch.tensor(float(batch.counted_tokens), dtype=torch.float64)
-        if self.device.type == "cuda":
-            count = count.pin_memory()
-        count = count.to(self.device, non_blocking=True)
+        count = batch.counted_tokens.clone()  # the sum is taken in place
         return self.groups.dp.all_reduce(count).clamp(min=1.0)
 
     def _sum(self, results: dict[int, Tensor]) -> Tensor:

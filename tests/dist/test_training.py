@@ -134,7 +134,7 @@ def test_loss_is_averaged_over_tokens_when_ranks_hold_different_counts(
 
 def counts_job(path: str) -> list[int]:
     trainer = make_trainer(dp=4, data=(path,), eod_mask_loss=True, micro_batch_size=1)
-    return [trainer.loader.train_batch(step).counted_tokens for step in range(3)]
+    return [int(trainer.loader.train_batch(step).counted_tokens) for step in range(3)]
 
 
 def test_ranks_of_that_corpus_do_hold_different_counts(pool: RankPool, tmp_path: Path) -> None:

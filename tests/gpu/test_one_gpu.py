@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from megalite.config import Config, resolve
+from megalite.data.host_batch import Batch, StackedBatch
+from megalite.data.loader import Loader
 from megalite.data.mixture import prepare_mixture
 from megalite.data.splits import open_samples
 from megalite.layers.batch import DropoutPlace
@@ -104,3 +113,138 @@ def test_nothing_waits_for_the_gpu_in_a_step() -> None:
     reading = scalars.flush()
     assert reading is not None
     assert reading.values == statistics.tolist()
+
+
+# The way of batches to the device
+
+
+class Ended:
+    """Random samples in which documents end."""
+
+    num_samples = 1 << 20
+
+    def order(self, places: np.ndarray) -> np.ndarray:
+        return places
+
+    def read(self, index: int) -> np.ndarray:
+        return np.random.default_rng(index).integers(250, 257, 128 + 1)
+
+
+def make_loader(device: torch.device, **values: object) -> Loader:
+    config = resolve(
+        Config().replace(
+            **{
+                **dict(seq_length=128, micro_batch_size=2, global_batch_size=8, steps=40),
+                **dict(reset_attention_mask=True, device=device.type),
+                **values,
+            }
+        )
+    )
+    return Loader(config, Ended(), Ended(), ParallelGroups.solo().dp, device)
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    """All that a batch holds."""
+    found = [batch.counted_tokens]
+    for mb in batch.micro_batches:
+        assert mb.documents is not None
+        found += [mb.tokens, mb.labels, mb.mask, mb.documents.starts, mb.documents.bounds]
+        found += [] if mb.place is None else [mb.place.samples]
+    return found
+
+
+def longest(batch: Batch) -> list[int]:
+    return [mb.documents.longest for mb in batch.micro_batches if mb.documents is not None]
+
+
+def note_pinning(patch: pytest.MonkeyPatch) -> list[tuple[threading.Thread, int]]:
+    """The thread that asks for pinned memory, and its current GPU, at each call from now on."""
+    found: list[tuple[threading.Thread, int]] = []
+
+    def note() -> None:
+        found.append((threading.current_thread(), torch.cuda.current_device()))
+
+    def noted(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noting(*args: Any, **kwargs: Any) -> Tensor:
+            if kwargs.get("pin_memory"):
+                note()
+            return make(*args, **kwargs)
+
+        return noting
+
+    for name in ("empty", "empty_like", "zeros", "zeros_like", "full", "tensor"):
+        patch.setattr(torch, name, noted(getattr(torch, name)))
+    pin = Tensor.pin_memory
+
+    def pinning(self: Tensor, *args: Any) -> Tensor:
+        note()
+        return pin(self, *args)
+
+    patch.setattr(Tensor, "pin_memory", pinning)
+    return found
+
+
+def note_copies(patch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether its source is pinned, of each tensor that batches copy to the device from now on."""
+    found: list[bool] = []
+    right = StackedBatch.on
+
+    def noting(self: StackedBatch, device: torch.device) -> StackedBatch:
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor.is_pinned())
+            return tensor
+
+        return right(self.each(note), device)
+
+    patch.setattr(StackedBatch, "on", noting)
+    return found
+
+
+def test_the_reader_s_thread_pins_and_the_main_thread_only_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = make_trainer(CUDA, reset_attention_mask=True, eval_steps=3)
+    pinned, copied = note_pinning(monkeypatch), note_copies(monkeypatch)
+    kinds = len(fields(StackedBatch)) + 1  # documents are two tensors
+    for step in range(4):
+        trainer.train_step(step)
+    assert copied == [True] * 4 * kinds, "one copy of a kind, for all four micro-batches"
+    trainer.validate()
+    assert copied == [True] * 7 * kinds
+    assert len(pinned) >= len(copied)
+    (thread,) = {thread for thread, _ in pinned}
+    assert thread.name.startswith("reader") and thread is not threading.current_thread()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_reader_s_thread_is_on_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = note_pinning(monkeypatch)
+    batch = make_loader(torch.device("cuda", 1)).train_batch(0)
+    assert {tensor.device.index for tensor in tensors(batch)} == {1}
+    assert {gpu for _, gpu in pinned} == {1}
+    assert torch.cuda.current_device() == 0, "of the thread that trains"
+
+
+def test_batches_are_the_cpu_s_however_late_the_gpu_copies_them() -> None:
+    """The reader goes on while copies wait behind a kernel: memory that is used again before its
+    copy has run would hold the values of a later step."""
+    steps, late = 40, 0
+    ours, theirs = make_loader(CUDA), make_loader(CPU)
+    batches = []
+    for step in range(steps):
+        torch.cuda._sleep(50_000_000)  # clock cycles: tens of milliseconds
+        batches.append(ours.train_batch(step))
+        copied = torch.cuda.Event()
+        copied.record()
+        late += not copied.query()
+    assert late > steps / 2, "the GPU was not behind"
+    torch.cuda.synchronize()
+    seen = set()
+    for step, got in enumerate(batches):
+        want = theirs.train_batch(step)
+        seen.add(tuple(want.micro_batches[0].tokens.flatten().tolist()))
+        assert longest(got) == longest(want)
+        for one, other in zip(tensors(got), tensors(want), strict=True):
+            assert one.device == CUDA and one.dtype == other.dtype
+            assert torch.equal(one.cpu(), other), f"step {step}"
+    assert len(seen) == steps, "no step would pass for another"

@@ -3,11 +3,13 @@ dealt; labels are the tokens after; masks leave out what must not count."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import product
+from itertools import pairwise, product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +17,8 @@ import pytest
 import torch
 
 from megalite.config import Config, resolve
-from megalite.data.loader import Batch, Loader
+from megalite.data.host_batch import Batch
+from megalite.data.loader import Loader
 from megalite.data.samples import PADDING, sample_order
 from megalite.errors import DataError
 
@@ -262,7 +265,98 @@ def test_validation_is_as_long_as_asked(steps: int) -> None:
     assert len(flat(loader.validation_batches())) == steps * BATCH
 
 
+# Every batch, by its definition
+
+
+class Ragged(InOrder):
+    """Ends of documents all over, and padding at the end of some samples."""
+
+    def read(self, index: int) -> np.ndarray:
+        draw = np.random.default_rng(index)
+        tokens = draw.integers(0, EOD, SEQ + 1)
+        tokens[draw.random(SEQ + 1) < 0.3] = EOD
+        tokens[SEQ + 1 - int(draw.integers(0, 3)) :] = PADDING
+        return tokens
+
+
+Sample = tuple[list[int], list[int], list[bool], list[int], int]
+
+
+def defined(samples: Ragged, place: int, number: int) -> Sample:
+    """Inputs, labels, mask, positions in documents, number of the sample at a place of the run."""
+    read = samples.read(int(samples.order(np.array([place]))[0])).tolist()
+    mask = [label != PADDING and token != EOD for token, label in pairwise(read)]
+    tokens = [EOD if token == PADDING else token for token in read]
+    positions = [0]
+    for token in tokens[: SEQ - 1]:
+        positions.append(0 if token == EOD else positions[-1] + 1)
+    return tokens[:-1], tokens[1:], mask, positions, number
+
+
+def found(batch: Batch) -> list[list[Sample]]:
+    """The same of the samples of a batch, by micro-batch and row."""
+    return [
+        [
+            (tokens.tolist(), labels.tolist(), mask.tolist(), positions.tolist(), int(number))
+            for tokens, labels, mask, positions, number in zip(
+                *(mb.tokens, mb.labels, mb.mask),
+                *(mb.documents.positions(), mb.place.samples),
+                strict=True,
+            )
+        ]
+        for mb in batch.micro_batches
+    ]
+
+
+@pytest.mark.parametrize(("dp", "rows"), LAYOUTS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_every_batch_of_a_ramp_is_as_defined(dp: int, rows: int, reverse: bool) -> None:
+    """Read ahead in order, with a step twice and a step back on the way."""
+    train = Ragged(50)
+    start = dp * rows
+    ramp = (start, BATCH - start, 2 * start) if start < BATCH else ()
+    values = dict(rampup_batch_size=ramp, reset_attention_mask=True, steps=6)
+    config = settings(dp, rows, **values)
+    sizes = [config.batch_sizes.size(step) for step in range(6)]
+    assert len(set(sizes)) == (1 if dp * rows == BATCH else 2), "the batch grows in these steps"
+    for rank, loader in enumerate(
+        loaders(dp, rows, train, **values, reverse_micro_batches=reverse)
+    ):
+        for step in (0, 1, 2, 2, 1, 2, 3, 4, 5):
+            first = config.batch_sizes.consumed(step)
+            want = [
+                [
+                    defined(train, first + j, j)
+                    for j in range((m * dp + rank) * rows, (m * dp + rank + 1) * rows)
+                ]
+                for m in range(sizes[step] // dp // rows)
+            ]
+            batch = loader.train_batch(step)
+            assert found(batch) == (want[::-1] if reverse else want)
+            counted = sum(sum(mask) for row in want for _, _, mask, _, _ in row)
+            assert batch.counted_tokens.dtype == torch.float64
+            assert batch.counted_tokens == counted
+            for mb in batch.micro_batches:
+                tokens = mb.tokens.flatten().tolist()
+                starts = [i for i in range(rows * SEQ) if not i % SEQ or tokens[i - 1] == EOD]
+                bounds = [*starts, rows * SEQ]
+                assert mb.documents.bounds.tolist() == bounds
+                assert mb.documents.bounds.dtype == torch.int32
+                assert mb.documents.longest == max(b - a for a, b in pairwise(bounds))
+
+
+def test_documents_of_a_prompt_are_those_of_a_sample() -> None:
+    (loader,) = loaders(1, 1, reset_position_ids=True)
+    documents = loader.documents(np.array([[5, EOD, 6, 7]]))
+    assert documents.starts.tolist() == [[0, 0, 2, 2]]
+    assert (documents.bounds.tolist(), documents.longest) == ([0, 2, 4], 2)
+    assert fresh().documents(np.array([[5, EOD]])) is None
+
+
 # Reading ahead
+
+PATIENCE_S = 60
+"""Nothing here takes so long, unless it hangs."""
 
 
 class Watched(Numbered):
@@ -271,28 +365,71 @@ class Watched(Numbered):
     def __init__(self, broken: int = -1) -> None:
         super().__init__(1000)
         self.broken = broken
-        self.threads: list[str] = []
+        self.threads: set[threading.Thread] = set()
 
     def read(self, index: int) -> np.ndarray:
-        self.threads.append(threading.current_thread().name)
+        self.threads.add(threading.current_thread())
         if index == self.broken:
             raise DataError("the disk is gone")
         return super().read(index)
 
 
+class Slow(Watched):
+    """Reads nothing beyond the first `free` samples until `go`; says that it was asked to."""
+
+    def __init__(self, free: int) -> None:
+        super().__init__()
+        self.free = free
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def read(self, index: int) -> np.ndarray:
+        if len(self.reads) >= self.free:
+            self.asked.set()
+            assert self.go.wait(PATIENCE_S), "the thread that trains waits for this read"
+        return super().read(index)
+
+
 def test_the_next_step_is_read_while_this_one_runs() -> None:
+    samples = Slow(free=BATCH)
+    (loader,) = loaders(1, 4, samples)
+    assert flat([loader.train_batch(0)]) == flat_of(0)
+    # Here a step would run, and step 1 is being read.
+    assert samples.asked.wait(PATIENCE_S)
+    assert len(samples.reads) == BATCH
+    samples.go.set()
+    assert flat([loader.train_batch(1)]) == flat_of(1)
+    assert len(samples.threads) == 1 and threading.current_thread() not in samples.threads
+
+
+def test_the_next_batch_of_a_validation_is_read_while_this_one_runs() -> None:
+    samples = Slow(free=BATCH)
+    (loader,) = loaders(1, 4, valid=samples, eval_steps=3)
+    batches = loader.validation_batches()
+    first = next(batches)
+    assert samples.asked.wait(PATIENCE_S)
+    assert len(samples.reads) == BATCH
+    samples.go.set()
+    want = sample_order(np.arange(3 * BATCH), 1000, 1234).tolist()
+    assert flat([first, *batches]) == want
+    assert samples.reads == want, "each is read once, in order"
+    assert len(samples.threads) == 1 and threading.current_thread() not in samples.threads
+
+
+def test_a_validation_between_two_steps_changes_neither() -> None:
+    (loader,) = loaders(1, 4, eval_steps=3)
+    steps = []
+    for step in range(4):
+        steps.append(flat([loader.train_batch(step)]))
+        validation = loader.validation_batches()
+        next(validation)  # and the rest of it is never asked for
+    assert steps == [flat_of(step) for step in range(4)]
+
+
+def test_steps_come_in_any_order() -> None:
     samples = Watched()
     (loader,) = loaders(1, 4, samples)
-    loader.train_batch(0)
-    until = time.monotonic() + 10
-    while len(samples.reads) < 2 * BATCH and time.monotonic() < until:
-        time.sleep(0.01)
-    main, others = samples.threads[:BATCH], samples.threads[BATCH:]
-    assert set(main) == {threading.current_thread().name}
-    assert len(others) == BATCH and set(others).isdisjoint(main)
-    before = list(samples.reads)
-    loader.train_batch(8)  # another step than the one read ahead, and the last
-    assert sorted(samples.reads[len(before) :]) == sorted(flat_of(8))
+    loader.train_batch(8)  # the last
+    assert sorted(samples.reads) == sorted(flat_of(8))
     with_gaps = [samples_of(loader.train_batch(step)) for step in (3, 4, 2, 2)]
     assert with_gaps == [samples_of(fresh().train_batch(step)) for step in (3, 4, 2, 2)]
 
@@ -310,6 +447,9 @@ def test_nothing_is_read_beyond_the_last_step() -> None:
     (loader,) = loaders(1, 4, samples)
     for step in range(9):
         loader.train_batch(step)
+    (thread,) = samples.threads
+    del loader
+    thread.join(PATIENCE_S)
     assert len(samples.reads) == 9 * BATCH
 
 
@@ -321,3 +461,51 @@ def test_what_cannot_be_read_is_told_at_its_own_step() -> None:
     loader.train_batch(1)
     with pytest.raises(DataError, match="the disk is gone"):
         loader.train_batch(2)
+
+
+def test_what_cannot_be_read_in_a_validation_is_told_at_its_own_batch() -> None:
+    broken = int(sample_order(np.arange(BATCH, 2 * BATCH), 1000, 1234)[7])
+    (loader,) = loaders(1, 4, valid=Watched(broken), eval_steps=3)
+    batches = loader.validation_batches()
+    next(batches)
+    with pytest.raises(DataError, match="the disk is gone"):
+        next(batches)
+
+
+def test_the_thread_ends_with_the_loader() -> None:
+    samples = Watched()
+    (loader,) = loaders(1, 4, samples)
+    loader.train_batch(0)
+    (thread,) = samples.threads
+    assert thread.is_alive()
+    del loader
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
+EXIT_WHILE_READING = """
+import threading
+import test_loader
+
+reading = threading.Event()
+class Slowly(test_loader.Watched):
+    def read(self, index):
+        if len(self.reads) >= test_loader.BATCH:
+            reading.set()
+        return super().read(index)
+(loader,) = test_loader.loaders(1, 4, Slowly())
+loader.train_batch(0)
+assert reading.wait(60)
+"""
+
+
+def test_a_program_ends_while_a_batch_is_read() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", EXIT_WHILE_READING],
+        cwd=Path(__file__).parent,
+        timeout=PATIENCE_S,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megalite import trainer
-from megalite.data import loader
+from megalite.data import host_batch
 from megalite.layers import attention, cross_entropy, embedding, linear, norm, shard
 from megalite.layers.batch import Documents, MicroBatch
 from megalite.models import llama
@@ -157,12 +157,12 @@ def positions_across_documents(patch: Patch) -> None:
 
 def documents_of_the_next_sample(patch: Patch) -> None:
     """Each row of a micro-batch gets the ends of another."""
-    right = loader.document_starts
+    right = host_batch.document_starts
 
     def broken(tokens: Any, eod: int) -> Any:
-        return right(tokens[::-1], eod)
+        return right(tokens[..., ::-1, :], eod)
 
-    patch.setattr(loader, "document_starts", broken)
+    patch.setattr(host_batch, "document_starts", broken)
 
 
 def accumulation_scaled(patch: Patch) -> None:
@@ -206,13 +206,14 @@ def label_shift(patch: Patch) -> None:
 
 def padding_counts(patch: Patch) -> None:
     """Only ends of documents are masked, in whose place padding stands."""
-    right = loader.Loader._read
+    right = host_batch.BatchReader.read
 
     def broken(self: Any, *args: Any) -> Any:
-        rows = right(self, *args)
-        return replace(rows, mask=rows.tokens[..., :-1] != self._eod)
+        batch = right(self, *args)
+        mask = batch.tokens[..., :-1] != self._eod
+        return replace(batch, mask=mask, counted_tokens=mask.sum().double())
 
-    patch.setattr(loader.Loader, "_read", broken)
+    patch.setattr(host_batch.BatchReader, "read", broken)
 
 
 def hidden_dropout_equal_on_tensor_ranks(patch: Patch) -> None:
@@ -450,7 +451,8 @@ def masked_tokens_count(patch: Patch) -> None:
 
     def counted(self: Any, batch: Any) -> Tensor:
         tokens = sum(m.mask.numel() for m in batch.micro_batches)
-        return right(self, replace(batch, counted_tokens=tokens))
+        counted_tokens = torch.full_like(batch.counted_tokens, tokens)
+        return right(self, replace(batch, counted_tokens=counted_tokens))
 
     patch.setattr(trainer.Trainer, "_token_losses", broken)
     patch.setattr(trainer.Trainer, "_global_tokens", counted)
