@@ -6,11 +6,17 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from megalite.errors import DataError
 from megalite.reading.chunks import Bad, Chunk, Lines, Rows, too_long
 from megalite.reading.inputs import Input
 from megalite.wording import counted
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from megalite.tokenizer.base import Tokenizer
 
 SHOWN_BAD = 5
 """How many of the records that are left out are described."""
@@ -52,6 +58,29 @@ def texts(
             except DataError as error:
                 bad.append(Bad(part.input, number, f"has no tokens: {error.violations[0]}"))
     return good, sorted(bad)
+
+
+def encoded(
+    chunk: Chunk, keys: tuple[str, ...], limit: int, tokenizer: Tokenizer
+) -> tuple[list[tuple[str, ...]], list[list[np.ndarray]], list[Bad]]:
+    """As `texts`, where a record without tokens is no good one either.
+
+    Returns:
+        The text of each key of each good record, the token ids of the texts of each key, int32,
+        and the records that are left out.
+    """
+
+    def columns(good: list[tuple[str, ...]]) -> list[list[np.ndarray]]:
+        by_key = zip(*good, strict=True) if good else [()] * len(keys)
+        return [tokenizer.encode_batch(column) if column else [] for column in by_key]
+
+    good, bad = texts(chunk, keys, limit)
+    try:
+        return good, columns(good), bad
+    except DataError:
+        # Some text is none for this tokenizer; which one, each alone tells.
+        good, bad = texts(chunk, keys, limit, check=tokenizer.encode)
+        return good, columns(good), bad
 
 
 def sentences(bad: Sequence[Bad], inputs: Sequence[Input]) -> tuple[str, ...]:
