@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, repeat
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -120,7 +120,7 @@ class BytePairTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of the tokens; bytes that are not UTF-8 become U+FFFD, unknown ids are dropped."""
-        return b"".join(self._bytes.get(t, b"") for t in tokens).decode("utf-8", "replace")
+        return b"".join(map(self._bytes.get, tokens, repeat(b""))).decode("utf-8", "replace")
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of a well-formed text without special ones."""
