@@ -88,7 +88,7 @@ def test_last_tokens_are_of_the_documents_that_end_in_a_range(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("change", "told"),
-    [({"append_eod": False}, "was preprocessed without --append-eod"),
+    [({"append_eod": False}, "by its sidecar: preprocess it with --append-eod$"),
      ({"eod": 255}, r"end with token 255, by its sidecar, not with 256")],
 )  # fmt: skip
 def test_a_sidecar_that_tells_of_other_ends_is_believed(
