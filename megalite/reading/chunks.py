@@ -190,7 +190,7 @@ def _whole(stream: ByteStream, start: Place, limit: int) -> Rows | Bad:
 
 def too_long(limit: int) -> str:
     """What is wrong with a record of more bytes."""
-    return f"longer than {limit >> 20} MB (--max-document-mb)"
+    return f"is longer than {limit >> 20} MB (--max-document-mb)"
 
 
 _ARRAY = re.compile(rb"\s*\[\s*(\{|$)")

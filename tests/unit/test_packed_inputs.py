@@ -60,5 +60,5 @@ def test_a_file_made_to_explode_is_read_in_pieces(tmp_path: Path) -> None:
     found = read(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == ([("a",)], [("a.jsonl.gz", 1, "longer than 1 MB (--max-document-mb)")])
+    assert found == ([("a",)], [("a.jsonl.gz", 1, "is longer than 1 MB (--max-document-mb)")])
     assert peak < 12 << 20

@@ -42,7 +42,7 @@ BAD_LINES = {
     b'{"text": 3.5}': "has in key 'text' a number, not a string",
     b'{"text": true}': "has in key 'text' true, not a string",
     b'{"text": "\\ud83d"}': "holds half of a surrogate pair",
-    b'{"text": "' + b"x" * LIMIT + b'"}': "longer than 1 MB (--max-document-mb)",
+    b'{"text": "' + b"x" * LIMIT + b'"}': "is longer than 1 MB (--max-document-mb)",
 }
 
 
@@ -113,7 +113,7 @@ def test_the_limit_is_the_same_wherever_blocks_end(
         assert (lengths, bad) == ([*around[0], size - 12, *around[1]], [])
     else:
         assert lengths == [*around[0], *around[1]]
-        assert bad == [("a.jsonl", 3, "longer than 0 MB (--max-document-mb)")]
+        assert bad == [("a.jsonl", 3, "is longer than 0 MB (--max-document-mb)")]
 
 
 @pytest.mark.usefixtures("_tiny_pieces")
@@ -130,7 +130,7 @@ def test_a_text_file_that_is_too_long_says_what_helps(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a\n" * 51)
     ((_, _, why),) = read(tmp_path / "a.txt", limit=100)[1]
     assert why == (
-        "longer than 0 MB (--max-document-mb) as one document: --text-documents line or "
+        "is longer than 0 MB (--max-document-mb) as one document: --text-documents line or "
         "blank-line cuts it"
     )
 
@@ -145,7 +145,7 @@ def test_parquet_rows_that_cannot_be_used(tmp_path: Path) -> None:
         [("a",), ("b",)],
         [
             ("a.parquet", 2, "has no text in column 'text'"),
-            ("a.parquet", 3, "longer than 0 MB (--max-document-mb)"),
+            ("a.parquet", 3, "is longer than 0 MB (--max-document-mb)"),
         ],
     )
     binary = pyarrow.table({"text": pyarrow.array([b"a", b"\xff"], pyarrow.binary())})
