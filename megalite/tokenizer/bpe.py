@@ -116,7 +116,7 @@ class BytePairTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 [tokens]; on this thread alone."""
-        return [id_array(self._encode(well_formed(text))) for text in texts]
+        return [self._encode_array(text) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of the tokens; bytes that are not UTF-8 become U+FFFD, unknown ids are dropped."""
@@ -127,6 +127,23 @@ class BytePairTokenizer:
         if len(text) <= _CHUNK_CHARACTERS:
             return self._encode_chunk(text)
         return list(chain.from_iterable(map(self._encode_chunk, split_points(text))))
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        """Tokens of a text, int32 [tokens]; by tiktoken without a Python number for each."""
+        if len(text) <= _CHUNK_CHARACTERS:
+            return self._encode_chunk_array(text)
+        import numpy as np
+
+        return np.concatenate([self._encode_chunk_array(part) for part in split_points(text)])
+
+    def _encode_chunk_array(self, text: str) -> np.ndarray:
+        if self._use_tiktoken and len(text) <= _TIKTOKEN_CHARACTERS:
+            try:
+                ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+            except UnicodeEncodeError:
+                ids = self._encoding.encode_to_numpy(well_formed(text), disallowed_special=())
+            return ids.view("int32")
+        return id_array(self._encode_chunk(well_formed(text)))
 
     def _encode_chunk(self, text: str) -> list[int]:
         if self._use_tiktoken and len(text) <= _TIKTOKEN_CHARACTERS:
@@ -144,7 +161,8 @@ class BytePairTokenizer:
             name="megalite",
             pat_str=self._pattern,
             mergeable_ranks=dict(self._tokens),
-            special_tokens=dict(self.special),
+            # None is ever looked for, but tiktoken needs one; a thousand would take it more time.
+            special_tokens={next(t for t, i in self.special.items() if i == self.eod): self.eod},
         )
 
     @cached_property

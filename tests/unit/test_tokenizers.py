@@ -647,6 +647,16 @@ def test_every_tokenizer_keeps_the_interface(folder: Path) -> None:
         assert tokenizer.encode(here[1])[: len(before)] == before
 
 
+@pytest.mark.parametrize("style", PATTERNS)
+def test_a_batch_of_long_texts_is_encoded_as_each_alone(folder: Path, style: str) -> None:
+    """Texts that are cut at spaces, one that cannot be, with surrogates in them."""
+    tokenizer = of_ranks(folder, style, "tiktoken")
+    mixed = f"{vocabularies.MIXED} </s> <|endoftext|> "
+    texts_ = [mixed * (200_000 // len(mixed)), "ab" * 50_001, f"\ud83d {mixed}" * 1000]
+    batch = tokenizer.encode_batch(texts_)
+    assert [row.tolist() for row in batch] == [tokenizer.encode(text) for text in texts_]
+
+
 def test_fingerprints_name_the_mapping(folder: Path, tmp_path: Path) -> None:
     """Equal for every path and engine, different for every pattern, type and content."""
     found = every(folder)
