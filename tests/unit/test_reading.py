@@ -18,9 +18,10 @@ from megalite.errors import DataError
 from megalite.preprocessing.encode import Encoding, encode_chunk
 from megalite.preprocessing.run import prepare
 from megalite.preprocessing.settings import Settings
+from megalite.preprocessing.workers import encode_in_order
 from megalite.reading import chunks as chunks_module
 from megalite.reading import records, streams
-from megalite.reading.chunks import Chunk, Place, chunks
+from megalite.reading.chunks import Chunk, Lines, Place, chunks
 from megalite.reading.inputs import find_inputs, natural_key
 from megalite.tokenizer.settings import TokenizerSettings
 
@@ -479,3 +480,40 @@ def test_five_records_are_described(tmp_path: Path) -> None:
     assert [bad.record for bad in result.bad] == [1, 2, 3, 4, 5]
     assert records.SHOWN_BAD == 5
     assert result.bad_count == 20
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_is_cut_or_goes_while_it_is_read(tmp_path: Path, packed: bool) -> None:
+    """Workers read plain files again; what is packed is handed to them."""
+    content = b'{"text": "a"}\n' * 100
+    path = tmp_path / ("a.jsonl.gz" if packed else "a.jsonl")
+    for damage in (lambda: os.truncate(path, 10), lambda: os.unlink(path)):
+        path.write_bytes(gzip.compress(content) if packed else content)
+        inputs, _ = find_inputs([str(path)])
+        found = list(chunks(inputs, ("text",), "file", LIMIT, Place()))
+        damage()
+        if packed:
+            ((_, result),) = encode_in_order(encoding(), inputs, found, 1)
+            assert len(result.datasets[0].lengths) == 100
+            continue
+        with pytest.raises(DataError) as raised:
+            list(encode_in_order(encoding(), inputs, found, 1))
+        (why,) = raised.value.violations
+        assert why.startswith(f"{path} cannot be read: ")
+        assert why.endswith("; when it can, the same command with --resume goes on")
+        assert "shorter" in why or "No such file" in why
+
+
+def test_lines_say_where_they_stand(tmp_path: Path) -> None:
+    """With a byte order mark, long records that are passed over, and from the middle on."""
+    draw = random.Random(3)
+    lines = [b'"' + b"x" * draw.choice([10, 300_000, 300_000, 2_500_000]) + b'"' for _ in range(40)]
+    content = b"\xef\xbb\xbf" + b"\n".join(lines)
+    (tmp_path / "a.jsonl").write_bytes(content)
+    found = all_chunks(tmp_path / "a.jsonl")
+    found += all_chunks(tmp_path / "a.jsonl", start=found[0].after)
+    assert len(found) > 4
+    for part in (part for chunk in found for part in chunk.parts):
+        assert isinstance(part, Lines)
+        assert part.at is not None
+        assert content[part.at : part.at + len(part.content)] == part.content
