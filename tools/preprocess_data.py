@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from types import MappingProxyType
 
+from megalite.preprocessing.allocation import keep_freed_memory
 from megalite.preprocessing.flags import Flag, end, read_flags, together
 from megalite.preprocessing.progress import ProgressLine, summary
 from megalite.preprocessing.reading_flags import READING_FLAGS
@@ -122,6 +123,7 @@ def main(argv: Sequence[str]) -> int:
             "serves; the documents keep the order of the input",
             file=sys.stderr,
         )
+    keep_freed_memory()
     line = ProgressLine(sys.stderr, settings.log_interval)
     try:
         report = job.run(line.show)

@@ -83,23 +83,21 @@ def _dataset(
     """The documents of one key: their texts and the tokens of these."""
     counts = np.array([len(row) for row in rows], np.int64)
     sequences = counts > 0
-    lengths = counts[sequences] + append_eod
-    tokens = np.empty(lengths.sum(), token_dtype(tokenizer.vocab_size))
-    is_text = np.ones(len(tokens), bool)
+    parts = [row for row in rows if len(row)]
     if append_eod:
-        last = np.cumsum(lengths) - 1
-        is_text[last] = False
-        tokens[last] = tokenizer.eod
-    if len(tokens):
-        text_tokens = np.concatenate(rows)
-        assert text_tokens.min() >= 0 and text_tokens.max() < tokenizer.vocab_size
-        tokens[is_text] = text_tokens
+        end = np.array([tokenizer.eod], np.int32)
+        parts = [part for row in parts for part in (row, end)]
+    tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
+    largest = int(tokens.max(initial=-1))
+    assert tokens.min(initial=0) >= 0 and largest < tokenizer.vocab_size
     return Encoded(
-        tokens=tokens,
-        lengths=lengths.astype(np.int32),
+        tokens=tokens.astype(token_dtype(tokenizer.vocab_size)),
+        lengths=(counts[sequences] + append_eod).astype(np.int32),
         sequences=sequences.astype(np.uint8),
-        text_bytes=sum(len(text.encode()) for text in column),
-        max_token=int(tokens.max(initial=0)) if len(tokens) else -1,
+        # Of ASCII it is the length; of other texts, tokenizers in C leave the UTF-8 behind, and
+        # `encode` copies it.
+        text_bytes=sum(len(t) if t.isascii() else len(t.encode()) for t in column),
+        max_token=largest,
     )
 
 

@@ -188,7 +188,8 @@ class Job:
             settings.append_eod,
             self._limit,
         )
-        results = encode_in_order(encoding, self._chunks(journal, state.place), settings.workers)
+        found = self._chunks(journal, state.place)
+        results = encode_in_order(encoding, self._inputs, found, settings.workers)
         show(self._progress(state))
         with closing(results):
             for chunk, result in results:

@@ -57,12 +57,14 @@ class Lines:
     """Whole records as they stand in the file; `first` is the number of the first line.
 
     `form` is "json" or "line" (a record is a line), or "blank-line" (blank lines between records).
+    `at` is the content's place in the file [bytes], None if that is packed or standard input.
     """
 
     input: int
     first: int
     content: bytes
     form: str
+    at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,8 @@ def _records(
         if end:
             content = held[:end] if place.offset else held[:end].removeprefix(_BOM)
             first, place, held = place.record, behind(end), held[end:]
-            yield Lines(start.input, first, content, form), place
+            at = place.offset - len(content) if stream.plain else None
+            yield Lines(start.input, first, content, form, at), place
         elif len(held) > limit + 4:  # line ends on both sides do not count
             leading = held[: len(held) - len(held.lstrip(b"\r\n"))]
             dropping = place.record + leading.count(b"\n")

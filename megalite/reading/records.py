@@ -126,7 +126,13 @@ def _records(part: Lines | Rows) -> Iterator[tuple[int, _Record]]:
     if isinstance(part, Rows):
         yield from enumerate(part.content, part.first)
         return
-    ends = re.finditer(rb"\n(?:\r?\n)+" if part.form == "blank-line" else rb"\n", part.content)
+    if part.form != "blank-line":
+        for number, line in enumerate(part.content.split(b"\n"), part.first):
+            text = line.strip(b"\r")
+            if text and not text.isspace():
+                yield number, text
+        return
+    ends = re.finditer(rb"\n(?:\r?\n)+", part.content)
     number, start = part.first, 0
     for begin, end in chain((end.span() for end in ends), [(len(part.content),) * 2]):
         record = part.content[start:begin]

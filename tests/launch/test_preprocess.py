@@ -462,6 +462,86 @@ def test_a_full_disk_leaves_what_was_there(corpus: Path, tmp_path: Path) -> None
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+# Memory
+
+WORKER_MB = 600
+"""What a worker may need, with documents of --max-document-mb's default."""
+
+
+def worker_peak_mb(folder: Path, *argv: object) -> float:
+    """Largest resident memory of a worker of a whole run."""
+    (folder / "peak.py").write_text(f"""
+import resource, runpy, sys
+if __name__ == "__main__":
+    try:
+        runpy.run_path({str(TOOL)!r}, run_name="__main__")
+    except SystemExit as done:
+        assert not done.code
+    print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+""")
+    done = subprocess.run(
+        [sys.executable, "peak.py", *map(str, argv), "--workers", "1"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "left out" not in done.stdout
+    return int(done.stdout.split()[-1]) * 1024 / 1e6
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
+    """Flags of tokenizers by their library."""
+    vocabularies = pytest.importorskip("vocabularies")
+    folder = tmp_path_factory.mktemp("models")
+    vocabularies.write_sentencepiece(folder / "bpe.model")
+    vocabularies.write_ranks(folder / "ranks.tiktoken")
+    return {
+        "sentencepiece": ["Llama2Tokenizer", "--tokenizer-model", folder / "bpe.model"],
+        "tiktoken": ["TikTokenizer", "--tokenizer-model", folder / "ranks.tiktoken",
+                     "--tiktoken-pattern", "o200k_base"],
+    }  # fmt: skip
+
+
+LONGEST = {
+    "words": lambda draw, size: " ".join(
+        draw.choices(["an", "example", "of", "text"], k=size // 5)
+    ),
+    "one letter": lambda draw, size: "a" * size,
+    "one word": lambda draw, size: "".join(draw.choices("acgt", k=size)),
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "kind", "megabytes"),
+    [
+        ("sentencepiece", "one letter", 8),
+        ("tiktoken", "words", 8),
+        ("tiktoken", "one word", 1),
+        *(
+            pytest.param(library, kind, 8, marks=pytest.mark.full)
+            for library, kind in [("sentencepiece", "words"), ("sentencepiece", "one word"),
+                                  ("tiktoken", "one letter"), ("tiktoken", "one word")]
+        ),
+    ],
+)  # fmt: skip
+def test_the_longest_document_and_many_small_ones_fit_into_a_workers_memory(
+    tmp_path: Path, models: dict[str, list[object]], library: str, kind: str, megabytes: int
+) -> None:
+    size = (megabytes << 20) - 100
+    text = LONGEST[kind](random.Random(5), size)[:size]
+    small = "".join(f'{{"text": "{i}"}}\n' for i in range(150_000))
+    (tmp_path / "a.jsonl").write_text(small + json.dumps({"text": text}) + "\n" + small)
+    peak = worker_peak_mb(
+        tmp_path, "--input", "a.jsonl", "--output-prefix", "o", "--max-document-mb", megabytes,
+        "--tokenizer-type", *models[library],
+    )  # fmt: skip
+    # Of a small document the process itself and the small ones take the most.
+    assert 40 < peak < (WORKER_MB if megabytes == 8 else 180), peak
+
+
 # The other tools
 
 

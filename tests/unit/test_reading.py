@@ -3,12 +3,29 @@ anew. Compared with a plain reading of whole files."""
 
 from __future__ import annotations
 
+import gzip
+import os
 import random
 import re
 from pathlib import Path
 
 import pytest
-from readings import all_chunks, json_lines, packed, random_text, read, texts_of, tiny_pieces
+from readings import (
+    LIMIT,
+    all_chunks,
+    encoding,
+    json_lines,
+    packed,
+    random_text,
+    read,
+    texts_of,
+    tiny_pieces,
+)
+
+from megalite.errors import DataError
+from megalite.preprocessing.workers import encode_in_order
+from megalite.reading.chunks import Lines, Place, chunks
+from megalite.reading.inputs import find_inputs
 
 
 @pytest.fixture
@@ -90,3 +107,40 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(mark + b"c")
     assert texts_of(tmp_path) == ["a", "b", "c"]
     assert texts_of(tmp_path / "b.txt", documents="line") == ["c"]
+
+
+@pytest.mark.parametrize("as_gzip", [False, True])
+def test_a_file_is_cut_or_goes_while_it_is_read(tmp_path: Path, as_gzip: bool) -> None:
+    """Workers read plain files again; what is packed is handed to them."""
+    content = b'{"text": "a"}\n' * 100
+    path = tmp_path / ("a.jsonl.gz" if as_gzip else "a.jsonl")
+    for damage in (lambda: os.truncate(path, 10), lambda: os.unlink(path)):
+        path.write_bytes(gzip.compress(content) if as_gzip else content)
+        inputs, _ = find_inputs([str(path)])
+        found = list(chunks(inputs, ("text",), "file", LIMIT, Place()))
+        damage()
+        if as_gzip:
+            ((_, result),) = encode_in_order(encoding(), inputs, found, 1)
+            assert len(result.datasets[0].lengths) == 100
+            continue
+        with pytest.raises(DataError) as raised:
+            list(encode_in_order(encoding(), inputs, found, 1))
+        (why,) = raised.value.violations
+        assert why.startswith(f"{path} cannot be read: ")
+        assert why.endswith("; when it can, the same command with --resume goes on")
+        assert "shorter" in why or "No such file" in why
+
+
+def test_lines_say_where_they_stand(tmp_path: Path) -> None:
+    """With a byte order mark, long records that are passed over, and from the middle on."""
+    draw = random.Random(3)
+    lines = [b'"' + b"x" * draw.choice([10, 300_000, 300_000, 2_500_000]) + b'"' for _ in range(40)]
+    content = b"\xef\xbb\xbf" + b"\n".join(lines)
+    (tmp_path / "a.jsonl").write_bytes(content)
+    found = all_chunks(tmp_path / "a.jsonl")
+    found += all_chunks(tmp_path / "a.jsonl", start=found[0].after)
+    assert len(found) > 4
+    for part in (part for chunk in found for part in chunk.parts):
+        assert isinstance(part, Lines)
+        assert part.at is not None
+        assert content[part.at : part.at + len(part.content)] == part.content

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 import unicodedata
 from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from megalite.tokenizer.bpe import BytePairTokenizer, gpt2_tokenizer, rank_token
 from megalite.tokenizer.byte import ByteTokenizer
 from megalite.tokenizer.choose import open_tokenizer
 from megalite.tokenizer.merges import Merges, merges_of_pairs, merges_of_ranks
-from megalite.tokenizer.patterns import STYLES
+from megalite.tokenizer.patterns import STYLES, for_ascii
 from megalite.tokenizer.settings import PATTERNS, TYPES, TokenizerSettings
 
 EXAMPLES, ALL_EXAMPLES = 300, 20_000  # of hypothesis, for each pattern and library
@@ -204,9 +205,23 @@ def test_tokens_of_random_strings(folder: Path, style: str) -> None:
     for _ in range(STRINGS):
         pools = rng.choices((characters, words, FRAGMENTS), k=rng.randrange(12))
         text = "".join(map(rng.choice, pools)).translate(disagreeing())
-        tokens = theirs.encode_ordinary(text)
-        assert ours.encode(text) == tokens
-        assert ours.decode(tokens) == text
+        for each in (text, text.encode("ascii", "ignore").decode()):
+            tokens = theirs.encode_ordinary(each)
+            assert ours.encode(each) == tokens
+            assert ours.decode(tokens) == each
+
+
+@pytest.mark.parametrize("style", PATTERNS)
+def test_ascii_is_split_as_the_pattern_says(style: str) -> None:
+    """All strings of two characters, of three that patterns tell apart, and longer ones."""
+    rng = random.Random(8)
+    every, told_apart = map(chr, range(128)), "aAsStlLe' \t\n\r\x0b\x1c\x1f\0\x7f19/!_"
+    strings = [*product(every, repeat=2), *product(told_apart, repeat=3)]
+    strings += [rng.choices(told_apart, k=rng.randrange(4, 20)) for _ in range(10_000)]
+    pattern = STYLES[style].pattern
+    expected, found = regex.compile(pattern).findall, re.compile(for_ascii(pattern)).findall
+    for text in map("".join, strings):
+        assert found(text) == expected(text), repr(text)
 
 
 @pytest.mark.parametrize("style", PATTERNS)
@@ -467,10 +482,11 @@ def test_a_long_text_is_split_where_its_tokens_are(
     theirs = reference(style)
     rng = random.Random(4)
     monkeypatch.setattr(bpe_module, "_CHUNK_CHARACTERS", 7)
+    monkeypatch.setattr(bpe_module, "_PART_CHARACTERS", 2)
     count = 0
     for _ in range(200):
         text = "".join(rng.choice(FRAGMENTS) for _ in range(30)).translate(disagreeing())
-        parts = list(split_points(text))
+        parts = list(split_points(text, 7))
         count += len(parts)
         assert "".join(parts) == text
         assert ours.encode(text) == theirs.encode_ordinary(text)
@@ -645,6 +661,16 @@ def test_every_tokenizer_keeps_the_interface(folder: Path) -> None:
         before = tokenizer.encode("")
         assert tokenizer.eod not in tokenizer.encode("<|endoftext|></s>" if here is texts_ else "5")
         assert tokenizer.encode(here[1])[: len(before)] == before
+
+
+@pytest.mark.parametrize("style", PATTERNS)
+def test_a_batch_of_long_texts_is_encoded_as_each_alone(folder: Path, style: str) -> None:
+    """Texts that are cut at spaces, one that cannot be, with surrogates in them."""
+    tokenizer = of_ranks(folder, style, "tiktoken")
+    mixed = f"{vocabularies.MIXED} </s> <|endoftext|> "
+    texts_ = [mixed * (200_000 // len(mixed)), "ab" * 50_001, f"\ud83d {mixed}" * 1000]
+    batch = tokenizer.encode_batch(texts_)
+    assert [row.tolist() for row in batch] == [tokenizer.encode(text) for text in texts_]
 
 
 def test_fingerprints_name_the_mapping(folder: Path, tmp_path: Path) -> None:
