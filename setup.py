@@ -52,11 +52,12 @@ setup(
                 "pyarrow",
                 "zstandard",
                 "numba",
+                "orjson",
             ),
             # Its dataset code is the oracle of the format. It needs torch, numpy and packaging.
             "megatron-core>=0.12; platform_system == 'Linux'",
         ],
-        "data": ["pyarrow", "zstandard"],
+        "data": ["pyarrow", "zstandard", "orjson"],
         "hf": ["tokenizers>=0.20"],
         "log": ["tensorboard"],
         "blend": ["numba"],

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megalite.errors import DataError
 from megalite.reading.chunks import Bad, Chunk, Lines, Rows, too_long
@@ -18,8 +18,17 @@ if TYPE_CHECKING:
 
     from megalite.tokenizer.base import Tokenizer
 
+orjson_loads: Callable[[bytes], Any] | None
+try:
+    from orjson import loads as orjson_loads
+except ImportError:
+    orjson_loads = None
+
 SHOWN_BAD = 5
 """How many of the records that are left out are described."""
+
+_NEVER_TOO_DEEP = 200
+"""Opening brackets. Of a record that nests more of them, Python's json may run out of stack."""
 
 
 def texts(
@@ -48,7 +57,6 @@ def texts(
         for number, record in _records(part):
             try:
                 fields = _fields(part, record, keys, limit)
-                _check_unicode(fields)
                 if check is not None:
                     for text in fields:
                         check(text)
@@ -155,8 +163,9 @@ def _fields(
     assert isinstance(record, bytes)
     if len(record) > limit:
         raise _UnfitError(too_long(limit))
-    text = _text(record)
-    return _json_fields(text, keys) if part.form == "json" else (text,)
+    if part.form != "json":
+        return (_text(record),)
+    return _quick_json_fields(record, keys) or _json_fields(_text(record), keys)
 
 
 def _text(content: bytes) -> str:
@@ -165,6 +174,25 @@ def _text(content: bytes) -> str:
     except UnicodeDecodeError as error:
         wrong = content[error.start]
         raise _UnfitError(f"is not UTF-8: byte 0x{wrong:02x} at {error.start}") from None
+
+
+def _quick_json_fields(record: bytes, keys: tuple[str, ...]) -> tuple[str, ...] | None:
+    """What `_json_fields` returns, in half of its time; None: that has to be asked.
+
+    What orjson takes, Python's json takes too and makes the same strings of, unless it runs out of
+    stack: so brackets are counted, in texts too and before orjson sees them (of a key that is there
+    twice it shows one value only). It does not take all that json does: NaN, half a surrogate pair.
+    """
+    if orjson_loads is None or record.count(b"[") + record.count(b"{") > _NEVER_TOO_DEEP:
+        return None
+    try:
+        found = orjson_loads(record)
+    except ValueError:
+        return None
+    if not isinstance(found, dict):
+        return None
+    fields = tuple(field for field in map(found.get, keys) if isinstance(field, str))
+    return fields if len(fields) == len(keys) else None
 
 
 def _json_fields(line: str, keys: tuple[str, ...]) -> tuple[str, ...]:
@@ -179,7 +207,9 @@ def _json_fields(line: str, keys: tuple[str, ...]) -> tuple[str, ...]:
             raise _UnfitError(f"has no key {key!r}")
         if not isinstance(record[key], str):
             raise _UnfitError(f"has in key {key!r} {_json_type(record[key])}, not a string")
-    return tuple(record[key] for key in keys)
+    fields = tuple(record[key] for key in keys)
+    _check_unicode(fields)
+    return fields
 
 
 def _parsed(line: str) -> object:
