@@ -39,7 +39,7 @@ from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.byte import ByteTokenizer
 from megalite.wording import counted
 
-FORMAT = 6
+FORMAT = 7
 """Part of the cache's key: raised when the same text would give other files."""
 
 HEAD_TOKENS = 1 << 24

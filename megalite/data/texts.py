@@ -16,7 +16,7 @@ import numpy as np
 
 from megalite.data.source import Source
 from megalite.errors import DataError
-from megalite.reading.chunks import Bad, Chunk, Lines, Place, chunks
+from megalite.reading.chunks import BOM, Bad, Chunk, Lines, Place, chunks
 from megalite.reading.inputs import Input, kind_of
 from megalite.reading.records import encoded, sentences
 from megalite.tokenizer.base import Tokenizer
@@ -175,7 +175,7 @@ class _UnusableError(Exception):
 
 def _whole_files(files: Sequence[Input], tokenizer: Tokenizer) -> Iterator[Part]:
     for number, each in enumerate(files):
-        text = Path(each.path).read_bytes()
+        text = Path(each.path).read_bytes().removeprefix(BOM)
         yield Part(_tokens(Lines(number, 1, text, "line"), tokenizer), len(text), True)
 
 
@@ -186,16 +186,30 @@ def _text_parts(files: Sequence[Input], tokenizer: Tokenizer) -> Iterator[Part]:
     lengths, reach = (
         (SEQUENCE_BYTES, 0) if is_bytes else (range(PART_BYTES, PART_BYTES), WORD_BYTES)
     )
-    line = 1
+    line, first = 1, True
+    # What the tokenizer puts around a text stands around all of it, not around each part.
+    around = np.array(tokenizer.encode(""), np.int64)
     with open(text.path, "rb") as file:
+        if file.peek(len(BOM)).startswith(BOM):
+            file.seek(len(BOM))
         size = max(lengths.start, min(lengths.stop, text.size // WANTED_SEQUENCES))
         current = _about(size, file, reach)
         while current:
             following = _about(size, file, reach)
             tokens = _tokens(Lines(0, line, current, "line"), tokenizer)
+            if around.size:
+                tokens = _inside(tokens, around, first, not following)
             yield Part(tokens, len(current), not following)
             line += current.count(b"\n")
-            current = following
+            current, first = following, False
+
+
+def _inside(tokens: np.ndarray, around: np.ndarray, first: bool, last: bool) -> np.ndarray:
+    """A part's tokens; without those that the tokenizer puts around a text, but at its ends."""
+    own = np.flatnonzero(~np.isin(tokens, around))
+    start = own[0] if len(own) and not first else 0
+    stop = own[-1] + 1 if len(own) and not last else len(tokens)
+    return tokens[start:stop]
 
 
 def _about(size: int, file: BufferedReader, reach: int) -> bytes:

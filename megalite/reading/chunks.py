@@ -17,7 +17,7 @@ from megalite.reading.streams import ByteStream, DamagedError
 
 CHUNK_BYTES = 1 << 20
 TEXT_DOCUMENTS = ("file", "line", "blank-line")
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, order=True)
@@ -187,7 +187,7 @@ def _whole(stream: ByteStream, start: Place, limit: int) -> Rows | Bad:
             1,
             f"{too_long(limit)} as one document: --text-documents line or blank-line cuts it",
         )
-    return Rows(start.input, 1, ((content.removeprefix(_BOM),),))
+    return Rows(start.input, 1, ((content.removeprefix(BOM),),))
 
 
 def too_long(limit: int) -> str:
@@ -221,7 +221,7 @@ def _records(
             yield what, Place(start.input + 1)
             return
         held += block
-        if form == "json" and not place.offset and _ARRAY.match(held.removeprefix(_BOM)[:64]):
+        if form == "json" and not place.offset and _ARRAY.match(held.removeprefix(BOM)[:64]):
             raise NoLinesError(
                 f"{stream.path} is one JSON array: expected JSON Lines, an object for each record "
                 f"on a line of its own, as jq -c '.[]' writes them"
@@ -236,7 +236,7 @@ def _records(
             dropping = 0
         end = _last_end(held, form) if block else len(held)
         if end:
-            content = held[:end] if place.offset else held[:end].removeprefix(_BOM)
+            content = held[:end] if place.offset else held[:end].removeprefix(BOM)
             first, place, held = place.record, behind(end), held[end:]
             at = place.offset - len(content) if stream.plain else None
             yield Lines(start.input, first, content, form, at), place

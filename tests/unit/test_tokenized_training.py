@@ -36,6 +36,7 @@ from megalite.preprocessing.run import prepare as preprocess
 from megalite.preprocessing.settings import Settings
 from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.bpe import rank_tokenizer
+from megalite.tokenizer.byte import ByteTokenizer
 from megalite.tokenizer.choose import open_tokenizer
 from megalite.tokenizer.null import NullTokenizer
 from megalite.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -180,6 +181,43 @@ def test_a_row_that_is_no_token_ids_is_named(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["1", "two"]}), path)
     (found,) = refused(path, tmp_path / "cache")
     assert found.startswith(f"{path}: row 2 has no tokens: NullTokenizer: 'two' is no token id")
+
+
+def test_what_a_tokenizer_puts_around_a_text_is_around_all_of_it(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not around each part: <s> before the first, here with a </s> behind the last."""
+    monkeypatch.setattr(texts_module, "PART_BYTES", 1000)
+    (tmp_path / "b.txt").write_text(vocabularies.MIXED * 200, encoding="utf-8")
+    bos, plain = (SentencePieceTokenizer(f"{files}/x.model", bos=bos) for bos in (True, False))
+    begin, end = bos.special["<s>"], bos.eod
+
+    def tokens(name: str, tokenizer: Tokenizer) -> list[int]:
+        (sequences,) = documents(prepare(tmp_path / "b.txt", tmp_path / name, tokenizer))
+        return [token for row in sequences for token in row]
+
+    expected = tokens("plain", plain)
+    assert tokens("bos", bos) == [begin, *expected]
+    encode, encode_batch = bos.encode, bos.encode_batch
+    monkeypatch.setattr(bos, "encode", lambda text: [*encode(text), end])
+    monkeypatch.setattr(
+        bos, "encode_batch", lambda texts: [np.append(each, end) for each in encode_batch(texts)]
+    )
+    assert tokens("both", bos) == [begin, *expected, end]
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), NullTokenizer(100)])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As preprocessing sees it; inside of a text it is a character."""
+    text = b"1 2\n3" if isinstance(tokenizer, NullTokenizer) else b"a\n\xef\xbb\xbfb"
+    for name, content in (("a.txt", text), ("b.txt", b"\xef\xbb\xbf" + text)):
+        (tmp_path / name).write_bytes(content)
+    plain, marked = (
+        prepare(tmp_path / name, tmp_path / f"cache-{name}", tokenizer)
+        for name in ("a.txt", "b.txt")
+    )
+    assert documents(plain) == documents(marked)
+    assert plain.text_bytes == marked.text_bytes == len(text)
 
 
 @pytest.mark.parametrize("part_bytes", [1, 40, 1 << 20])
