@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,6 +24,11 @@ from megalite.reading.inputs import Input
 _CHUNKS_PER_WORKER = 4
 """On their way at once, so that a slow one does not make the other workers wait. It bounds the
 memory: what is read and not yet written is these chunks."""
+
+
+_SIGTERM_SECONDS = 0.5
+"""A worker that ends may have had a SIGTERM that all processes get. So long this one waits for its
+own, which is the better thing to tell."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ def encode_in_order(
             first, future = waiting.popleft()
             yield first, _result(future)
     except BrokenProcessPool:
+        time.sleep(_SIGTERM_SECONDS)
         raise DataError(
             "a worker was killed, probably because the machine has no memory left: use fewer "
             "--workers or a smaller --max-document-mb, and continue with --resume"
@@ -138,8 +145,9 @@ def encode_in_order(
 
 @contextmanager
 def _interrupt_held_back() -> Iterator[None]:
-    """Ctrl-C waits meanwhile, and processes started meanwhile never get it: their parent does."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Ctrl-C and SIGTERM wait meanwhile, and processes started meanwhile never get them: their
+    parent does."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -149,6 +157,8 @@ def _interrupt_held_back() -> Iterator[None]:
 def _start() -> None:
     """In a worker, before its first chunk."""
     keep_freed_memory()
+    # A pool ends its other workers by it when one was killed.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _end_with_parent()
 
 

@@ -321,6 +321,46 @@ def test_ctrl_c_ends_with_one_line_and_can_be_resumed(corpus: Path, tmp_path: Pa
     assert outputs(tmp_path, "k")["bin"] == outputs(corpus, "one")["bin"]
 
 
+@pytest.mark.parametrize("to_all", [False, True])
+def test_sigterm_ends_as_ctrl_c_does(corpus: Path, tmp_path: Path, to_all: bool) -> None:
+    """As `kill` sends it to the one process, and Slurm to all of them."""
+    flags = ["--input", corpus / "a.jsonl", "--output-prefix", "k", "--append-eod"]
+    process = start(tmp_path, *flags, "--workers", 2)
+    wait_for_progress(tmp_path, "k", process, 2)
+    children = workers_of(process.pid)
+    if to_all:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.terminate()
+    message = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 143, message
+    assert gone(children)
+    assert message.strip().splitlines() == [
+        "megalite: stopped; what is done is in k.partial, and the same command with --resume goes "
+        "on"
+    ], "no word of Python's, as of semaphores that leaked"
+    preprocess(tmp_path, *flags, "--resume")
+    assert outputs(tmp_path, "k")["bin"] == outputs(corpus, "one")["bin"]
+
+
+def test_a_worker_that_is_killed_ends_the_run(corpus: Path, tmp_path: Path) -> None:
+    flags = ["--input", corpus / "a.jsonl", "--output-prefix", "k", "--append-eod"]
+    process = start(tmp_path, *flags, "--workers", 2)
+    wait_for_progress(tmp_path, "k", process, 1)
+    children = workers_of(process.pid)
+    workers = [
+        pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(workers[0], signal.SIGKILL)
+    message = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 2, message
+    assert "a worker was killed" in message
+    assert "--resume" in message
+    assert gone(children), "the other worker too"
+    preprocess(tmp_path, *flags, "--resume")
+    assert outputs(tmp_path, "k")["bin"] == outputs(corpus, "one")["bin"]
+
+
 def test_two_runs_do_not_share_a_prefix(corpus: Path, tmp_path: Path) -> None:
     flags = ["--input", corpus / "a.jsonl", "--output-prefix", "k"]
     process = start(tmp_path, *flags)
@@ -383,7 +423,10 @@ def test_a_gzip_cut_short_is_named(tmp_path: Path) -> None:
 def test_inputs_without_a_document(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     message = refused(tmp_path, "preprocess_data.py", "--input", "a.jsonl", "--output-prefix", "o")
-    assert "the inputs hold no document" in message
+    assert message.startswith("megalite: the inputs hold no document")
+    assert ("1 record was left out:\n  a.jsonl: line 1 is not JSON" in message) == bool(
+        content.strip()
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
