@@ -61,6 +61,7 @@ setup(
         "hf": ["tokenizers>=0.20"],
         "log": ["tensorboard"],
         "blend": ["numba"],
+        "bench": ["matplotlib"],
     },
     entry_points={
         "console_scripts": [

@@ -2,7 +2,7 @@
 
     python examples/bench_preprocess.py                        SentencePiece and tiktoken, 32 MB
     python examples/bench_preprocess.py --megabytes 128 --rounds 5
-    python examples/bench_preprocess.py --memory --megabytes 2000 --csv memory.csv
+    python examples/bench_preprocess.py --memory --megabytes 2000 --csv memory.csv --plot memory.svg
 
 Each round runs, one after the other on the same text and with two processes,
 
@@ -19,7 +19,8 @@ tokens in the text. "megalite" and "pool" give the same file.
 The figures are medians over the rounds, by wall time and by CPU time; where other work disturbs,
 the second are the ones that mean something. Those of "bare" are of the encoding alone, the others
 of the whole command with its start. `--memory` samples the resident memory of each process of one
-run instead. The text is made here: words of Zipf's distribution, tokenizers trained on it.
+run of the first library instead; `--plot` needs matplotlib (`pip install 'megalite[bench]'`).
+The text is made here: words of Zipf's distribution, tokenizers trained on it.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--libraries", nargs="*", default=["sentencepiece", "tiktoken"])
     parser.add_argument("--memory", action="store_true", help="sample memory, not time")
     parser.add_argument("--csv", type=Path, help="where --memory writes its samples")
+    parser.add_argument("--plot", type=Path, help="where --memory draws them: .svg, .png")
     parser.add_argument("--pool", nargs=4, help=argparse.SUPPRESS)  # a rival's own process
     options = parser.parse_args()
     if options.pool:
@@ -72,7 +74,11 @@ def main() -> None:
         print(f"{size / 1e6:.0f} MB of text, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
         if options.memory:
             model = train_model(options.libraries[0], corpus, Path(folder))
-            measure_memory(corpus, Path(folder), options.libraries[0], model, options.csv)
+            samples = measure_memory(corpus, Path(folder), options.libraries[0], model)
+            if options.csv:
+                write_samples(samples, options.csv)
+            if options.plot:
+                draw_samples(samples, size, options.plot)
             return
         print(f"{'library':<14}{'bare':>12}{'megalite':>12}{'pool':>12}   MB/s, medians")
         for library in options.libraries:
@@ -319,12 +325,19 @@ def pool_loop(library: str, model: str, corpus: str, prefix: str) -> None:
 # Memory
 
 
-def measure_memory(corpus: Path, folder: Path, library: str, model: Path, csv: Path | None) -> None:
-    """Sample the resident memory of all processes of one run; a plot as text."""
+WORKER_LIMIT_MB = 600
+"""What a worker may need on any corpus."""
+
+Samples = list[tuple[float, float, float]]
+"""Seconds, and the resident memory [MB] of the parent and of the largest worker."""
+
+
+def measure_memory(corpus: Path, folder: Path, library: str, model: Path) -> Samples:
+    """Sample the resident memory of all processes of one run."""
     command = [str(word) for word in ours(library, model, corpus, folder / "ours")]
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    samples: list[tuple[float, float, float]] = []
+    samples: Samples = []
     while process.poll() is None:
         children = _children(process.pid)
         parent = _resident(process.pid)
@@ -332,17 +345,38 @@ def measure_memory(corpus: Path, folder: Path, library: str, model: Path, csv: P
         samples.append((time.perf_counter() - begin, parent, largest))
         time.sleep(SAMPLE_SECONDS)
     assert process.returncode == 0
-    if csv:
-        rows = [f"{at:.1f},{parent:.1f},{worker:.1f}" for at, parent, worker in samples]
-        csv.write_text("\n".join(["seconds,parent_mb,largest_worker_mb", *rows]) + "\n")
     print(f"{samples[-1][0]:.0f} s with {library}, --workers {WORKERS}; resident MB over time")
     for name, column in (("parent", 1), ("largest worker", 2)):
         values = [sample[column] for sample in samples]
-        step = max(1, len(values) // 24)
-        print(f"{name}: peak {max(values):.0f} MB")
-        for i in range(0, len(values), step):
-            peak = max(values[i : i + step])
-            print(f"  {samples[i][0]:7.1f} s {peak:7.1f} {'#' * round(peak / 10)}")
+        half = max(values[: len(values) // 2])
+        print(f"{name}: peak of the first half {half:.0f} MB, of all {max(values):.0f} MB")
+    return samples
+
+
+def write_samples(samples: Samples, path: Path) -> None:
+    """As a table."""
+    rows = [f"{at:.1f},{parent:.1f},{worker:.1f}" for at, parent, worker in samples]
+    path.write_text("\n".join(["seconds,parent_mb,largest_worker_mb", *rows]) + "\n")
+
+
+def draw_samples(samples: Samples, size: int, path: Path) -> None:
+    """As a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    seconds, parent, worker = zip(*samples, strict=True)
+    axes.plot(seconds, parent, label="parent")
+    axes.plot(seconds, worker, label="largest worker")
+    axes.axhline(WORKER_LIMIT_MB, color="gray", linestyle=":", label="a worker's limit")
+    axes.set(
+        title=f"preprocess_data.py, {size / 1e9:.1f} GB of text, --workers {WORKERS}",
+        xlabel="seconds",
+        ylabel="resident memory [MB]",
+        ylim=(0, WORKER_LIMIT_MB * 1.1),
+    )
+    axes.legend(loc="center right")
+    figure.savefig(path)
 
 
 def _children(pid: int) -> list[int]:
