@@ -95,7 +95,10 @@ def prefix_problems(output_prefix: str, datasets: Sequence[Path]) -> Iterator[st
     """
     folder = Path(output_prefix).parent
     if output_prefix.endswith("/"):
-        yield f"--output-prefix {output_prefix}: the beginning of a file's name is missing"
+        yield (
+            f"--output-prefix {output_prefix}: the beginning of a file's name is missing, as in "
+            f"{output_prefix}corpus"
+        )
     elif not os.path.isdir(folder):
         yield f"--output-prefix {output_prefix}: there is no folder {folder}"
     elif not os.access(folder, os.W_OK | os.X_OK):

@@ -184,8 +184,16 @@ def test_a_number_of_partitions(count: int) -> None:
         ("preprocess_data", f"--input a.jsonl --output-prefix {LONG}", "is too long, 255 is"),
         ("preprocess_data", f"--input a.jsonl --output-prefix {LONG}/x", "there is no folder"),
         ("preprocess_data", "--input a.jsonl --output-prefix p", "p_text_document.bin is a folder"),
-        ("preprocess_data", "--input a.jsonl --output-prefix p/", "a file's name is missing"),
-        ("merge_datasets", "--input m --output-prefix p/", "a file's name is missing"),
+        (
+            "preprocess_data",
+            "--input a.jsonl --output-prefix p/",
+            "a file's name is missing, as in p/corpus",
+        ),
+        (
+            "merge_datasets",
+            "--input m --output-prefix p/",
+            "a file's name is missing, as in p/corpus",
+        ),
         ("merge_datasets", "--input m --output-prefix no/x", "there is no folder no"),
         ("merge_datasets", f"--input m --output-prefix {LONG}", "is too long, 255 is"),
         ("merge_datasets", "--input m --output-prefix p_text_document", ".bin is a folder"),
