@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,9 +26,11 @@ _CHUNKS_PER_WORKER = 4
 memory: what is read and not yet written is these chunks."""
 
 
-_SIGTERM_SECONDS = 0.5
-"""A worker that ends may have had a SIGTERM that all processes get. So long this one waits for its
-own, which is the better thing to tell."""
+_POLL_SECONDS = 0.1
+"""So soon Ctrl-C and SIGTERM are heard."""
+
+_SIGTERM_SECONDS = 5
+"""So long a worker goes on that gets a SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,24 @@ def _encode(encoding: Encoding, sent: _Sent) -> Result:
     return encode_chunk(encoding, sent.received())
 
 
+def _done(future: Future[Result], *, wanted: bool) -> bool:
+    """Whether there is a result; if it is wanted, when there is.
+
+    An interrupt that came while a future is asked would leave it locked, and the pool could not be
+    shut down.
+    """
+    while True:
+        with _interrupt_held_back():
+            done = bool(wait_for([future], _POLL_SECONDS if wanted else 0).done)
+        if done or not wanted:
+            return done
+
+
 def _result(future: Future[Result]) -> Result:
+    """Of a future that is done."""
     try:
-        return future.result()
+        with _interrupt_held_back():
+            return future.result()
     except OSError as error:
         raise DataError(
             f"{error.filename} cannot be read: {error.strerror}; when it can, the same command "
@@ -120,44 +137,55 @@ def encode_in_order(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start)
     waiting: deque[tuple[Chunk, Future[Result]]] = deque()
+    most = _CHUNKS_PER_WORKER * workers
     try:
         for chunk in chunks:
             sent = _sent(chunk, inputs)
             with _interrupt_held_back():
                 waiting.append((sent.chunk, pool.submit(_encode, encoding, sent)))
-            while waiting and (
-                len(waiting) >= _CHUNKS_PER_WORKER * workers or waiting[0][1].done()
-            ):
+            while waiting and _done(waiting[0][1], wanted=len(waiting) >= most):
                 first, future = waiting.popleft()
                 yield first, _result(future)
-        while waiting:
+        while waiting and _done(waiting[0][1], wanted=True):
             first, future = waiting.popleft()
             yield first, _result(future)
     except BrokenProcessPool:
-        time.sleep(_SIGTERM_SECONDS)
         raise DataError(
             "a worker was killed, probably because the machine has no memory left: use fewer "
             "--workers or a smaller --max-document-mb, and continue with --resume"
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        with _interrupt_held_back():
+            pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
 def _interrupt_held_back() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait meanwhile, and processes started meanwhile never get them: their
     parent does."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    held: list[int] = []
+    stops = (signal.SIGINT, signal.SIGTERM)
+    # The mask is what processes inherit. It is this thread's alone: a thread of numpy's may take
+    # the signal, and the handler would run here all the same.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    handlers = {stop: signal.signal(stop, lambda number, _: held.append(number)) for stop in stops}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for stop, handler in handlers.items():
+            signal.signal(stop, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in held[:1]:
+            signal.raise_signal(number)
 
 
 def _start() -> None:
     """In a worker, before its first chunk."""
     keep_freed_memory()
-    # A pool ends its other workers by it when one was killed.
+    # Slurm sends SIGTERM to all processes. One that ended with half of a result in the pipe would
+    # leave its parent reading for ever; the parent, which gets it too, ends all workers in order.
+    # But a pool whose one worker was killed has no other way to end the others.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SIGTERM_SECONDS))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     _end_with_parent()
 

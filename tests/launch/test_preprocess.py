@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -20,6 +21,8 @@ import pytest
 
 from megalite.data.indexed_reader import IndexedReader
 from megalite.data.sidecar import read_sidecar
+from megalite.preprocessing.flags import terminate_as_interrupt
+from megalite.preprocessing.workers import _interrupt_held_back
 
 COUNT = 12_000
 """Documents of the corpus: some 8 chunks of a megabyte."""
@@ -321,16 +324,19 @@ def test_ctrl_c_ends_with_one_line_and_can_be_resumed(corpus: Path, tmp_path: Pa
     assert outputs(tmp_path, "k")["bin"] == outputs(corpus, "one")["bin"]
 
 
-@pytest.mark.parametrize("to_all", [False, True])
-def test_sigterm_ends_as_ctrl_c_does(corpus: Path, tmp_path: Path, to_all: bool) -> None:
-    """As `kill` sends it to the one process, and Slurm to all of them."""
+@pytest.mark.parametrize("to", ["parent", "all", "a worker first"])
+def test_sigterm_ends_as_ctrl_c_does(corpus: Path, tmp_path: Path, to: str) -> None:
+    """As `kill` sends it to the one process, and Slurm to all of them, in any order."""
     flags = ["--input", corpus / "a.jsonl", "--output-prefix", "k", "--append-eod"]
     process = start(tmp_path, *flags, "--workers", 2)
     wait_for_progress(tmp_path, "k", process, 2)
     children = workers_of(process.pid)
-    if to_all:
+    if to == "all":
         os.killpg(process.pid, signal.SIGTERM)
     else:
+        if to == "a worker first":
+            os.kill(children[-1], signal.SIGTERM)
+            time.sleep(0.1)
         process.terminate()
     message = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 143, message
@@ -341,6 +347,33 @@ def test_sigterm_ends_as_ctrl_c_does(corpus: Path, tmp_path: Path, to_all: bool)
     ], "no word of Python's, as of semaphores that leaked"
     preprocess(tmp_path, *flags, "--resume")
     assert outputs(tmp_path, "k")["bin"] == outputs(corpus, "one")["bin"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_a_chunk_is_handed_over(number: signal.Signals) -> None:
+    """A process that was just started would not be known to the pool yet. Another thread may be
+    the one that gets the signal."""
+    before = signal.getsignal(signal.SIGTERM)
+    terminate_as_interrupt()
+    handed_over = []
+
+    def hand_over() -> None:
+        with _interrupt_held_back():
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            handed_over.append(True)
+
+    release = threading.Event()
+    other = threading.Thread(target=release.wait)
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            hand_over()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        release.set()
+        other.join()
+    assert handed_over
 
 
 def test_a_worker_that_is_killed_ends_the_run(corpus: Path, tmp_path: Path) -> None:
