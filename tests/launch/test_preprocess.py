@@ -325,9 +325,9 @@ def test_ctrl_c_ends_with_one_line_and_can_be_resumed(corpus: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("to", ["parent", "all", "a worker first"])
-def test_sigterm_ends_as_ctrl_c_does(corpus: Path, tmp_path: Path, to: str) -> None:
+def test_sigterm_ends_as_ctrl_c_does(long_corpus: Path, tmp_path: Path, to: str) -> None:
     """As `kill` sends it to the one process, and Slurm to all of them, in any order."""
-    flags = ["--input", corpus / "a.jsonl", "--output-prefix", "k", "--append-eod"]
+    flags = ["--input", long_corpus / "a.jsonl", "--output-prefix", "k", "--append-eod"]
     process = start(tmp_path, *flags, "--workers", 2)
     wait_for_progress(tmp_path, "k", process, 2)
     children = workers_of(process.pid)
@@ -346,7 +346,7 @@ def test_sigterm_ends_as_ctrl_c_does(corpus: Path, tmp_path: Path, to: str) -> N
         "on"
     ], "no word of Python's, as of semaphores that leaked"
     preprocess(tmp_path, *flags, "--resume")
-    assert outputs(tmp_path, "k")["bin"] == outputs(corpus, "one")["bin"]
+    assert outputs(tmp_path, "k")["bin"] == outputs(long_corpus, "one")["bin"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
