@@ -52,14 +52,16 @@ setup(
                 "pyarrow",
                 "zstandard",
                 "numba",
+                "orjson",
             ),
             # Its dataset code is the oracle of the format. It needs torch, numpy and packaging.
             "megatron-core>=0.12; platform_system == 'Linux'",
         ],
-        "data": ["pyarrow", "zstandard"],
+        "data": ["pyarrow", "zstandard", "orjson"],
         "hf": ["tokenizers>=0.20"],
         "log": ["tensorboard"],
         "blend": ["numba"],
+        "bench": ["matplotlib"],
     },
     entry_points={
         "console_scripts": [

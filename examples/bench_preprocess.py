@@ -2,7 +2,7 @@
 
     python examples/bench_preprocess.py                        SentencePiece and tiktoken, 32 MB
     python examples/bench_preprocess.py --megabytes 128 --rounds 5
-    python examples/bench_preprocess.py --memory --megabytes 2000 --csv memory.csv
+    python examples/bench_preprocess.py --memory --megabytes 2000 --csv memory.csv --plot memory.svg
 
 Each round runs, one after the other on the same text and with two processes,
 
@@ -11,12 +11,16 @@ Each round runs, one after the other on the same text and with two processes,
     pool      what Megatron-LM's preprocess_data.py does: a pool maps single lines, 32 at a time,
               through JSON and the tokenizer; the parent appends document after document
 
-"bare" and "pool" call the library as they would: the fastest call that gives a text's tokens, and
-the one in megatron-core's TikTokenTokenizer and SentencePieceTokenizer (0.16), which for tiktoken
-also looks for special tokens in the text. All three give the same file.
+"bare" and "pool" call the library as they would: the fastest call that gives a text's tokens (for
+tiktoken `encode_to_numpy`, which makes no Python numbers), and the one in megatron-core's
+TikTokenTokenizer and SentencePieceTokenizer (0.16), which for tiktoken also looks for special
+tokens in the text. "megalite" and "pool" give the same file.
 
-and the figures are medians over the rounds. `--memory` samples the resident memory of each process
-of one run instead. The text is made here: words of Zipf's distribution, tokenizers trained on it.
+The figures are medians over the rounds, by wall time and by CPU time; where other work disturbs,
+the second are the ones that mean something. Those of "bare" are of the encoding alone, the others
+of the whole command with its start. `--memory` samples the resident memory of each process of one
+run of the first library instead; `--plot` needs matplotlib (`pip install 'megalite[bench]'`).
+The text is made here: words of Zipf's distribution, tokenizers trained on it.
 """
 
 from __future__ import annotations
@@ -27,13 +31,15 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +62,7 @@ def main() -> None:
     parser.add_argument("--libraries", nargs="*", default=["sentencepiece", "tiktoken"])
     parser.add_argument("--memory", action="store_true", help="sample memory, not time")
     parser.add_argument("--csv", type=Path, help="where --memory writes its samples")
+    parser.add_argument("--plot", type=Path, help="where --memory draws them: .svg, .png")
     parser.add_argument("--pool", nargs=4, help=argparse.SUPPRESS)  # a rival's own process
     options = parser.parse_args()
     if options.pool:
@@ -67,7 +74,11 @@ def main() -> None:
         print(f"{size / 1e6:.0f} MB of text, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
         if options.memory:
             model = train_model(options.libraries[0], corpus, Path(folder))
-            measure_memory(corpus, Path(folder), options.libraries[0], model, options.csv)
+            samples = measure_memory(corpus, Path(folder), options.libraries[0], model)
+            if options.csv:
+                write_samples(samples, options.csv)
+            if options.plot:
+                draw_samples(samples, size, options.plot)
             return
         print(f"{'library':<14}{'bare':>12}{'megalite':>12}{'pool':>12}   MB/s, medians")
         for library in options.libraries:
@@ -77,29 +88,33 @@ def main() -> None:
 
 def report(library: str, model: Path, corpus: Path, folder: Path, size: int, rounds: int) -> None:
     """One line of the table, and the two ratios of paired rounds."""
-    rivals: dict[str, Callable[[], float]] = {
+    rivals: dict[str, Callable[[], Seconds]] = {
         "bare": lambda: bare_seconds(library, model, corpus),
         "megalite": lambda: command_seconds(ours(library, model, corpus, folder / "ours")),
         "pool": lambda: command_seconds(
             [sys.executable, __file__, "--pool", library, model, corpus, folder / "pool"]
         ),
     }
-    times: dict[str, list[float]] = {name: [] for name in rivals}
+    times: dict[str, list[Seconds]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, measure in rivals.items():
             times[name].append(measure())
     for suffix in ("bin", "idx"):
         found = (folder / f"ours_text_document.{suffix}").read_bytes()
         assert found == (folder / f"pool.{suffix}").read_bytes(), "the rivals' outputs differ"
-    speeds = {name: size / 1e6 / statistics.median(each) for name, each in times.items()}
-    print(f"{library:<14}" + "".join(f"{speeds[name]:12.2f}" for name in rivals))
-    for name, goal in (("bare", 0.85), ("pool", 1.5)):
-        ratios = [a / b for a, b in zip(times[name], times["megalite"], strict=True)]
-        print(
-            f"  megalite / {name}: {statistics.median(ratios):.2f} (goal {goal}; rounds "
-            f"{', '.join(f'{ratio:.2f}' for ratio in ratios)})",
-            flush=True,
-        )
+    for which, kind in enumerate(("wall time", "CPU time")):
+        # MB/s of WORKERS cores: with nothing else to do on them both kinds say the same.
+        cores = (1, WORKERS)[which]
+        figures = {name: [pair[which] / cores for pair in each] for name, each in times.items()}
+        speeds = {name: size / 1e6 / statistics.median(each) for name, each in figures.items()}
+        print(f"{library:<14}" + "".join(f"{speeds[name]:12.2f}" for name in rivals), f"  {kind}")
+        for name, goal in (("bare", 0.85), ("pool", 1.5)):
+            ratios = [a / b for a, b in zip(figures[name], figures["megalite"], strict=True)]
+            print(
+                f"  megalite / {name}: {statistics.median(ratios):.2f} (goal {goal}; rounds "
+                f"{', '.join(f'{ratio:.2f}' for ratio in ratios)})",
+                flush=True,
+            )
 
 
 # Text and tokenizers
@@ -173,7 +188,7 @@ def _byte_letters() -> list[str]:
     return [letters[byte] for byte in range(256)]
 
 
-Encode = Callable[[str], list[int]]
+Encode = Callable[[str], Sequence[int]]
 
 
 def library_tokenizer(library: str, model: Path) -> tuple[Encode, Encode, int]:
@@ -189,21 +204,26 @@ def library_tokenizer(library: str, model: Path) -> tuple[Encode, Encode, int]:
     ranks = load_tiktoken_bpe(str(model))
     named = ["<unk>", "<s>", "</s>", "<mask>", "<pad>", "<cls>", "<sep>"]
     named += [f"<SPECIAL_{i}>" for i in range(len(named), SPECIAL_TOKENS)]
+    pattern = (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+        r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokens = {token: rank + SPECIAL_TOKENS for token, rank in ranks.items()}
+    specials = {name: i for i, name in enumerate(named)}
     encoding = tiktoken.Encoding(
-        "bench",
-        pat_str=(
-            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-            r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        ),
-        mergeable_ranks={token: rank + SPECIAL_TOKENS for token, rank in ranks.items()},
-        special_tokens={name: i for i, name in enumerate(named)},
+        "megatron", pat_str=pattern, mergeable_ranks=tokens, special_tokens=specials
+    )
+    # With one special token instead of a thousand, none of which is looked for.
+    fastest = tiktoken.Encoding(
+        "bare", pat_str=pattern, mergeable_ranks=tokens, special_tokens={"</s>": 2}
     )
 
     def encode_as_megatron(text: str) -> list[int]:
         return encoding.encode(text, allowed_special="all")
 
-    return encoding.encode_ordinary, encode_as_megatron, named.index("</s>")
+    bare = partial(fastest.encode_to_numpy, disallowed_special=())
+    return bare, encode_as_megatron, named.index("</s>")
 
 
 def ours(library: str, model: Path, corpus: Path, prefix: Path) -> list[Any]:
@@ -220,15 +240,21 @@ def ours(library: str, model: Path, corpus: Path, prefix: Path) -> list[Any]:
 # The rivals
 
 
-def command_seconds(command: list[Any]) -> float:
-    """Wall time of a whole command."""
-    begin = time.perf_counter()
+Seconds = tuple[float, float]
+"""Wall time, and CPU time of all processes together."""
+
+
+def command_seconds(command: list[Any]) -> Seconds:
+    """Of a whole command."""
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - begin
+    wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return wall, cpu
 
 
-def bare_seconds(library: str, model: Path, corpus: Path) -> float:
-    """Time that two processes need at once to encode half of the texts each."""
+def bare_seconds(library: str, model: Path, corpus: Path) -> Seconds:
+    """What two processes need at once to encode half of the texts each."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(WORKERS), context.SimpleQueue()
     processes = [
@@ -237,10 +263,10 @@ def bare_seconds(library: str, model: Path, corpus: Path) -> float:
     ]
     for process in processes:
         process.start()
-    seconds = max(results.get() for _ in processes)
+    found = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    return seconds
+    return max(wall for wall, _ in found), sum(cpu for _, cpu in found)
 
 
 def _encode_share(
@@ -249,16 +275,16 @@ def _encode_share(
     encode = library_tokenizer(library, model)[0]
     mine = [text for i, text in enumerate(texts(corpus)) if i % WORKERS == share]
     barrier.wait()
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     for text in mine:
         encode(text)
-    results.put(time.perf_counter() - begin)
+    results.put((time.perf_counter() - begin, time.process_time() - cpu))
 
 
 class _Encoder:
     """What each process of the pool holds."""
 
-    encode: Callable[[str], list[int]]
+    encode: Encode
     eod: int
 
     @classmethod
@@ -299,12 +325,19 @@ def pool_loop(library: str, model: str, corpus: str, prefix: str) -> None:
 # Memory
 
 
-def measure_memory(corpus: Path, folder: Path, library: str, model: Path, csv: Path | None) -> None:
-    """Sample the resident memory of all processes of one run; a plot as text."""
+WORKER_LIMIT_MB = 600
+"""What a worker may need on any corpus."""
+
+Samples = list[tuple[float, float, float]]
+"""Seconds, and the resident memory [MB] of the parent and of the largest worker."""
+
+
+def measure_memory(corpus: Path, folder: Path, library: str, model: Path) -> Samples:
+    """Sample the resident memory of all processes of one run."""
     command = [str(word) for word in ours(library, model, corpus, folder / "ours")]
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    samples: list[tuple[float, float, float]] = []
+    samples: Samples = []
     while process.poll() is None:
         children = _children(process.pid)
         parent = _resident(process.pid)
@@ -312,17 +345,38 @@ def measure_memory(corpus: Path, folder: Path, library: str, model: Path, csv: P
         samples.append((time.perf_counter() - begin, parent, largest))
         time.sleep(SAMPLE_SECONDS)
     assert process.returncode == 0
-    if csv:
-        rows = [f"{at:.1f},{parent:.1f},{worker:.1f}" for at, parent, worker in samples]
-        csv.write_text("\n".join(["seconds,parent_mb,largest_worker_mb", *rows]) + "\n")
     print(f"{samples[-1][0]:.0f} s with {library}, --workers {WORKERS}; resident MB over time")
     for name, column in (("parent", 1), ("largest worker", 2)):
         values = [sample[column] for sample in samples]
-        step = max(1, len(values) // 24)
-        print(f"{name}: peak {max(values):.0f} MB")
-        for i in range(0, len(values), step):
-            peak = max(values[i : i + step])
-            print(f"  {samples[i][0]:7.1f} s {peak:7.1f} {'#' * round(peak / 10)}")
+        half = max(values[: len(values) // 2])
+        print(f"{name}: peak of the first half {half:.0f} MB, of all {max(values):.0f} MB")
+    return samples
+
+
+def write_samples(samples: Samples, path: Path) -> None:
+    """As a table."""
+    rows = [f"{at:.1f},{parent:.1f},{worker:.1f}" for at, parent, worker in samples]
+    path.write_text("\n".join(["seconds,parent_mb,largest_worker_mb", *rows]) + "\n")
+
+
+def draw_samples(samples: Samples, size: int, path: Path) -> None:
+    """As a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    seconds, parent, worker = zip(*samples, strict=True)
+    axes.plot(seconds, parent, label="parent")
+    axes.plot(seconds, worker, label="largest worker")
+    axes.axhline(WORKER_LIMIT_MB, color="gray", linestyle=":", label="a worker's limit")
+    axes.set(
+        title=f"preprocess_data.py, {size / 1e9:.1f} GB of text, --workers {WORKERS}",
+        xlabel="seconds",
+        ylabel="resident memory [MB]",
+        ylim=(0, WORKER_LIMIT_MB * 1.1),
+    )
+    axes.legend(loc="center right")
+    figure.savefig(path)
 
 
 def _children(pid: int) -> list[int]:

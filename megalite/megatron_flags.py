@@ -152,8 +152,13 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--fim-split-sample": Refused(_FRAGMENTS),
         "--fim-fragment-rate": Refused(_FRAGMENTS),
         "--fim-no-prefix": Refused("fill-in-the-middle leaves out no text; leave it out"),
-        "--num-workers": Refused("the loader maps the corpus into memory and needs no workers"),
-        "--dataloader-type": Refused("the order of samples is a formula of seed and step"),
+        "--num-workers": Refused(
+            "the loader maps the corpus into memory and needs no workers; leave it out"
+        ),
+        "--dataloader-type": Always(
+            "samples are read in the order that --data-order says, one pass after the other",
+            ("single",),
+        ),
         # Checkpoints, logs
         "--save": Refused(_CHECKPOINTS),
         "--load": Refused("training starts from initial weights; leave it out"),

@@ -129,7 +129,7 @@ def _batch(config: Config) -> str:
         f"{counted(config.model.seq_length, 'token')} a step{_ramp(config)} = "
         f"{counted(config.num_micro_batches, 'micro-batch')} of {train.micro_batch_size} "
         f"on {counted(config.parallel.dp, 'data rank')}; "
-        f"{_si(config.tokens_per_step)} tokens"
+        f"{_si(config.tokens_per_step).rstrip()} tokens"
     )
 
 

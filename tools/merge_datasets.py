@@ -13,8 +13,15 @@ from pathlib import Path
 from types import MappingProxyType
 
 from megalite.errors import ConfigError
-from megalite.preprocessing.flags import Flag, end, read_flags, together
+from megalite.preprocessing.flags import (
+    Flag,
+    end,
+    read_flags,
+    terminate_as_interrupt,
+    together,
+)
 from megalite.preprocessing.merge import find_datasets, merge
+from megalite.preprocessing.settings import prefix_problems
 from megalite.wording import counted
 
 FLAGS = (
@@ -36,10 +43,11 @@ def main(argv: Sequence[str]) -> int:
     )
     if not values["input"] or not values["output_prefix"]:
         raise ConfigError(problems)
+    output = Path(values["output_prefix"])
+    problems += prefix_problems(values["output_prefix"], [output])
     prefixes = together(problems, lambda: find_datasets(Path(values["input"])))
     for prefix in prefixes:
         print(prefix)
-    output = Path(values["output_prefix"])
     sidecar = merge(prefixes, output)
     if sidecar is None:
         print(f"{output}.bin, .idx; no .json, as one of the datasets has none")
@@ -52,4 +60,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    terminate_as_interrupt()
     end(main)

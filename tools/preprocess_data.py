@@ -15,7 +15,14 @@ import sys
 from collections.abc import Sequence
 from types import MappingProxyType
 
-from megalite.preprocessing.flags import Flag, end, read_flags, together
+from megalite.preprocessing.allocation import keep_freed_memory
+from megalite.preprocessing.flags import (
+    Flag,
+    end,
+    read_flags,
+    terminate_as_interrupt,
+    together,
+)
 from megalite.preprocessing.progress import ProgressLine, summary
 from megalite.preprocessing.reading_flags import READING_FLAGS
 from megalite.preprocessing.run import prepare
@@ -100,6 +107,8 @@ def main(argv: Sequence[str]) -> int:
             f"--dataset-impl {values['dataset_impl']} is not in megalite: Megatron-LM itself reads "
             "mmap only"
         )
+    if values["partitions"] < 1:
+        problems.append(f"--partitions {values['partitions']}: a number of parts is 1 or more")
     problems += tokenizer_problems(values)
     settings = Settings(
         inputs=values["input"],
@@ -122,6 +131,7 @@ def main(argv: Sequence[str]) -> int:
             "serves; the documents keep the order of the input",
             file=sys.stderr,
         )
+    keep_freed_memory()
     line = ProgressLine(sys.stderr, settings.log_interval)
     try:
         report = job.run(line.show)
@@ -132,4 +142,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    terminate_as_interrupt()
     end(main)

@@ -32,19 +32,14 @@ from megalite.data.sidecar import (
     tokenizer_problem,
 )
 from megalite.data.source import Source, find_source
-from megalite.data.texts import (
-    SEQUENCE_BYTES,
-    WANTED_SEQUENCES,
-    sequences,
-    source_files,
-)
+from megalite.data.texts import SEQUENCE_BYTES, WANTED_SEQUENCES, parts, source_files
 from megalite.errors import DataError
 from megalite.reading.inputs import Input
 from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.byte import ByteTokenizer
 from megalite.wording import counted
 
-FORMAT = 5
+FORMAT = 7
 """Part of the cache's key: raised when the same text would give other files."""
 
 HEAD_TOKENS = 1 << 24
@@ -220,20 +215,18 @@ def _write_tokens(
 ) -> Sidecar:
     counter = TokenCounter(tokenizer.vocab_size)
     text_bytes = 0
-    is_bytes = isinstance(tokenizer, ByteTokenizer)
-    for text, ends_document in sequences(source, files, SEQUENCE_BYTES if is_bytes else None):
-        tokens = _tokens(text, tokenizer)
-        if ends_document and len(tokens):
+    uncut = source.kind == "text" and not isinstance(tokenizer, ByteTokenizer)
+    for part in parts(source, files, tokenizer):
+        tokens = part.tokens
+        if part.ends_document and len(tokens):
             tokens = np.append(tokens, tokens.dtype.type(tokenizer.eod))
-        # Bytes were cut before: any place is between two tokens.
-        uncut = is_bytes or source.kind != "text"
-        for sequence in [tokens] if uncut else _cut(tokens):
+        for sequence in _cut(tokens) if uncut else [tokens]:
             if len(sequence):
                 writer.add_sequence(sequence)
         counter.add(tokens)
-        if ends_document:
+        if part.ends_document:
             writer.end_document()
-        text_bytes += len(text)
+        text_bytes += part.text_bytes
     if not text_bytes:
         raise DataError(f"--data {source.path} holds no text")
     written = writer.flush()
@@ -273,14 +266,6 @@ def _describe_indexed(prefix: Path, tokenizer: Tokenizer, *, named: bool) -> Cor
         raise DataError(f"--data {problem}")
     corpus = _corpus(prefix, sidecar)
     return replace(corpus, text_bytes=0) if problem else corpus  # its text cannot be shown
-
-
-def _tokens(text: bytes, tokenizer: Tokenizer) -> np.ndarray:
-    """Tokens of a text, int [tokens]. Bytes that are not UTF-8 are tokens of bytes, and elsewhere
-    U+FFFD."""
-    if isinstance(tokenizer, ByteTokenizer):
-        return np.frombuffer(text, np.uint8).astype(np.uint16)
-    return tokenizer.encode_batch([text.decode("utf-8", "replace")])[0]
 
 
 def _cut(tokens: np.ndarray) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ context, SPM in its second variant, as in Megatron-LM's `GPTFIMDataset`. No torc
 from __future__ import annotations
 
 import hashlib
+from array import array
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,19 +54,27 @@ class FillInTheMiddle:
         Returns:
             int64 [seq + 1]: the first so many tokens, or all and PADDING.
         """
-        real = tokens[tokens != PADDING]
+        real = tokens[: np.count_nonzero(tokens != PADDING)].astype(np.int64, copy=False)
         ends = np.flatnonzero(real == self._tokenizer.eod)
-        documents = np.split(real, ends + 1)
-        draws = random.random((len(documents), 4))
-        together: list[int] = []
-        for document, (chance, one, other, order) in zip(documents, draws.tolist(), strict=True):
-            has_end = len(document) > 0 and document[-1] == self._tokenizer.eod
-            body = document[:-1].tolist() if has_end else document.tolist()
-            if chance < self._rate:
-                body = self.document(body, (one, other), spm=order < self._spm_rate)
-            together += [*body, self._tokenizer.eod] if has_end else body
+        starts, stops = np.append(0, ends + 1), np.append(ends, len(real))
+        draws = random.random((len(starts), 4))
+        chosen = draws[:, 0] < self._rate
+        # Of the tokens the first so many are in the sample already, rearranged or not.
+        done, together = 0, array("q")
+        for start, stop, (one, other, order) in zip(
+            starts[chosen].tolist(), stops[chosen].tolist(), draws[chosen, 1:].tolist(), strict=True
+        ):
+            together.frombytes(real[done:start].tobytes())
+            done = start
+            if len(together) >= len(tokens):
+                break
+            body = real[start:stop].tolist()
+            together.fromlist(self.document(body, (one, other), spm=order < self._spm_rate))
+            done = stop
+        together.frombytes(real[done:].tobytes())
         sample = np.full(len(tokens), PADDING, np.int64)
-        sample[: len(together)] = together[: len(tokens)]
+        kept = min(len(tokens), len(together))
+        sample[:kept] = np.frombuffer(together, np.int64, kept)
         return sample
 
     def document(self, tokens: list[int], cuts: tuple[float, float], *, spm: bool) -> list[int]:
@@ -82,11 +91,14 @@ class FillInTheMiddle:
         if not tokens:
             return tokens
         # What is put before every text stays in front; it has no text of its own.
-        first = next((i for i, t in enumerate(tokens) if t not in self._around), len(tokens))
+        first = 0
+        while first < len(tokens) and tokens[first] in self._around:
+            first += 1
         text = self._tokenizer.decode(tokens[first:])
         if _REPLACEMENT in text:
             return tokens
-        start, stop = sorted(int(cut * (len(text) + 1)) for cut in cuts)
+        places = len(text) + 1
+        start, stop = sorted((int(cuts[0] * places), int(cuts[1] * places)))
         prefix, middle, suffix = map(self._encode, (text[:start], text[start:stop], text[stop:]))
         marks = self._sentinels
         if spm:
@@ -96,7 +108,8 @@ class FillInTheMiddle:
         return [*tokens[:first], *parts]
 
     def _encode(self, text: str) -> list[int]:
-        return [token for token in self._tokenizer.encode(text) if token not in self._around]
+        tokens, around = self._tokenizer.encode(text), self._around
+        return [token for token in tokens if token not in around] if around else tokens
 
 
 class FillInTheMiddleSamples:

@@ -152,7 +152,7 @@ class IndexedWriter:
         offset = self._sequences
         for start in range(0, reader.num_tokens, BLOCK):
             block = reader.read(start, min(start + BLOCK, reader.num_tokens))
-            self._write_tokens(block.tobytes())
+            self._write_tokens(block)
         self._tokens += reader.num_tokens
         for start in range(0, len(reader.lengths), BLOCK):
             self._files["lengths"].write(reader.lengths[start : start + BLOCK].tobytes())
@@ -211,13 +211,14 @@ class IndexedWriter:
                 f"{self.prefix}.bin: token ids from {tokens.min()} to {tokens.max()} do not fit "
                 f"into {self.dtype.name}, which holds {limits.min} to {limits.max}"
             )
-        self._write_tokens(np.ascontiguousarray(tokens, dtype=self.dtype).tobytes())
+        self._write_tokens(np.ascontiguousarray(tokens, dtype=self.dtype))
         self._files["lengths"].write(lengths)
         self._tokens += len(tokens)
         self._sequences += sequences
         self._open_sequences += sequences
 
-    def _write_tokens(self, content: bytes) -> None:
+    def _write_tokens(self, tokens: np.ndarray) -> None:
+        content = tokens.data.cast("B") if len(tokens) else b""  # no copy
         self._files["bin"].write(content)
         self._sum.update(content)
 

@@ -7,14 +7,22 @@ what it was, the run's `data.json` says (`record`). No torch import.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from megalite.config import Config
+from megalite.config_data import DataConfig
 from megalite.data.mixture import prepare_mixture
 from megalite.data.record import DataRecord, record_of
 from megalite.data.samples import PADDING
-from megalite.data.source import source_problems, token_texts_known
+from megalite.data.source import (
+    source_problems,
+    test_ingredients,
+    token_texts_known,
+    train_ingredients,
+    valid_ingredients,
+)
 from megalite.data.splits import open_samples
 from megalite.data.token_store import Piece
 from megalite.errors import ConfigError, DataError
@@ -52,6 +60,8 @@ def ledger(config: Config, step: int, record: DataRecord | None) -> list[Entry]:
     """
     train = config.train
     problems = source_problems(config.data)
+    if problems and _has_relative_paths(config.data):
+        problems.append("relative paths are looked up here: go where the run was started")
     if not 1 <= step <= train.steps:
         problems.append(f"--step {step}: the run has the steps 1 to {train.steps}")
     if problems:
@@ -77,3 +87,8 @@ def ledger(config: Config, step: int, record: DataRecord | None) -> list[Entry]:
             texts = [tokenizer.decode(part.tolist()) for part in np.split(tokens, cuts)]
         entries.append(Entry(place, int(sample), pieces, tuple(texts)))
     return entries
+
+
+def _has_relative_paths(data: DataConfig) -> bool:
+    read = (*train_ingredients(data), *valid_ingredients(data), *test_ingredients(data))
+    return any(not Path(path).is_absolute() for each in read for path in each.data.data)

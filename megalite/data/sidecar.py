@@ -202,6 +202,6 @@ def tokenizer_problem(prefix: Path | str, sidecar: Sidecar, tokenizer: Tokenizer
         return None
     return (
         f"{prefix} was tokenized with {sidecar.tokenizer_type} ({sidecar.tokenizer_fingerprint}), "
-        f"but the tokenizer given is {tokenizer.fingerprint}: give that one with --tokenizer-type "
+        f"but the tokenizer here is {tokenizer.fingerprint}: give that one with --tokenizer-type "
         "and --tokenizer-model"
     )

@@ -243,7 +243,7 @@ def _check_ends(
     if not corpus.append_eod:
         raise DataError(
             f"{asked[0]}: {corpus.description} was preprocessed without --append-eod, by its "
-            f"sidecar: {remedy}"
+            "sidecar: preprocess it with --append-eod"
         )
     if corpus.eod not in (None, eod):
         raise DataError(

@@ -9,9 +9,8 @@ from functools import cache
 import numpy as np
 
 from megalite.data.indexed_format import token_dtype
-from megalite.errors import DataError
 from megalite.reading.chunks import Bad, Chunk
-from megalite.reading.records import SHOWN_BAD, texts
+from megalite.reading.records import SHOWN_BAD, encoded
 from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.choose import open_tokenizer
 from megalite.tokenizer.settings import TokenizerSettings
@@ -66,49 +65,39 @@ class Result:
 def encode_chunk(encoding: Encoding, chunk: Chunk) -> Result:
     """Encode every good record of a chunk."""
     tokenizer = _opened(encoding.tokenizer, encoding.vocab_size)
-    good, bad = texts(chunk, encoding.keys, encoding.limit)
-    try:
-        datasets = _datasets(encoding, tokenizer, good)
-    except DataError:
-        # Some text is none for this tokenizer; which one, each alone tells.
-        good, bad = texts(chunk, encoding.keys, encoding.limit, check=tokenizer.encode)
-        datasets = _datasets(encoding, tokenizer, good)
+    good, rows, bad = encoded(chunk, encoding.keys, encoding.limit, tokenizer)
+    columns = zip(*good, strict=True) if good else [()] * len(encoding.keys)
     return Result(
-        datasets=datasets,
+        datasets=tuple(
+            _dataset(tokenizer, *each, encoding.append_eod)
+            for each in zip(columns, rows, strict=True)
+        ),
         bad=tuple(bad[:SHOWN_BAD]),
         bad_count=sum(each.count for each in bad),
     )
 
 
-def _datasets(
-    encoding: Encoding, tokenizer: Tokenizer, good: Sequence[tuple[str, ...]]
-) -> tuple[Encoded, ...]:
-    """The documents of each key."""
-    columns = zip(*good, strict=True) if good else [()] * len(encoding.keys)
-    return tuple(_encode(tokenizer, each, encoding.append_eod) for each in columns)
-
-
-def _encode(tokenizer: Tokenizer, column: Sequence[str], append_eod: bool) -> Encoded:
-    rows = tokenizer.encode_batch(column) if column else []
+def _dataset(
+    tokenizer: Tokenizer, column: Sequence[str], rows: Sequence[np.ndarray], append_eod: bool
+) -> Encoded:
+    """The documents of one key: their texts and the tokens of these."""
     counts = np.array([len(row) for row in rows], np.int64)
     sequences = counts > 0
-    lengths = counts[sequences] + append_eod
-    tokens = np.empty(lengths.sum(), token_dtype(tokenizer.vocab_size))
-    is_text = np.ones(len(tokens), bool)
+    parts = [row for row in rows if len(row)]
     if append_eod:
-        last = np.cumsum(lengths) - 1
-        is_text[last] = False
-        tokens[last] = tokenizer.eod
-    if len(tokens):
-        text_tokens = np.concatenate(rows)
-        assert text_tokens.min() >= 0 and text_tokens.max() < tokenizer.vocab_size
-        tokens[is_text] = text_tokens
+        end = np.array([tokenizer.eod], np.int32)
+        parts = [part for row in parts for part in (row, end)]
+    tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
+    largest = int(tokens.max(initial=-1))
+    assert tokens.min(initial=0) >= 0 and largest < tokenizer.vocab_size
     return Encoded(
-        tokens=tokens,
-        lengths=lengths.astype(np.int32),
+        tokens=tokens.astype(token_dtype(tokenizer.vocab_size)),
+        lengths=(counts[sequences] + append_eod).astype(np.int32),
         sequences=sequences.astype(np.uint8),
-        text_bytes=sum(len(text.encode()) for text in column),
-        max_token=int(tokens.max(initial=0)) if len(tokens) else -1,
+        # Of ASCII it is the length; of other texts, tokenizers in C leave the UTF-8 behind, and
+        # `encode` copies it.
+        text_bytes=sum(len(t) if t.isascii() else len(t.encode()) for t in column),
+        max_token=largest,
     )
 
 

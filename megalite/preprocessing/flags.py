@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -207,6 +208,22 @@ def end(main: Callable[[Sequence[str]], int]) -> NoReturn:
         print(error.message(), file=sys.stderr)
         code = 2
     except KeyboardInterrupt as interrupt:
-        print(f"megalite: {interrupt or 'stopped by SIGINT'}", file=sys.stderr)
-        code = 130
+        stop = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+        print(f"megalite: {interrupt or f'stopped by {stop.name}'}", file=sys.stderr)
+        code = 128 + stop
     sys.exit(code)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as Slurm, Kubernetes and `kill` send it, where it ends a tool as Ctrl-C does."""
+
+
+def terminate_as_interrupt() -> None:
+    """Have SIGTERM raise `Terminated` in this process, once: what follows is cleaning up."""
+
+    def stop(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:  # as a parent may have told us
+        signal.signal(signal.SIGTERM, stop)

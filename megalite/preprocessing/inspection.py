@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from megalite.data.indexed_reader import IndexedReader
 from megalite.data.indexed_writer import FileSum
 from megalite.data.sidecar import Sidecar, read_sidecar, tokenizer_problem
 from megalite.errors import ConfigError, DataError
-from megalite.reading.inputs import dataset_prefix
+from megalite.reading.inputs import dataset_prefix, natural_key
 from megalite.tokenizer.base import Tokenizer
 from megalite.wording import counted
+
+_SHOWN_DATASETS = 5
 
 _BAR = 40
 """Characters of the longest bar of a histogram."""
@@ -35,10 +38,28 @@ def open_dataset(prefix: Path) -> Dataset:
     """Open a dataset by its prefix, or by the name of one of its files.
 
     Raises:
+        ConfigError: there is none of that name; it says which there are.
         DataError: it breaks a rule of the format, or its sidecar describes other files.
     """
     prefix = dataset_prefix(prefix)
+    if not any(os.path.isfile(f"{prefix}{suffix}") for suffix in (".bin", ".idx")):
+        raise ConfigError(f"--input {prefix}: {_no_dataset(prefix)}")
     return Dataset(prefix, IndexedReader(prefix), read_sidecar(prefix))
+
+
+def _no_dataset(prefix: Path) -> str:
+    """That it is none, and names of the datasets in it or beside it."""
+    is_folder = prefix.is_dir()
+    folder = prefix if is_folder else prefix.parent
+    what = "is a folder" if is_folder else f"there is neither {prefix}.bin nor {prefix}.idx"
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return f"{what}, nor a folder {folder}"
+    stems = sorted({name[:-4] for name in names if name.endswith(".idx")}, key=natural_key)
+    shown = ", ".join(str(folder / stem) for stem in stems[:_SHOWN_DATASETS])
+    more = ", ..." if len(stems) > _SHOWN_DATASETS else ""
+    return f"{what}; datasets in {folder}: {shown or 'none'}{more}"
 
 
 def document(dataset: Dataset, number: int) -> np.ndarray:

@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,21 @@ class Journal:
                 f"--resume: the run in {self.folder} had other values of {' and of '.join(other)}"
             )
         return state
+
+    @contextmanager
+    def must_be_whole(self) -> Iterator[None]:
+        """While the files are opened that a kept state describes: say what helps if they changed.
+
+        Raises:
+            DataError: one is missing, or not what it was.
+        """
+        remedy = f"remove {self.folder} and start anew, without --resume"
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename} is missing: {remedy}") from None
+        except DataError as error:
+            raise DataError([f"{each}: {remedy}" for each in error.violations]) from None
 
     def keep(self, state: State) -> None:
         """Replace what is kept."""

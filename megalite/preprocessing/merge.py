@@ -56,8 +56,6 @@ def merge(prefixes: Sequence[Path], output: Path) -> Sidecar | None:
     """
     if output.resolve() in [prefix.resolve() for prefix in prefixes]:
         raise ConfigError(f"--output-prefix {output} is one of the datasets to merge")
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output-prefix {output}: there is no folder {output.parent}")
     sidecars = [read_sidecar(prefix) for prefix in prefixes]
     dtypes = [IndexedReader(prefix).dtype for prefix in prefixes]
     wrong = [

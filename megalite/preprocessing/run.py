@@ -23,7 +23,7 @@ from megalite.preprocessing.settings import SUFFIXES, Settings, problems
 from megalite.preprocessing.workers import encode_in_order
 from megalite.reading.chunks import Chunk, NoLinesError, Place, chunks
 from megalite.reading.inputs import STANDARD_INPUT, Input, find_inputs
-from megalite.reading.records import SHOWN_BAD, sentences
+from megalite.reading.records import SHOWN_BAD, left_out, sentences
 from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.choose import open_tokenizer
 
@@ -100,7 +100,7 @@ class Job:
             DataError: the disk is full, the inputs hold no document, or with `strict` a record
                 cannot be used: nothing is left behind. A file can no longer be read, or a worker
                 was killed: `resume` goes on.
-            KeyboardInterrupt: Ctrl-C; the message says how to go on.
+            KeyboardInterrupt: Ctrl-C, or what SIGTERM raises; the message says how to go on.
         """
         settings = self._settings
         journal = Journal(settings.output_prefix, settings.resume)
@@ -109,8 +109,8 @@ class Job:
             if state is None or not state.sealed:
                 state = self._write(journal, state, show)
             return self._publish(journal, state)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
+        except KeyboardInterrupt as stopped:
+            raise type(stopped)(
                 f"stopped; what is done is in {journal.folder}, and the same command with --resume "
                 "goes on"
             ) from None
@@ -127,9 +127,10 @@ class Job:
         dtype = token_dtype(self._tokenizer.vocab_size)
         writers: list[IndexedWriter] = []
         try:
-            for key, written in zip(keys, state.written, strict=True):
-                prefix = self._settings.prefix(key)
-                writers.append(IndexedWriter(prefix, dtype, journal.temporary(key), written))
+            with journal.must_be_whole():
+                for key, written in zip(keys, state.written, strict=True):
+                    prefix = self._settings.prefix(key)
+                    writers.append(IndexedWriter(prefix, dtype, journal.temporary(key), written))
             state = self._encode(journal, state, writers, show)
             return self._seal(journal, state, writers)
         except OSError as error:
@@ -188,7 +189,8 @@ class Job:
             settings.append_eod,
             self._limit,
         )
-        results = encode_in_order(encoding, self._chunks(journal, state.place), settings.workers)
+        found = self._chunks(journal, state.place)
+        results = encode_in_order(encoding, self._inputs, found, settings.workers)
         show(self._progress(state))
         with closing(results):
             for chunk, result in results:
@@ -200,7 +202,8 @@ class Job:
                 show(self._progress(state))
         if not _written(state, 0).documents:
             journal.remove()
-            raise DataError(["the inputs hold no document", *sentences(state.bad, self._inputs)])
+            bad = left_out(state.bad_count, sentences(state.bad, self._inputs))
+            raise DataError("\n".join(["the inputs hold no document", *bad]))
         return state
 
     def _chunks(self, journal: Journal, start: Place) -> Iterator[Chunk]:

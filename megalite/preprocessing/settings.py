@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,32 +72,44 @@ def problems(settings: Settings, inputs: list[Input]) -> Iterator[str]:
     for key in {key for key in keys if keys.count(key) > 1}:
         yield f"--json-keys: {key} is named twice"
     for key in keys:
-        if not key or "/" in key or "\0" in key:
+        if not _can_be_in_a_name(key):
             yield f"--json-keys: {key!r} cannot be part of a file's name"
     if len(keys) > 1 and (text := [each for each in inputs if each.kind == "text"]):
         yield f"--json-keys {' '.join(keys)}: a text file has no keys, but {text[0].path} is one"
     if settings.resume and any(each.path == STANDARD_INPUT for each in inputs):
         yield "--resume: standard input cannot be read from the middle; give files"
-    folder = Path(settings.output_prefix).parent
-    if settings.output_prefix.endswith("/"):
-        yield f"--output-prefix {settings.output_prefix}: the beginning of a file's name is missing"
+    named = [settings.prefix(key) for key in keys if _can_be_in_a_name(key)]
+    yield from prefix_problems(settings.output_prefix, named)
+
+
+def _can_be_in_a_name(key: str) -> bool:
+    return bool(key) and "/" not in key and "\0" not in key
+
+
+def prefix_problems(output_prefix: str, datasets: Sequence[Path]) -> Iterator[str]:
+    """A sentence for everything that keeps datasets from being written there.
+
+    Args:
+        output_prefix: the flag's value.
+        datasets: the prefixes that follow from it.
+    """
+    folder = Path(output_prefix).parent
+    if output_prefix.endswith("/"):
+        yield (
+            f"--output-prefix {output_prefix}: the beginning of a file's name is missing, as in "
+            f"{output_prefix}corpus"
+        )
     elif not os.path.isdir(folder):
-        yield f"--output-prefix {settings.output_prefix}: there is no folder {folder}"
+        yield f"--output-prefix {output_prefix}: there is no folder {folder}"
     elif not os.access(folder, os.W_OK | os.X_OK):
-        yield f"--output-prefix {settings.output_prefix}: {folder} cannot be written"
+        yield f"--output-prefix {output_prefix}: {folder} cannot be written"
     else:
-        yield from _name_problems(settings)
-
-
-def _name_problems(settings: Settings) -> Iterator[str]:
-    """A sentence for each file of the output that cannot have its name."""
-    paths = [Path(f"{settings.prefix(key)}.{s}") for key in settings.json_keys for s in SUFFIXES]
-    for path in paths:
-        if problem := long_name(path):
-            yield f"--output-prefix {settings.output_prefix}: {problem}"
-            return
-        if path.is_dir():
-            yield f"--output-prefix {settings.output_prefix}: {path} is a folder"
+        for path in (Path(f"{prefix}.{suffix}") for prefix in datasets for suffix in SUFFIXES):
+            if problem := long_name(path):
+                yield f"--output-prefix {output_prefix}: {problem}"
+                return
+            if path.is_dir():
+                yield f"--output-prefix {output_prefix}: {path} is a folder"
 
 
 def long_name(path: Path) -> str:

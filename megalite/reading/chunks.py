@@ -17,7 +17,7 @@ from megalite.reading.streams import ByteStream, DamagedError
 
 CHUNK_BYTES = 1 << 20
 TEXT_DOCUMENTS = ("file", "line", "blank-line")
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, order=True)
@@ -57,12 +57,14 @@ class Lines:
     """Whole records as they stand in the file; `first` is the number of the first line.
 
     `form` is "json" or "line" (a record is a line), or "blank-line" (blank lines between records).
+    `at` is the content's place in the file [bytes], None if that is packed or standard input.
     """
 
     input: int
     first: int
     content: bytes
     form: str
+    at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -185,12 +187,12 @@ def _whole(stream: ByteStream, start: Place, limit: int) -> Rows | Bad:
             1,
             f"{too_long(limit)} as one document: --text-documents line or blank-line cuts it",
         )
-    return Rows(start.input, 1, ((content.removeprefix(_BOM),),))
+    return Rows(start.input, 1, ((content.removeprefix(BOM),),))
 
 
 def too_long(limit: int) -> str:
     """What is wrong with a record of more bytes."""
-    return f"longer than {limit >> 20} MB (--max-document-mb)"
+    return f"is longer than {limit >> 20} MB (--max-document-mb)"
 
 
 _ARRAY = re.compile(rb"\s*\[\s*(\{|$)")
@@ -219,7 +221,7 @@ def _records(
             yield what, Place(start.input + 1)
             return
         held += block
-        if form == "json" and not place.offset and _ARRAY.match(held.removeprefix(_BOM)[:64]):
+        if form == "json" and not place.offset and _ARRAY.match(held.removeprefix(BOM)[:64]):
             raise NoLinesError(
                 f"{stream.path} is one JSON array: expected JSON Lines, an object for each record "
                 f"on a line of its own, as jq -c '.[]' writes them"
@@ -234,9 +236,10 @@ def _records(
             dropping = 0
         end = _last_end(held, form) if block else len(held)
         if end:
-            content = held[:end] if place.offset else held[:end].removeprefix(_BOM)
+            content = held[:end] if place.offset else held[:end].removeprefix(BOM)
             first, place, held = place.record, behind(end), held[end:]
-            yield Lines(start.input, first, content, form), place
+            at = place.offset - len(content) if stream.plain else None
+            yield Lines(start.input, first, content, form, at), place
         elif len(held) > limit + 4:  # line ends on both sides do not count
             leading = held[: len(held) - len(held.lstrip(b"\r\n"))]
             dropping = place.record + leading.count(b"\n")

@@ -32,6 +32,7 @@ class ByteStream:
     Attributes:
         path: of the input.
         position: bytes of the file itself that have been read, packed or not.
+        plain: what `read` returns stands so in a file that can be opened again.
     """
 
     def __init__(self, source: Input):
@@ -39,6 +40,7 @@ class ByteStream:
         self._file: BinaryIO = sys.stdin.buffer if standard else open(source.path, "rb")
         self.path = source.path
         self._new = _decompressor(source.compression)
+        self.plain = self._new is None and not standard and self._file.seekable()
         self._open: _Decompressor | None = None
         self._rest = bytearray()
         self._damage = ""

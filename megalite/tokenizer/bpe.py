@@ -1,18 +1,20 @@
 """Byte-level BPE: a pattern splits the text into pieces, merges make tokens of their bytes.
 
-Every text has tokens, and `decode` gives it back. The `regex` package splits; the merges are
-`megalite.tokenizer.merges`. Where tiktoken is installed it does the work of rank files, with the
-same tokens; only characters that are new in the Unicode version of one of the two libraries and
-unknown to the other are split differently (regex 2026 knows Unicode 17, tiktoken 0.14 Unicode 16).
+Every text has tokens, and `decode` gives it back. Python's own `re` splits what is ASCII, the
+`regex` package all other text; the merges are `megalite.tokenizer.merges`. Where tiktoken is
+installed it does the work of rank files, with the same tokens; only characters that are new in the
+Unicode version of one of the two libraries and unknown to the other are split differently (regex
+2026 knows Unicode 17, tiktoken 0.14 Unicode 16).
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, repeat
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +23,7 @@ import regex
 from megalite.errors import ConfigError, DataError
 from megalite.tokenizer.files import read_gpt2, read_ranks
 from megalite.tokenizer.merges import Merges, merges_of_pairs, merges_of_ranks
-from megalite.tokenizer.patterns import GPT2_PATTERN, LEAST_SPECIAL_TOKENS, STYLES
+from megalite.tokenizer.patterns import GPT2_PATTERN, LEAST_SPECIAL_TOKENS, STYLES, for_ascii
 from megalite.tokenizer.text import id_array, well_formed
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ _CHUNK_CHARACTERS = 1 << 16
 _TIKTOKEN_CHARACTERS = 100_000
 """Longer texts without a place to split are not given to tiktoken: its regular expressions run out
 of stack somewhere between these and a million white-space characters."""
+
+_PART_CHARACTERS = 1 << 8
+"""Text that is not all ASCII is split so often, to find the parts that are: they are faster."""
 
 _KEPT = 1 << 16
 _KEPT_CHARACTERS = 32
@@ -81,7 +86,8 @@ class BytePairTokenizer:
         installed = find_spec("tiktoken") is not None
         if engine == "tiktoken" and not installed:
             raise ConfigError("tiktoken is not installed: pip install tiktoken")
-        self._find_pieces = regex.compile(pattern).findall
+        self._find = regex.compile(pattern).findall
+        self._find_in_ascii = re.compile(for_ascii(pattern)).findall
         self._use_tiktoken = engine != "regex" and installed and pairs is None
 
     @property
@@ -116,23 +122,50 @@ class BytePairTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 [tokens]; on this thread alone."""
-        return [id_array(self._encode(well_formed(text))) for text in texts]
+        return [self._encode_array(text) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of the tokens; bytes that are not UTF-8 become U+FFFD, unknown ids are dropped."""
-        return b"".join(self._bytes.get(t, b"") for t in tokens).decode("utf-8", "replace")
+        return b"".join(map(self._bytes.get, tokens, repeat(b""))).decode("utf-8", "replace")
 
     def _encode(self, text: str) -> list[int]:
         """Tokens of a well-formed text without special ones."""
         if len(text) <= _CHUNK_CHARACTERS:
             return self._encode_chunk(text)
-        return list(chain.from_iterable(map(self._encode_chunk, split_points(text))))
+        return list(
+            chain.from_iterable(map(self._encode_chunk, split_points(text, _CHUNK_CHARACTERS)))
+        )
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        """Tokens of a text, int32 [tokens]; by tiktoken without a Python number for each."""
+        if len(text) <= _CHUNK_CHARACTERS:
+            return self._encode_chunk_array(text)
+        import numpy as np
+
+        parts = split_points(text, _CHUNK_CHARACTERS)
+        return np.concatenate([self._encode_chunk_array(part) for part in parts])
+
+    def _encode_chunk_array(self, text: str) -> np.ndarray:
+        if self._use_tiktoken and len(text) <= _TIKTOKEN_CHARACTERS:
+            try:
+                ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+            except UnicodeEncodeError:
+                ids = self._encoding.encode_to_numpy(well_formed(text), disallowed_special=())
+            return ids.view("int32")
+        return id_array(self._encode_chunk(well_formed(text)))
 
     def _encode_chunk(self, text: str) -> list[int]:
         if self._use_tiktoken and len(text) <= _TIKTOKEN_CHARACTERS:
             return self._encoding.encode_ordinary(text)
-        pieces = self._find_pieces(text)
-        return list(chain.from_iterable(map(self._pieces.__getitem__, pieces)))
+        return list(chain.from_iterable(map(self._pieces.__getitem__, self._find_pieces(text))))
+
+    def _find_pieces(self, text: str) -> Iterable[str]:
+        """Pieces of a text."""
+        if text.isascii():
+            return self._find_in_ascii(text)
+        parts = split_points(text, _PART_CHARACTERS)
+        finds = (self._find_in_ascii(p) if p.isascii() else self._find(p) for p in parts)
+        return chain.from_iterable(finds)
 
     # Each of these is built when it is first needed: the size of a vocabulary needs none.
 
@@ -144,7 +177,8 @@ class BytePairTokenizer:
             name="megalite",
             pat_str=self._pattern,
             mergeable_ranks=dict(self._tokens),
-            special_tokens=dict(self.special),
+            # None is ever looked for, but tiktoken needs one; a thousand would take it more time.
+            special_tokens={next(t for t, i in self.special.items() if i == self.eod): self.eod},
         )
 
     @cached_property
@@ -187,10 +221,11 @@ class _Pieces(dict[str, list[int]]):
         return ids
 
 
-def split_points(text: str) -> Iterator[str]:
-    """Parts of a text whose tokens, one after the other, are those of the text."""
+def split_points(text: str, characters: int) -> Iterator[str]:
+    """Parts of so many characters, or somewhat more, whose tokens, one after the other, are those
+    of the text."""
     start = 0
-    while match := _SPLIT_POINT.search(text, start + _CHUNK_CHARACTERS):
+    while match := _SPLIT_POINT.search(text, start + characters):
         yield text[start : match.start()]
         start = match.start()
     yield text[start:]

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 _LONG = 256
-"""Pieces of more tokens than this are merged through a heap, in n log n steps; of shorter ones
+"""Pieces of more bytes than this are merged through a queue, in n log n steps; of shorter ones
 scanning all pairs for the next merge is faster, though it takes n^2."""
 
 _NONE = 1 << 62
-"""Priority of a pair that does not merge."""
+"""Priority of a pair that does not merge, in `_short`; -1 in `_long`."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Merges:
 
     def merge(self, piece: bytes) -> list[int]:
         """Token ids of a piece of text."""
-        tokens = [self.byte_ids[byte] for byte in piece]
-        return self._long(tokens) if len(tokens) > _LONG else self._short(tokens)
+        tokens = (self.byte_ids[byte] for byte in piece)
+        return self._long(tokens) if len(piece) > _LONG else self._short([*tokens])
 
     def _short(self, tokens: list[int]) -> list[int]:
         find, size, merged = self.priorities.get, self.size, self.merged
@@ -53,36 +54,58 @@ class Merges:
                 order[i - 1] = find(tokens[i - 1] * size + token, _NONE)
         return tokens
 
-    def _long(self, tokens: list[int]) -> list[int]:
-        """The same through a linked list and a heap of candidates, some of them outdated."""
+    def _long(self, tokens: Iterable[int]) -> list[int]:
+        """The same through a linked list and a queue of candidates, some of them outdated.
+
+        A piece may be a whole document: what is held of each token is 4 numbers in arrays, 20 bytes
+        together, and a candidate of 8; only candidates that merges make are Python's numbers.
+        """
         find, size, merged = self.priorities.get, self.size, self.merged
-        count = len(tokens)
-        # A heap entry is `priority * count + place`: one number, and the leftmost comes first.
-        following, before = list(range(1, count + 1)), list(range(-1, count - 1))
-        order = [find(left * size + right, _NONE) for left, right in itertools.pairwise(tokens)]
-        order.append(_NONE)
-        heap = [priority * count + i for i, priority in enumerate(order) if priority != _NONE]
-        heapq.heapify(heap)
+        now = array("i", tokens)
+        count = len(now)
+        following, before = array("i", range(1, count + 1)), array("i", range(-1, count - 1))
+        order = array(
+            "i", (find(left * size + right, -1) for left, right in itertools.pairwise(now))
+        )
+        order.append(-1)
+        # A candidate is `priority * count + place`: one number, and the leftmost comes first.
+        first = _sorted(p * count + i for i, p in enumerate(order) if p >= 0)
+        made: list[int] = []
         push, pop = heapq.heappush, heapq.heappop
-        while heap:
-            priority, left = divmod(pop(heap), count)
+        taken, last = 0, len(first)
+        while made or taken < last:
+            if taken < last and not (made and made[0] < first[taken]):
+                candidate = first[taken]
+                taken += 1
+            else:
+                candidate = pop(made)
+            priority, left = divmod(candidate, count)
             if order[left] != priority:
                 continue  # one of the two has merged with another since
             right = following[left]
-            token = tokens[left] = merged[priority]
-            tokens[right] = order[right] = -1
+            token = now[left] = merged[priority]
+            now[right] = order[right] = -1
             after = following[left] = following[right]
-            order[left] = _NONE
+            order[left] = -1
             if after < count:
                 before[after] = left
-                order[left] = found = find(token * size + tokens[after], _NONE)
-                if found != _NONE:
-                    push(heap, found * count + left)
+                order[left] = found = find(token * size + now[after], -1)
+                if found >= 0:
+                    push(made, found * count + left)
             if (previous := before[left]) >= 0:
-                order[previous] = found = find(tokens[previous] * size + token, _NONE)
-                if found != _NONE:
-                    push(heap, found * count + previous)
-        return [token for token in tokens if token >= 0]
+                order[previous] = found = find(now[previous] * size + token, -1)
+                if found >= 0:
+                    push(made, found * count + previous)
+        return [token for token in now if token >= 0]
+
+
+def _sorted(numbers: Iterable[int]) -> array[int]:
+    """Numbers below 2^63 in order, 8 bytes each."""
+    import numpy as np
+
+    found = array("q", numbers)
+    np.frombuffer(found, np.int64).sort()
+    return found
 
 
 def merges_of_ranks(ranks: Mapping[bytes, int]) -> Merges:

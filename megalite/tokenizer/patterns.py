@@ -104,5 +104,30 @@ STYLES: Mapping[str, Style] = MappingProxyType(
 )
 """By the names of `--tiktoken-pattern`; v1 and v2 are Megatron-LM's."""
 
+_ASCII = (
+    (_UPPER, "A-Z"),
+    (_LOWER, "a-z"),
+    (r"\p{L}\p{N}", "A-Za-z0-9"),  # inside of brackets
+    (r"\p{L}", "[A-Za-z]"),
+    (r"\p{N}", "[0-9]"),
+    (r"[^\s", r"[^\t-\r "),
+    (r"\S", r"[^\t-\r ]"),
+    (r"\s", r"[\t-\r ]"),
+    (r"\z", r"\Z"),
+)
+"""What the patterns are made of, and what that is in ASCII; white space is Unicode's."""
+
+
+def for_ascii(pattern: str) -> str:
+    """A pattern of these in the words of Python's `re`, for text that is ASCII alone.
+
+    It finds the same pieces in half the time of the `regex` package, which looks each character up.
+    """
+    for unicode, ascii_ in _ASCII:
+        pattern = pattern.replace(unicode, ascii_)
+    assert r"\p" not in pattern, pattern
+    return pattern
+
+
 LEAST_SPECIAL_TOKENS = len(_MEGATRON_SPECIAL)
 """Of v1 and v2."""

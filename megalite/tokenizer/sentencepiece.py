@@ -97,7 +97,10 @@ class SentencePieceTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of the tokens as the library writes it; ids that the model lacks are dropped."""
-        return self._model.decode([int(t) for t in tokens if 0 <= t < self.vocab_size])
+        known = list(map(int, tokens))
+        if known and not 0 <= min(known) <= max(known) < self.vocab_size:
+            known = [t for t in known if 0 <= t < self.vocab_size]
+        return self._model.decode(known)
 
 
 _PIECE, _TEXT, _TYPE = 1, 1, 3

@@ -11,9 +11,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ import pytest
 
 from megalite.data.indexed_reader import IndexedReader
 from megalite.data.sidecar import read_sidecar
+from megalite.preprocessing.flags import terminate_as_interrupt
+from megalite.preprocessing.workers import _interrupt_held_back
 
 COUNT = 12_000
 """Documents of the corpus: some 8 chunks of a megabyte."""
@@ -79,14 +81,27 @@ def write_lines(path: Path, texts: list[str]) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a.jsonl of several chunks, and its datasets, made by one worker."""
-    folder = tmp_path_factory.mktemp("corpus")
-    write_lines(folder / "a.jsonl", documents(COUNT))
+def make_corpus(folder: Path, count: int) -> Path:
+    """a.jsonl in a folder, and its datasets, made by one worker."""
+    write_lines(folder / "a.jsonl", documents(count))
     preprocess(folder, "--input", "a.jsonl", "--output-prefix", "one", "--append-eod",
                "--workers", 1)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of several chunks."""
+    folder = make_corpus(tmp_path_factory.mktemp("corpus"), COUNT)
     assert (folder / "a.jsonl").stat().st_size > 7 << 20
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of so many chunks that a run can be killed often on its way."""
+    folder = make_corpus(tmp_path_factory.mktemp("long"), 6 * COUNT)
+    assert (folder / "a.jsonl").stat().st_size > 42 << 20
     return folder
 
 
@@ -191,13 +206,23 @@ def start(folder: Path, *argv: object) -> subprocess.Popen:
     )
 
 
-def wait_for_progress(folder: Path, prefix: str, process: subprocess.Popen, chunks: int) -> None:
-    """Until so many chunks are done."""
-    journal = folder / f"{prefix}.partial/journal"
-    seen: set[int] = set()
-    while len(seen) < chunks and process.poll() is None:
-        with suppress(OSError, ValueError):
-            seen.add(json.loads(journal.read_text())["read_bytes"])
+def read_bytes(folder: Path, prefix: str) -> int:
+    """How far a run has come; 0 before its first chunk."""
+    try:
+        journal = (folder / f"{prefix}.partial/journal").read_text()
+        return int(json.loads(journal)["read_bytes"])
+    except (OSError, ValueError):
+        return 0
+
+
+def wait_for_progress(
+    folder: Path, prefix: str, process: subprocess.Popen, chunks: int, before: int = 0
+) -> None:
+    """Until so many chunks are done, after what was done before the process started."""
+    seen = {before, 0}
+    enough = len(seen) + chunks
+    while len(seen) < enough and process.poll() is None:
+        seen.add(read_bytes(folder, prefix))
         time.sleep(0.002)
 
 
@@ -221,13 +246,16 @@ def gone(pids: list[int], seconds: float = 20) -> bool:
                                    *(pytest.param((n,) * 3, marks=pytest.mark.full, id=f"full{n}")
                                      for n in range(1, 6))])  # fmt: skip
 def test_a_killed_run_goes_on_and_its_output_is_the_same(
-    corpus: Path, tmp_path: Path, kills: tuple[int, ...]
+    request: pytest.FixtureRequest, tmp_path: Path, kills: tuple[int, ...]
 ) -> None:
+    enough = sum(kills) < 5  # of chunks that the small one has
+    corpus = request.getfixturevalue("corpus" if enough else "long_corpus")
     flags = ["--input", corpus / "a.jsonl", "--output-prefix", "k", "--append-eod",
              "--workers", 2]  # fmt: skip
     for number, chunks in enumerate(kills):
+        before = read_bytes(tmp_path, "k")
         process = start(tmp_path, *flags, *(["--resume"] if number else []))
-        wait_for_progress(tmp_path, "k", process, chunks)
+        wait_for_progress(tmp_path, "k", process, chunks, before)
         children = workers_of(process.pid)
         process.kill()
         process.communicate()
@@ -239,8 +267,7 @@ def test_a_killed_run_goes_on_and_its_output_is_the_same(
     assert "--resume" in message
     other = refused(tmp_path, "preprocess_data.py", *flags, "--resume", "--max-document-mb", 4)
     assert "k.partial had other values of --max-document-mb" in other
-    before = json.loads((tmp_path / "k.partial/journal").read_text())["place"]["offset"]
-    assert before > 0
+    assert read_bytes(tmp_path, "k") > before
     flags[-1] = 3
     preprocess(tmp_path, *flags, "--resume")
     found, expected = outputs(tmp_path, "k"), outputs(corpus, "one")
@@ -293,6 +320,76 @@ def test_ctrl_c_ends_with_one_line_and_can_be_resumed(corpus: Path, tmp_path: Pa
         "on"
     )
     assert "Traceback" not in message
+    preprocess(tmp_path, *flags, "--resume")
+    assert outputs(tmp_path, "k")["bin"] == outputs(corpus, "one")["bin"]
+
+
+@pytest.mark.parametrize("to", ["parent", "all", "a worker first"])
+def test_sigterm_ends_as_ctrl_c_does(long_corpus: Path, tmp_path: Path, to: str) -> None:
+    """As `kill` sends it to the one process, and Slurm to all of them, in any order."""
+    flags = ["--input", long_corpus / "a.jsonl", "--output-prefix", "k", "--append-eod"]
+    process = start(tmp_path, *flags, "--workers", 2)
+    wait_for_progress(tmp_path, "k", process, 2)
+    children = workers_of(process.pid)
+    if to == "all":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        if to == "a worker first":
+            os.kill(children[-1], signal.SIGTERM)
+            time.sleep(0.1)
+        process.terminate()
+    message = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 143, message
+    assert gone(children)
+    assert message.strip().splitlines() == [
+        "megalite: stopped; what is done is in k.partial, and the same command with --resume goes "
+        "on"
+    ], "no word of Python's, as of semaphores that leaked"
+    preprocess(tmp_path, *flags, "--resume")
+    assert outputs(tmp_path, "k")["bin"] == outputs(long_corpus, "one")["bin"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_a_chunk_is_handed_over(number: signal.Signals) -> None:
+    """A process that was just started would not be known to the pool yet. Another thread may be
+    the one that gets the signal."""
+    before = signal.getsignal(signal.SIGTERM)
+    terminate_as_interrupt()
+    handed_over = []
+
+    def hand_over() -> None:
+        with _interrupt_held_back():
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            handed_over.append(True)
+
+    release = threading.Event()
+    other = threading.Thread(target=release.wait)
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            hand_over()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        release.set()
+        other.join()
+    assert handed_over
+
+
+def test_a_worker_that_is_killed_ends_the_run(corpus: Path, tmp_path: Path) -> None:
+    flags = ["--input", corpus / "a.jsonl", "--output-prefix", "k", "--append-eod"]
+    process = start(tmp_path, *flags, "--workers", 2)
+    wait_for_progress(tmp_path, "k", process, 1)
+    children = workers_of(process.pid)
+    workers = [
+        pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(workers[0], signal.SIGKILL)
+    message = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 2, message
+    assert "a worker was killed" in message
+    assert "--resume" in message
+    assert gone(children), "the other worker too"
     preprocess(tmp_path, *flags, "--resume")
     assert outputs(tmp_path, "k")["bin"] == outputs(corpus, "one")["bin"]
 
@@ -359,7 +456,10 @@ def test_a_gzip_cut_short_is_named(tmp_path: Path) -> None:
 def test_inputs_without_a_document(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     message = refused(tmp_path, "preprocess_data.py", "--input", "a.jsonl", "--output-prefix", "o")
-    assert "the inputs hold no document" in message
+    assert message.startswith("megalite: the inputs hold no document")
+    assert ("1 record was left out:\n  a.jsonl: line 1 is not JSON" in message) == bool(
+        content.strip()
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
@@ -436,6 +536,86 @@ def test_a_full_disk_leaves_what_was_there(corpus: Path, tmp_path: Path) -> None
     assert done.stderr.startswith("megalite: o.partial: File too large; what was unfinished is")
     assert len(done.stderr.strip().splitlines()) == 1
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# Memory
+
+WORKER_MB = 600
+"""What a worker may need, with documents of --max-document-mb's default."""
+
+
+def worker_peak_mb(folder: Path, *argv: object) -> float:
+    """Largest resident memory of a worker of a whole run."""
+    (folder / "peak.py").write_text(f"""
+import resource, runpy, sys
+if __name__ == "__main__":
+    try:
+        runpy.run_path({str(TOOL)!r}, run_name="__main__")
+    except SystemExit as done:
+        assert not done.code
+    print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+""")
+    done = subprocess.run(
+        [sys.executable, "peak.py", *map(str, argv), "--workers", "1"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "left out" not in done.stdout
+    return int(done.stdout.split()[-1]) * 1024 / 1e6
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
+    """Flags of tokenizers by their library."""
+    vocabularies = pytest.importorskip("vocabularies")
+    folder = tmp_path_factory.mktemp("models")
+    vocabularies.write_sentencepiece(folder / "bpe.model")
+    vocabularies.write_ranks(folder / "ranks.tiktoken")
+    return {
+        "sentencepiece": ["Llama2Tokenizer", "--tokenizer-model", folder / "bpe.model"],
+        "tiktoken": ["TikTokenizer", "--tokenizer-model", folder / "ranks.tiktoken",
+                     "--tiktoken-pattern", "o200k_base"],
+    }  # fmt: skip
+
+
+LONGEST = {
+    "words": lambda draw, size: " ".join(
+        draw.choices(["an", "example", "of", "text"], k=size // 5)
+    ),
+    "one letter": lambda draw, size: "a" * size,
+    "one word": lambda draw, size: "".join(draw.choices("acgt", k=size)),
+}
+
+
+@pytest.mark.parametrize(
+    ("library", "kind", "megabytes"),
+    [
+        ("sentencepiece", "one letter", 8),
+        ("tiktoken", "words", 8),
+        ("tiktoken", "one word", 1),
+        *(
+            pytest.param(library, kind, 8, marks=pytest.mark.full)
+            for library, kind in [("sentencepiece", "words"), ("sentencepiece", "one word"),
+                                  ("tiktoken", "one letter"), ("tiktoken", "one word")]
+        ),
+    ],
+)  # fmt: skip
+def test_the_longest_document_and_many_small_ones_fit_into_a_workers_memory(
+    tmp_path: Path, models: dict[str, list[object]], library: str, kind: str, megabytes: int
+) -> None:
+    size = (megabytes << 20) - 100
+    text = LONGEST[kind](random.Random(5), size)[:size]
+    small = "".join(f'{{"text": "{i}"}}\n' for i in range(150_000))
+    (tmp_path / "a.jsonl").write_text(small + json.dumps({"text": text}) + "\n" + small)
+    peak = worker_peak_mb(
+        tmp_path, "--input", "a.jsonl", "--output-prefix", "o", "--max-document-mb", megabytes,
+        "--tokenizer-type", *models[library],
+    )  # fmt: skip
+    # Of a small document the process itself and the small ones take the most.
+    assert 40 < peak < (WORKER_MB if megabytes == 8 else 180), peak
 
 
 # The other tools

@@ -154,7 +154,21 @@ def test_a_folder_that_is_no_run(
 
 def test_data_that_is_gone_is_named(tmp_path: Path) -> None:
     config = data_config(tmp_path, tmp_path / "gone.txt")
-    with pytest.raises(ConfigError, match="there is no file"):
+    with pytest.raises(ConfigError, match="there is no file") as error:
+        ledger(config, 1, None)
+    assert len(error.value.violations) == 1
+
+
+def test_data_of_another_folder_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path / "a", 1)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = data_config(tmp_path, "a")
+    assert ledger(config, 1, None)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="go where the run was started"):
         ledger(config, 1, None)
 
 

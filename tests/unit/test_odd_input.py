@@ -125,6 +125,12 @@ def test_a_container_s_quota(tmp_path: Path, text: str, cores: int) -> None:
     assert _quota(file) > 10**6 and _quota(tmp_path / "none") > 10**6
 
 
+def test_a_small_batch_is_told_with_single_spaces(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--micro-batch-size", "2", "--global-batch-size", "4", "--seq-length", "32"]
+    assert pretrain.main(["--dry-run", "--device", "cpu", *words]) == 0
+    assert "on 1 data rank; 128 tokens\n" in capsys.readouterr().out
+
+
 def test_nohup_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     ignored = {signal.SIGHUP}
     monkeypatch.setattr(

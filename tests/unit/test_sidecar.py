@@ -186,7 +186,7 @@ def test_a_run_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         prepare_corpus(named, ByteTokenizer())
     assert caught.value.violations == [
-        f"--data {prefix} was tokenized with Llama2Tokenizer (sp-1), but the tokenizer given is "
+        f"--data {prefix} was tokenized with Llama2Tokenizer (sp-1), but the tokenizer here is "
         "byte-257: give that one with --tokenizer-type and --tokenizer-model"
     ]
     corpus = prepare_corpus(DataConfig(data=(str(prefix),)), ByteTokenizer())

@@ -32,10 +32,15 @@ from megalite.data.splits import open_samples
 from megalite.errors import DataError
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.machine import Machine
+from megalite.preprocessing.run import prepare as preprocess
+from megalite.preprocessing.settings import Settings
 from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.bpe import rank_tokenizer
+from megalite.tokenizer.byte import ByteTokenizer
 from megalite.tokenizer.choose import open_tokenizer
+from megalite.tokenizer.null import NullTokenizer
 from megalite.tokenizer.sentencepiece import SentencePieceTokenizer
+from megalite.tokenizer.settings import TokenizerSettings
 from megalite.verification.shrink import shrink
 
 
@@ -138,6 +143,129 @@ def test_a_huge_text_is_tokenized_in_parts(
     tokens = [token for sequence in sequences for token in sequence]
     assert tokenizer.decode(tokens[:-1]) == content
     assert tokens[-1] == tokenizer.eod and tokens.count(tokenizer.eod) == 1
+
+
+# Texts that are no token ids
+
+NUMBERS = NullTokenizer(100)
+
+
+def refused(path: Path, cache: Path) -> list[str]:
+    with pytest.raises(DataError) as caught:
+        prepare(path, cache, NUMBERS)
+    assert {each.suffix for each in cache.iterdir()} == {".lock"}, "no half of a corpus stays"
+    return caught.value.violations
+
+
+def test_records_of_token_ids(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "5 6 7"}\n{"text": ""}\n{"text": "8"}\n')
+    assert documents(prepare(path, tmp_path / "cache", NUMBERS)) == [[[5, 6, 7, 99]], [], [[8, 99]]]
+
+
+def test_a_record_that_is_no_token_ids_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "5"}\n\n{"text": "6 100"}\nno\n{"text": "7"}\n')
+    assert refused(path, tmp_path / "cache") == [
+        f"{path}: line 3 has no tokens: NullTokenizer: '100' is no token id from 0 to 99",
+        f"{path}: line 4 is not JSON: Expecting value: line 1 column 1 (char 0); "
+        "tools/preprocess_data.py leaves out what cannot be used",
+    ]
+
+
+def test_a_row_that_is_no_token_ids_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["1", "two"]}), path)
+    (found,) = refused(path, tmp_path / "cache")
+    assert found.startswith(f"{path}: row 2 has no tokens: NullTokenizer: 'two' is no token id")
+
+
+def test_what_a_tokenizer_puts_around_a_text_is_around_all_of_it(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not around each part: <s> before the first, here with a </s> behind the last."""
+    monkeypatch.setattr(texts_module, "PART_BYTES", 1000)
+    (tmp_path / "b.txt").write_text(vocabularies.MIXED * 200, encoding="utf-8")
+    bos, plain = (SentencePieceTokenizer(f"{files}/x.model", bos=bos) for bos in (True, False))
+    begin, end = bos.special["<s>"], bos.eod
+
+    def tokens(name: str, tokenizer: Tokenizer) -> list[int]:
+        (sequences,) = documents(prepare(tmp_path / "b.txt", tmp_path / name, tokenizer))
+        return [token for row in sequences for token in row]
+
+    expected = tokens("plain", plain)
+    assert tokens("bos", bos) == [begin, *expected]
+    encode, encode_batch = bos.encode, bos.encode_batch
+    monkeypatch.setattr(bos, "encode", lambda text: [*encode(text), end])
+    monkeypatch.setattr(
+        bos, "encode_batch", lambda texts: [np.append(each, end) for each in encode_batch(texts)]
+    )
+    assert tokens("both", bos) == [begin, *expected, end]
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), NullTokenizer(100)])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As preprocessing sees it; inside of a text it is a character."""
+    text = b"1 2\n3" if isinstance(tokenizer, NullTokenizer) else b"a\n\xef\xbb\xbfb"
+    for name, content in (("a.txt", text), ("b.txt", b"\xef\xbb\xbf" + text)):
+        (tmp_path / name).write_bytes(content)
+    plain, marked = (
+        prepare(tmp_path / name, tmp_path / f"cache-{name}", tokenizer)
+        for name in ("a.txt", "b.txt")
+    )
+    assert documents(plain) == documents(marked)
+    assert plain.text_bytes == marked.text_bytes == len(text)
+
+
+@pytest.mark.parametrize("part_bytes", [1, 40, 1 << 20])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_that_is_no_token_ids_is_named(
+    tmp_path: Path, part_bytes: int, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the text is cut into parts."""
+    monkeypatch.setattr(texts_module, "PART_BYTES", part_bytes)
+    path = tmp_path / "a.txt"
+    lines = ["1 2 3 4", "", *["6"] * 30, "7 eight 9", "10"]
+    path.write_bytes(end.join(lines).encode())
+    (found,) = refused(path, tmp_path / "cache")
+    assert found == (
+        f"{path}: line 33 has no tokens: NullTokenizer: 'eight' is no token id from 0 to 99; "
+        "tools/preprocess_data.py --text-documents line leaves out such lines"
+    )
+
+
+@pytest.mark.parametrize("part_bytes", [1, 2, 1000])
+def test_no_number_of_a_long_line_is_cut(
+    tmp_path: Path, part_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts_module, "PART_BYTES", part_bytes)
+    numbers = [n % 99 for n in range(5000)]
+    (tmp_path / "a.txt").write_text(" ".join(map(str, numbers)))
+    (sequences,) = documents(prepare(tmp_path / "a.txt", tmp_path, NUMBERS))
+    assert [token for row in sequences for token in row] == [*numbers, 99]
+
+
+def test_preprocessing_names_the_same_records(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "1"}\n' * 3 + '{"text": "x"}\n' * 7)
+    (found,) = refused(path, tmp_path / "cache")
+    first, *shown, more = found.splitlines()
+    assert f"{path}: at least 7 records cannot be used; tools/preprocess_data.py leaves" in first
+    assert more.strip() == "..."
+    numbers = TokenizerSettings(tokenizer_type="NullTokenizer")
+    job = preprocess(Settings((str(path),), f"{tmp_path}/o", tokenizer=numbers, vocab_size=100))
+    report = job.run(lambda progress: None)
+    assert [each.strip() for each in shown] == list(report.examples)
+    assert report.left_out == 7
+
+
+def test_the_built_in_corpus_is_no_token_ids(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="give texts of token ids with --data") as caught:
+        prepare_corpus(DataConfig(data_cache_path=str(tmp_path)), NUMBERS)
+    assert ".py: line 1 has no tokens: NullTokenizer: " in str(caught.value)
 
 
 def test_bytes_that_are_no_text_become_replacement_characters(files: Path, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,11 @@ from megalite.tokenizer.bpe import BytePairTokenizer, gpt2_tokenizer, rank_token
 from megalite.tokenizer.byte import ByteTokenizer
 from megalite.tokenizer.choose import open_tokenizer
 from megalite.tokenizer.merges import Merges, merges_of_pairs, merges_of_ranks
-from megalite.tokenizer.patterns import STYLES
+from megalite.tokenizer.patterns import STYLES, for_ascii
 from megalite.tokenizer.settings import PATTERNS, TYPES, TokenizerSettings
 
-EXAMPLES, ALL_EXAMPLES = 300, 20_000  # of hypothesis, for each pattern and library
-STRINGS = 100_000  # drawn at random, for each pattern
+EXAMPLES, ALL_EXAMPLES = 300, 20_000  # of hypothesis, for each library
+STRINGS = 100_000  # for each of tiktoken's patterns, of hypothesis and once more of `random`
 
 # Random text
 
@@ -159,36 +160,40 @@ def of_ranks(folder: Path, style: str, engine: bpe_module.Engine) -> BytePairTok
     return rank_tokenizer(str(folder / "ranks.tiktoken"), style, 50, engine=engine)
 
 
-def check_ranks(folder: Path, style: str, count: int) -> None:
-    theirs = reference(style)
-    ours = of_ranks(folder, style, "regex")
-    through_it = of_ranks(folder, style, "tiktoken")
-    names = st.sampled_from([*theirs.special_tokens_set, "<|", "|>", "<"])
+def check_ranks(folder: Path, styles: Sequence[str], count: int) -> None:
+    """Every text with every style."""
+    rivals = [
+        (reference(style), of_ranks(folder, style, "regex"), of_ranks(folder, style, "tiktoken"))
+        for style in styles
+    ]
+    specials = {name for theirs, _, _ in rivals for name in theirs.special_tokens_set}
+    names = st.sampled_from([*sorted(specials), "<|", "|>", "<"])
 
     @examples(count)
     @given(texts(), st.lists(st.tuples(names, texts()), max_size=2))
     def check(text: str, more: list[tuple[str, str]]) -> None:
         text += "".join(name + rest for name, rest in more)
-        tokens = theirs.encode(text, disallowed_special=())
-        assert ours.encode(text) == through_it.encode(text) == tokens
-        assert ours.decode(tokens) == text
-        with_special = theirs.encode(text, allowed_special="all")
-        assert ours.encode(text, allow_special=True) == with_special
-        assert through_it.encode(text, allow_special=True) == with_special
-        assert ours.decode(with_special) == text
+        for theirs, ours, through_it in rivals:
+            tokens = theirs.encode(text, disallowed_special=())
+            assert ours.encode(text) == through_it.encode(text) == tokens
+            assert ours.decode(tokens) == text
+            with_special = theirs.encode(text, allowed_special="all")
+            assert ours.encode(text, allow_special=True) == with_special
+            assert through_it.encode(text, allow_special=True) == with_special
+            assert ours.decode(with_special) == text
 
     check()
 
 
 @pytest.mark.parametrize("style", PATTERNS)
 def test_tokens_are_those_of_tiktoken(folder: Path, style: str) -> None:
-    check_ranks(folder, style, EXAMPLES)
+    check_ranks(folder, [style], EXAMPLES)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("style", PATTERNS)
-def test_tokens_are_those_of_tiktoken_on_many_texts(folder: Path, style: str) -> None:
-    check_ranks(folder, style, ALL_EXAMPLES)
+def test_tokens_are_those_of_tiktoken_on_many_texts(folder: Path) -> None:
+    """Of all patterns, on the same texts: drawing them takes the most time."""
+    check_ranks(folder, PATTERNS, STRINGS)
 
 
 @pytest.mark.full
@@ -204,9 +209,23 @@ def test_tokens_of_random_strings(folder: Path, style: str) -> None:
     for _ in range(STRINGS):
         pools = rng.choices((characters, words, FRAGMENTS), k=rng.randrange(12))
         text = "".join(map(rng.choice, pools)).translate(disagreeing())
-        tokens = theirs.encode_ordinary(text)
-        assert ours.encode(text) == tokens
-        assert ours.decode(tokens) == text
+        for each in (text, text.encode("ascii", "ignore").decode()):
+            tokens = theirs.encode_ordinary(each)
+            assert ours.encode(each) == tokens
+            assert ours.decode(tokens) == each
+
+
+@pytest.mark.parametrize("style", PATTERNS)
+def test_ascii_is_split_as_the_pattern_says(style: str) -> None:
+    """All strings of two characters, of three that patterns tell apart, and longer ones."""
+    rng = random.Random(8)
+    every, told_apart = map(chr, range(128)), "aAsStlLe' \t\n\r\x0b\x1c\x1f\0\x7f19/!_"
+    strings = [*product(every, repeat=2), *product(told_apart, repeat=3)]
+    strings += [rng.choices(told_apart, k=rng.randrange(4, 20)) for _ in range(10_000)]
+    pattern = STYLES[style].pattern
+    expected, found = regex.compile(pattern).findall, re.compile(for_ascii(pattern)).findall
+    for text in map("".join, strings):
+        assert found(text) == expected(text), repr(text)
 
 
 @pytest.mark.parametrize("style", PATTERNS)
@@ -467,10 +486,11 @@ def test_a_long_text_is_split_where_its_tokens_are(
     theirs = reference(style)
     rng = random.Random(4)
     monkeypatch.setattr(bpe_module, "_CHUNK_CHARACTERS", 7)
+    monkeypatch.setattr(bpe_module, "_PART_CHARACTERS", 2)
     count = 0
     for _ in range(200):
         text = "".join(rng.choice(FRAGMENTS) for _ in range(30)).translate(disagreeing())
-        parts = list(split_points(text))
+        parts = list(split_points(text, 7))
         count += len(parts)
         assert "".join(parts) == text
         assert ours.encode(text) == theirs.encode_ordinary(text)
@@ -645,6 +665,16 @@ def test_every_tokenizer_keeps_the_interface(folder: Path) -> None:
         before = tokenizer.encode("")
         assert tokenizer.eod not in tokenizer.encode("<|endoftext|></s>" if here is texts_ else "5")
         assert tokenizer.encode(here[1])[: len(before)] == before
+
+
+@pytest.mark.parametrize("style", PATTERNS)
+def test_a_batch_of_long_texts_is_encoded_as_each_alone(folder: Path, style: str) -> None:
+    """Texts that are cut at spaces, one that cannot be, with surrogates in them."""
+    tokenizer = of_ranks(folder, style, "tiktoken")
+    mixed = f"{vocabularies.MIXED} </s> <|endoftext|> "
+    texts_ = [mixed * (200_000 // len(mixed)), "ab" * 50_001, f"\ud83d {mixed}" * 1000]
+    batch = tokenizer.encode_batch(texts_)
+    assert [row.tolist() for row in batch] == [tokenizer.encode(text) for text in texts_]
 
 
 def test_fingerprints_name_the_mapping(folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from megalite.data.sidecar import Sidecar, SourceFile, sidecar_path
 from megalite.errors import ConfigError, DataError
 from megalite.preprocessing.inspection import open_dataset, verify
 from megalite.preprocessing.journal import Journal
-from megalite.preprocessing.run import prepare
+from megalite.preprocessing.run import Progress, prepare
 from megalite.preprocessing.settings import Settings
 from megalite.reading.inputs import dataset_prefix, find_inputs
 
@@ -120,6 +120,28 @@ def test_no_tokens_have_no_range() -> None:
     assert "token ids: none" in shown
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("parts", "is a folder; datasets in parts: parts/p2, parts/p10"),
+        ("x", "there is neither x.bin nor x.idx; datasets in .: d"),
+        ("parts/x", "there is neither parts/x.bin nor parts/x.idx; datasets in parts: "
+                    "parts/p2, parts/p10"),
+        ("no/x", "there is neither no/x.bin nor no/x.idx, nor a folder no"),
+        ("many/x.bin", "there is neither many/x.bin nor many/x.idx; datasets in many: "
+                       "many/0, many/1, many/2, many/3, many/4, ..."),
+        ("none", "is a folder; datasets in none: none"),
+    ],
+)  # fmt: skip
+def test_what_is_no_dataset_says_which_there_are(given: str, why: str) -> None:
+    for folder, stems in {"parts": ["p10", "p2"], "many": map(str, range(6)), "none": ()}.items():
+        Path(folder).mkdir()
+        for stem in stems:
+            Path(f"{folder}/{stem}.idx").touch()
+    prefix = given.removesuffix(".bin")
+    assert refused("inspect_dataset", f"--input {given}") == [f"--input {prefix}: {why}"]
+
+
 @pytest.mark.parametrize("name", ["d", "d.bin", "d.idx", "d.json"])
 def test_any_file_of_a_dataset_names_it(name: str) -> None:
     assert dataset_prefix(Path(name)) == open_dataset(Path(name)).prefix == Path("d")
@@ -139,12 +161,42 @@ def test_what_was_written_is_no_input() -> None:
     ]
 
 
+@pytest.mark.parametrize("key", ["a/b", "../x", "", "a\0b"])
+def test_a_key_that_is_no_name(key: str) -> None:
+    words = ["--input", "a.jsonl", "--output-prefix", "o", "--json-keys", "text", key]
+    with pytest.raises(ConfigError) as error:
+        load_tool("preprocess_data").main(words)
+    why = f"{key!r} cannot be part of a file's name" if key else "needs a value"
+    assert len(error.value.violations) == 1
+    assert error.value.violations[0].endswith(why)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_number_of_partitions(count: int) -> None:
+    assert refused("preprocess_data", f"{PREPROCESS[1]} --partitions {count}") == [
+        f"--partitions {count}: a number of parts is 1 or more"
+    ]
+
+
 @pytest.mark.parametrize(
     ("tool", "flags", "why"),
     [
         ("preprocess_data", f"--input a.jsonl --output-prefix {LONG}", "is too long, 255 is"),
         ("preprocess_data", f"--input a.jsonl --output-prefix {LONG}/x", "there is no folder"),
         ("preprocess_data", "--input a.jsonl --output-prefix p", "p_text_document.bin is a folder"),
+        (
+            "preprocess_data",
+            "--input a.jsonl --output-prefix p/",
+            "a file's name is missing, as in p/corpus",
+        ),
+        (
+            "merge_datasets",
+            "--input m --output-prefix p/",
+            "a file's name is missing, as in p/corpus",
+        ),
+        ("merge_datasets", "--input m --output-prefix no/x", "there is no folder no"),
+        ("merge_datasets", f"--input m --output-prefix {LONG}", "is too long, 255 is"),
+        ("merge_datasets", "--input m --output-prefix p_text_document", ".bin is a folder"),
         ("train_tokenizer", f"--input a.txt --output {LONG}.model", "is too long, 255 is"),
         ("train_tokenizer", f"--input a.txt --output {LONG}/x.model", "there is no such folder"),
         ("train_tokenizer", "--input a.txt --output y.model", "y.model is a folder"),
@@ -153,6 +205,9 @@ def test_what_was_written_is_no_input() -> None:
 def test_an_output_that_cannot_be_written(tool: str, flags: str, why: str) -> None:
     Path("p_text_document.bin").mkdir()
     Path("y.model").mkdir()
+    Path("m").mkdir()
+    for suffix in ("bin", "idx", "json"):
+        os.link(f"d.{suffix}", f"m/d.{suffix}")
     (problem,) = refused(tool, flags)
     assert why in problem
 
@@ -183,3 +238,30 @@ def test_a_journal_that_is_too_deep() -> None:
     Path("o.partial/journal").write_text("[" * 100_000)
     with pytest.raises(DataError, match="journal is damaged"):
         Journal("o", resume=True).read({})
+
+
+@pytest.mark.parametrize("name", ["text.bin", "text.lengths", "text.documents"])
+@pytest.mark.parametrize("change", ["gone", "shorter", "another"])
+def test_what_was_written_has_changed(name: str, change: str) -> None:
+    """The remedy is told, and the folder stays."""
+    job = prepare(Settings(("a.jsonl",), "o", workers=1))
+
+    def stop(progress: Progress) -> None:
+        if progress.documents:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(stop)
+    path = Path("o.partial", name)
+    if change == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] + b"\x07" * (change == "another"))
+    before = sorted(os.listdir("o.partial"))
+    with pytest.raises(DataError) as error:
+        prepare(Settings(("a.jsonl",), "o", workers=1, resume=True)).run(lambda progress: None)
+    (why,) = error.value.violations
+    assert why.endswith(": remove o.partial and start anew, without --resume")
+    told = {"gone": f"{path} is missing", "shorter": f"{path}: ", "another": "not what was written"}
+    assert told[change] in why
+    assert sorted(os.listdir("o.partial")) == before
