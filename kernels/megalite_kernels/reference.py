@@ -16,16 +16,56 @@ from torch import Tensor
 from torch.autograd import Function
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, casting: str = "fp32") -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim.
 
     Args:
         x: [..., H].
         weight: [H].
+        eps: added to the mean square.
+        casting: where rounding happens. "fp32": once, at the end. "llama": the normalised x is
+            rounded to x's dtype before the weight multiplies it, as in LLaMA's and Hugging Face's
+            code. "gemma": the weight is an offset from 1, and rounding happens once, at the end.
+
+    Returns:
+        Shape and dtype of `x`.
 
     Source: Zhang and Sennrich, "Root mean square layer normalization", arXiv:1910.07467.
     """
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return _rms_norm_to(x.dtype, x, weight, eps, casting)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, casting: str = "fp32"
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(new_residual), new_residual), where new_residual = x + residual.
+
+    The sum is taken in fp32 at least and rounded to the residual's dtype; the norm is of the
+    rounded sum.
+
+    Args:
+        x: [..., H].
+        residual: shape of `x`, any dtype (fp32 beside a bf16 `x` keeps a long sum precise).
+        weight, eps, casting: as in `rms_norm`.
+
+    Returns:
+        Shape of `x`; the first of x's dtype, the second of the residual's.
+    """
+    new_residual = (x + residual).to(residual.dtype)
+    return _rms_norm_to(x.dtype, new_residual, weight, eps, casting), new_residual
+
+
+def _rms_norm_to(dtype: torch.dtype, x: Tensor, weight: Tensor, eps: float, casting: str) -> Tensor:
+    if casting == "fp32" and dtype == x.dtype == weight.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)  # one kernel where torch has one
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    if casting == "fp32":
+        return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(dtype)
+    if casting == "gemma":
+        return F.rms_norm(x.to(wide), weight.shape, 1 + weight.to(wide), eps).to(dtype)
+    if casting == "llama":
+        return (F.rms_norm(x.to(wide), weight.shape, None, eps).to(dtype) * weight).to(dtype)
+    raise ValueError(f"rms_norm: {casting!r} is not a casting; choose fp32, llama or gemma")
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
