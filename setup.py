@@ -31,6 +31,7 @@ setup(
         "megalite.tokenizer",
         "megalite.verification",
         "megalite_kernels",
+        "megalite_kernels.fused",
     ],
     package_dir={"megalite": "megalite", "megalite_kernels": "kernels/megalite_kernels"},
     # No upper caps, and never `apex`: the package of that name on PyPI is a stranger's.

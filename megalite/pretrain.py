@@ -196,7 +196,8 @@ def _open_run(
     import json
 
     from megalite.layers.sdpa import attention_back_end
-    from megalite_kernels import BACK_ENDS
+    from megalite.trainer import DTYPES
+    from megalite_kernels import back_ends
 
     (folder / "config.json").write_text(json.dumps(config.to_saved(), indent=2), encoding="utf-8")
     print(
@@ -204,7 +205,10 @@ def _open_run(
             config,
             version=megalite.__version__,
             device=device_line,
-            back_ends={"attention": attention_back_end(config, device), **BACK_ENDS},
+            back_ends={
+                "attention": attention_back_end(config, device),
+                **back_ends(device, DTYPES[config.train.precision]),
+            },
             data=data,
             folder=str(folder),
             notes=told,

@@ -116,8 +116,7 @@ class Trainer:
             flat.zero_gradients()
 
         def head(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
-            losses = self._token_losses(logits, micro_batch)
-            return losses.sum() * scale.to(losses.dtype)
+            return self._weighted_loss(logits, micro_batch, scale)
 
         program = self._program(len(batch.micro_batches))
         losses = self.executor.run(program, batch.micro_batches, head)
@@ -226,6 +225,16 @@ class Trainer:
         self._activity.begin("saving weights", allowance_s=size / SLOWEST_DISK_BYTES_PER_S)
         save_weights(folder, self.stages.values(), self.groups)
         self.groups.wait_for_all(self.device)
+
+    def _weighted_loss(self, logits: Tensor, micro_batch: MicroBatch, scale: Tensor) -> Tensor:
+        """A micro-batch's part of the step's mean loss, []; takes the logits over."""
+        assert self._last_stage is not None, "only the last stage has logits"
+        weights = self._token_weights(micro_batch, scale)
+        return self._last_stage.weighted_loss(logits, micro_batch.labels, weights)
+
+    def _token_weights(self, micro_batch: MicroBatch, scale: Tensor) -> Tensor:
+        """What each token's loss counts in the step's mean, [B, S]."""
+        return micro_batch.mask * scale
 
     def _token_losses(self, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
         """Losses of the tokens that count; zero for the others. [S, B]."""

@@ -16,7 +16,7 @@ from megalite.config import Config, resolve, resolve_device
 from megalite.diagnosis.row import ABSENT, OK, SLOWER, WARNING, Row
 from megalite.layers.sdpa import attention_back_end, fastest_attention
 from megalite.presets import PRESETS
-from megalite_kernels import BACK_ENDS
+from megalite_kernels import OPERATIONS, BackendError, back_ends
 
 APEX_SOURCE = (
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation "
@@ -29,7 +29,7 @@ def packages() -> list[Row]:
     return [
         Row("megalite", OK, f"{megalite.__version__}, {Path(megalite.__file__).parent}"),
         _triton(),
-        *(_operation(name, back_end) for name, back_end in BACK_ENDS.items()),
+        *_operations(),
         _attention(),
         _apex(),
         _flash_attention(),
@@ -60,10 +60,22 @@ def _triton() -> Row:
     return Row("triton", OK, version)
 
 
-def _operation(name: str, back_end: str) -> Row:
-    if back_end == "torch":
-        return Row(name, SLOWER, "torch", "this version of megalite has no Triton kernel for it")
-    return Row(name, OK, back_end)
+def _operations() -> list[Row]:
+    """What serves the operations between the matrix products on this machine's devices."""
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if has_gpu else "cpu")
+    try:
+        served = back_ends(device, torch.bfloat16)
+    except BackendError as error:
+        return [Row("kernels", WARNING, "none can run on the GPU", "", str(error))]
+    except ValueError as error:
+        return [Row("kernels", WARNING, str(error))]
+    names = ", ".join(OPERATIONS)
+    if "torch" in served.values() and has_gpu:
+        why = "MEGALITE_KERNELS=torch: several passes over memory for each"
+        return [Row("kernels", SLOWER, f"torch: {names}", why, "unset MEGALITE_KERNELS")]
+    back_end = served[OPERATIONS[0]]
+    return [Row("kernels", OK, f"{back_end}: {names}")]
 
 
 def _attention() -> Row:

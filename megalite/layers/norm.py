@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megalite.layers.shard import Piece, Shard
 from megalite.parallel.tensor import TensorGroup
-from megalite_kernels import rms_norm
+from megalite_kernels import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -52,3 +52,14 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class AddRMSNorm(RMSNorm):
+    """RMSNorm of a sum that is needed too: of a block's output and the residual stream.
+
+    The sum is rounded once and read once.
+    """
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """[..., H] twice -> (norm of their sum, their sum), each [..., H]."""
+        return add_rms_norm(x, residual, self.weight, self.eps)

@@ -23,12 +23,15 @@ from torch.utils.checkpoint import checkpoint
 from megalite.config import Config
 from megalite.layers.attention import Attention
 from megalite.layers.batch import Documents, DropoutPlace
-from megalite.layers.cross_entropy import vocab_parallel_cross_entropy
+from megalite.layers.cross_entropy import (
+    vocab_parallel_cross_entropy,
+    vocab_parallel_loss_with_grad,
+)
 from megalite.layers.dropout import hidden_dropout
 from megalite.layers.embedding import VocabParallelEmbedding
 from megalite.layers.linear import ColumnParallelLinear, Output
 from megalite.layers.mlp import MLP
-from megalite.layers.norm import RMSNorm
+from megalite.layers.norm import AddRMSNorm, RMSNorm
 from megalite.layers.rope import rope_tables
 from megalite.models.stage import StageSpec
 from megalite.parallel.tensor import TensorGroup
@@ -68,7 +71,7 @@ class DecoderLayer(nn.Module):
         )
         selective = config.train.recompute == "selective"
         self.attention = Attention(model, layer, recompute_core=selective, **where)
-        self.mlp_norm = RMSNorm(
+        self.mlp_norm = AddRMSNorm(
             model.hidden_size,
             model.norm_epsilon,
             name=f"{prefix}.post_attention_layernorm.weight",
@@ -86,8 +89,8 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """Hidden states through the layer; the other arguments are those of `Attention`."""
         mixed = self.attention(self.attention_norm(x), cos, sin, place, documents)
-        x = x + self._drop(mixed, place, "o")
-        return x + self._drop(self.mlp(self.mlp_norm(x)), place, "down")
+        normed, x = self.mlp_norm(self._drop(mixed, place, "o"), x)
+        return x + self._drop(self.mlp(normed), place, "down")
 
     def _drop(self, x: Tensor, place: DropoutPlace | None, block: str) -> Tensor:
         first = self.tp.first_position(x.shape[0])
@@ -218,3 +221,23 @@ class LlamaStage(nn.Module):
         """
         vocab_size = self.config.model.vocab_size
         return vocab_parallel_cross_entropy(logits, labels.t(), vocab_size, self.tp)
+
+    def weighted_loss(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Sum of each label's negative log likelihood times its weight.
+
+        The weights are known before the loss, so the gradient is made with it, in the logits'
+        place: this function takes them over, and the gradient of its result has to be 1.
+
+        Args:
+            logits: [S, B, V/tp].
+            labels: int64 [B, S].
+            weights: [B, S].
+
+        Returns:
+            [], at least fp32, equal on all tensor ranks.
+        """
+        vocab_size = self.config.model.vocab_size
+        total, _ = vocab_parallel_loss_with_grad(
+            logits, labels.t(), weights.t(), vocab_size, self.tp
+        )
+        return total

@@ -74,6 +74,13 @@ def watch_stage(stage: LlamaStage, seen: Seen) -> list[torch.utils.hooks.Removab
     def into(module: nn.Module, site: str) -> None:
         handles.append(module.register_forward_pre_hook(lambda _m, xs: seen(site, xs[0])))
 
+    def out_of_sum(module: nn.Module, site: str) -> None:
+        def both(_module: nn.Module, _inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
+            seen(f"{site}.middle", outputs[1])
+            seen(f"{site}.mlp_norm", outputs[0])
+
+        handles.append(module.register_forward_hook(both))
+
     if stage.spec.has_embedding:
         out(stage.embedding, "embedding")
     for index, layer in enumerate(stage.layers, start=stage.spec.first_layer):
@@ -84,8 +91,7 @@ def watch_stage(stage: LlamaStage, seen: Seen) -> list[torch.utils.hooks.Removab
         out(layer.attention.qkv, f"{site}.attention.qkv")
         into(layer.attention.out, f"{site}.attention.mixed")
         out(layer.attention.out, f"{site}.attention.out")
-        into(layer.mlp_norm, f"{site}.middle")
-        out(layer.mlp_norm, f"{site}.mlp_norm")
+        out_of_sum(layer.mlp_norm, site)
         out(layer.mlp.gate_up, f"{site}.mlp.gate_up")
         into(layer.mlp.down, f"{site}.mlp.activated")
         out(layer.mlp.down, f"{site}.mlp.down")

@@ -77,32 +77,21 @@ def tied_not_at_all(patch: Patch) -> None:
 def mean_of_means(patch: Patch) -> None:
     """Each micro-batch's mean counts alike."""
 
-    def broken(self: Any, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
-        losses = self._last_stage.token_losses(logits, micro_batch.labels)
-        mask = micro_batch.mask.t()
-        everywhere = self._global_tokens(self._batch)
+    def broken(self: Any, micro_batch: MicroBatch, _scale: Tensor) -> Tensor:
         count = self.config.num_micro_batches * self.groups.dp.size
-        return losses.masked_fill(~mask, 0.0) * (everywhere / (mask.sum() * count)).item()
+        return micro_batch.mask / (micro_batch.mask.sum() * count).double()
 
-    accumulate = trainer.Trainer.accumulate
-
-    def remembering(self: Any, step: int) -> Tensor:
-        self._batch = self.loader.train_batch(step)
-        return accumulate(self, step)
-
-    patch.setattr(trainer.Trainer, "accumulate", remembering)
-    # All last-stage ranks take part in the count alike, micro-batch by micro-batch.
-    patch.setattr(trainer.Trainer, "_token_losses", broken)
+    patch.setattr(trainer.Trainer, "_token_weights", broken)
 
 
 def padding_in_softmax(patch: Patch) -> None:
     """The padded columns count."""
-    right = llama.vocab_parallel_cross_entropy
+    right = llama.vocab_parallel_loss_with_grad
 
-    def broken(logits: Tensor, labels: Tensor, vocab_size: int, tp: Any) -> Tensor:
-        return right(logits, labels, logits.shape[-1] * tp.size, tp)
+    def broken(logits: Tensor, labels: Tensor, weights: Tensor, _vocab: int, tp: Any) -> Any:
+        return right(logits, labels, weights, logits.shape[-1] * tp.size, tp)
 
-    patch.setattr(llama, "vocab_parallel_cross_entropy", broken)
+    patch.setattr(llama, "vocab_parallel_loss_with_grad", broken)
 
 
 def rope_offset_on_one_rank(patch: Patch) -> None:
@@ -167,18 +156,15 @@ def documents_of_the_next_sample(patch: Patch) -> None:
 
 def accumulation_scaled(patch: Patch) -> None:
     """The loss is divided by the micro-batches once more."""
-    right = trainer.Trainer._token_losses
+    right = trainer.Trainer._weighted_loss
 
-    def broken(self: Any, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
-        losses = right(self, logits, micro_batch)
-        return _scaled_gradient(losses, 1 / self.config.num_micro_batches)
+    def broken(self: Any, logits: Tensor, micro_batch: MicroBatch, scale: Tensor) -> Tensor:
+        parts = self.config.num_micro_batches
+        loss = right(self, logits, micro_batch, scale / parts)
+        # What is reported stays right.
+        return loss + (parts - 1) * loss.detach()
 
-    patch.setattr(trainer.Trainer, "_token_losses", broken)
-
-
-def _scaled_gradient(x: Tensor, factor: float) -> Tensor:
-    """x, whose gradient is multiplied on its way back."""
-    return x.detach() + factor * (x - x.detach())
+    patch.setattr(trainer.Trainer, "_weighted_loss", broken)
 
 
 def layer_dropped(patch: Patch) -> None:
@@ -195,13 +181,14 @@ def layer_dropped(patch: Patch) -> None:
 
 def label_shift(patch: Patch) -> None:
     """The last stage has the labels of the position before."""
-    right = trainer.Trainer._token_losses
+    right = trainer.Trainer._weighted_loss
 
-    def broken(self: Any, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
+    def broken(self: Any, logits: Tensor, micro_batch: MicroBatch, scale: Tensor) -> Tensor:
         shift = 0 if self.groups.pp.is_first else 1
-        return right(self, logits, replace(micro_batch, labels=micro_batch.labels.roll(shift, 1)))
+        shifted = replace(micro_batch, labels=micro_batch.labels.roll(shift, 1))
+        return right(self, logits, shifted, scale)
 
-    patch.setattr(trainer.Trainer, "_token_losses", broken)
+    patch.setattr(trainer.Trainer, "_weighted_loss", broken)
 
 
 def padding_counts(patch: Patch) -> None:
@@ -444,8 +431,8 @@ def _lookup_alone(self: Any, tokens: Tensor) -> Tensor:
 def masked_tokens_count(patch: Patch) -> None:
     """The mask is forgotten in the sum, and in the count."""
 
-    def broken(self: Any, logits: Tensor, micro_batch: MicroBatch) -> Tensor:
-        return self._last_stage.token_losses(logits, micro_batch.labels)
+    def broken(self: Any, micro_batch: MicroBatch, scale: Tensor) -> Tensor:
+        return torch.ones_like(micro_batch.mask) * scale
 
     right = trainer.Trainer._global_tokens
 
@@ -454,7 +441,7 @@ def masked_tokens_count(patch: Patch) -> None:
         counted_tokens = torch.full_like(batch.counted_tokens, tokens)
         return right(self, replace(batch, counted_tokens=counted_tokens))
 
-    patch.setattr(trainer.Trainer, "_token_losses", broken)
+    patch.setattr(trainer.Trainer, "_token_weights", broken)
     patch.setattr(trainer.Trainer, "_global_tokens", counted)
 
 
