@@ -2,16 +2,19 @@
 
     python examples/bench_training.py                                  1 rank, tp 2, pp 2, dp 2
     python examples/bench_training.py --layouts "--tp 2" --steps 20
+    python examples/bench_training.py --layouts "" MEGALITE_KERNELS=torch   kernels and plain torch
     python examples/bench_training.py --flags "--model tiny --steps 10" --layouts "" "--dp 2"
 
 Every line is a run of `python -m megalite.pretrain` with the flags shown; the figures are medians
-over its steps after the warm-up, from its metrics.jsonl.
+over its steps after the warm-up, from its metrics.jsonl. A word NAME=VALUE of a layout is set in its
+environment.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -37,15 +40,21 @@ def main() -> None:
     print(f"device: {device_name()}\nflags: {options.flags} --steps {options.steps}")
     print(f"{'layout':<24s} {'tok/s':>9s} {'ms/step':>9s} {'spread':>7s} {'MFU %':>6s} {'GiB':>6s}")
     for layout in options.layouts:
-        flags = [*options.flags.split(), "--steps", str(options.steps), *layout.split()]
-        print(f"{layout or '1 rank':<24s} {measure(flags)}", flush=True)
+        words = layout.split()
+        settings = dict(w.split("=", 1) for w in words if "=" in w and not w.startswith("-"))
+        words = [w for w in words if w.startswith("-") or "=" not in w]
+        flags = [*options.flags.split(), "--steps", str(options.steps), *words]
+        print(f"{layout or '1 rank':<24s} {measure(flags, settings)}", flush=True)
 
 
-def measure(flags: list[str]) -> str:
+def measure(flags: list[str], settings: dict[str, str]) -> str:
     """Run once; the table's cells, or how the run failed."""
     with tempfile.TemporaryDirectory() as runs:
         command = [sys.executable, "-m", "megalite.pretrain", *flags, "--runs", runs, "--name", "b"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, **settings}
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment
+        )
         if result.returncode:
             return f"failed ({result.returncode}): {result.stderr.strip().splitlines()[-1]}"
         lines = (Path(runs) / "b" / "metrics.jsonl").read_text().splitlines()

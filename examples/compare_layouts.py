@@ -3,12 +3,15 @@
     python examples/compare_layouts.py
     python examples/compare_layouts.py --flags "--model tiny --precision bf16" --layouts "--dp 2"
     python examples/compare_layouts.py --share-gpu
+    python examples/compare_layouts.py --layouts MEGALITE_KERNELS=torch --steps 100
 
 The yardstick is the difference between two one-rank runs that compute the same mathematics but sum
 the micro-batches in opposite order: the largest over a few such pairs, because on a GPU no two runs
 are alike and one pair is a matter of luck. A layout passes if its largest relative loss difference
 to the first one-rank run is at most twice the yardstick, and if the differences have no sign: their
 mean is within two standard errors of zero, or not larger than the yardstick's own.
+
+A word NAME=VALUE of a layout is set in its environment: so the kernels are held against plain torch.
 
 With `--share-gpu` all ranks of a layout run on one GPU, each as the only rank of a machine of its
 own as far as NCCL knows, and talk over loopback: the same program, for correctness, not for speed.
@@ -58,8 +61,10 @@ def main() -> int:
     offset = max(abs(statistics.mean(pair)) for pair in pairs)
     failures = 0
     for layout in options.layouts:
-        ranks = sharing_ranks(layout) if options.share_gpu else [{}]
-        found = differences(losses([*flags, *layout.split()], ranks), reference)
+        more, settings = words_and_settings(layout)
+        ranks = sharing_ranks(more) if options.share_gpu else [{}]
+        ranks = [{**rank, **settings} for rank in ranks]
+        found = differences(losses([*flags, *more], ranks), reference)
         signless = abs(statistics.mean(found)) <= max(2 * standard_error(found), offset)
         ratio = max(map(abs, found)) / largest if largest else float("inf")
         good = signless and (ratio <= 2 or not any(found))
@@ -91,9 +96,15 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def sharing_ranks(layout: str) -> list[dict[str, str]]:
-    """What each rank finds in its environment if all ranks of the layout share one GPU."""
+def words_and_settings(layout: str) -> tuple[list[str], dict[str, str]]:
+    """The flags of a layout, and what it sets in the environment."""
     words = layout.split()
+    settings = dict(w.split("=", 1) for w in words if "=" in w and not w.startswith("-"))
+    return [w for w in words if w.startswith("-") or "=" not in w], settings
+
+
+def sharing_ranks(words: Sequence[str]) -> list[dict[str, str]]:
+    """What each rank finds in its environment if all ranks of the layout share one GPU."""
     sizes = dict(zip(words[::2], words[1::2], strict=False))
     world_size = math.prod(int(sizes.get(axis, 1)) for axis in ("--tp", "--pp", "--dp"))
     with socket.socket() as probe:

@@ -30,7 +30,7 @@ def test_table() -> None:
     lines = result.stdout.splitlines()
     assert lines[0].startswith("megalite doctor ") and lines[-1] == "all is well"
     components = {line[2:].split("  ")[0] for line in lines if line.startswith("  ")}
-    wanted = {"python", "torch", "GPUs", "gloo", "triton", "rms_norm", "rope", "swiglu"}
+    wanted = {"python", "torch", "GPUs", "gloo", "triton", "kernels"}
     wanted |= {"attention", "NVIDIA apex", "flash-attn", "tokenizers", "TensorBoard"}
     assert wanted | VERBS - {"all_reduce (maximum)"} <= components
 
