@@ -6,8 +6,8 @@
     python examples/bench_training.py --flags "--model tiny --steps 10" --layouts "" "--dp 2"
 
 Every line is a run of `python -m megalite.pretrain` with the flags shown; the figures are medians
-over its steps after the warm-up, from its metrics.jsonl. A word NAME=VALUE of a layout is set in its
-environment.
+over its steps after the warm-up, from its metrics.jsonl. A word NAME=VALUE of a layout is set in
+its environment.
 """
 
 from __future__ import annotations

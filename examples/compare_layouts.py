@@ -11,7 +11,7 @@ are alike and one pair is a matter of luck. A layout passes if its largest relat
 to the first one-rank run is at most twice the yardstick, and if the differences have no sign: their
 mean is within two standard errors of zero, or not larger than the yardstick's own.
 
-A word NAME=VALUE of a layout is set in its environment: so the kernels are held against plain torch.
+A word NAME=VALUE of a layout is set in its environment: so kernels are held against plain torch.
 
 With `--share-gpu` all ranks of a layout run on one GPU, each as the only rank of a machine of its
 own as far as NCCL knows, and talk over loopback: the same program, for correctness, not for speed.
