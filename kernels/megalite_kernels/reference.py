@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+ADAMW_BLOCK = 1 << 16
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, casting: str = "fp32") -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim.
@@ -68,69 +70,45 @@ def _rms_norm_to(dtype: torch.dtype, x: Tensor, weight: Tensor, eps: float, cast
     raise ValueError(f"rms_norm: {casting!r} is not a casting; choose fp32, llama or gemma")
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + D/2}) by the angle of their position and frequency.
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: str = "half"
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, their pairs of features turned by the angle of position and frequency.
 
-    (a, b) -> (a cos - b sin, b cos + a sin); the backward turns by the opposite angle.
-
-    Args:
-        x: [S, B, N, D], any strides.
-        cos, sin: [S, 1 or B, D/2], fp32 or fp64.
-
-    Returns:
-        Contiguous, shape and dtype of `x`.
-
-    Source: Su et al., "RoFormer", arXiv:2104.09864, with the half layout of GPT-NeoX and LLaMA.
-    """
-    return _Rope.apply(x, cos[:, :, None, :], sin[:, :, None, :])
-
-
-def softmax(
-    x: Tensor, scale: float = 1.0, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
-    """softmax(scale * x) over the last dim, of the keys that a query sees.
-
-    A row without a key, all of whose scores are -inf (by masks or by themselves), gives zeros and
-    has a gradient of zero.
+    (a, b) -> (a cos - b sin, b cos + a sin); the backward turns by the opposite angle. A pair is
+    (x_i, x_{i + R/2}) in the half layout, (x_{2i}, x_{2i+1}) in the interleaved one; the features
+    from R on stay as they are.
 
     Args:
-        x: [..., Sq, Sk] scores, of any shape if not causal.
-        scale: above 0.
-        mask: broadcastable to `x`; bool: True hides a key, as in Megatron; floating: added to
-            scale * x. It has no gradient.
-        causal: query i sees key j only if j <= i + Sk - Sq: the last query sees all keys.
+        q: [S, B, N, D], any strides.
+        k: [S, B, K, D], any strides.
+        cos, sin: [S, 1 or B, R/2], fp32 or fp64, R <= D.
+        layout: "half" (GPT-NeoX, LLaMA) or "interleaved" (GPT-J).
 
     Returns:
-        Shape and dtype of `x`.
+        Contiguous, shapes and dtypes of `q` and `k`.
+
+    Source: Su et al., "RoFormer", arXiv:2104.09864.
     """
-    check_softmax(x, scale, mask, causal)
-    scores = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
-    if mask is not None:
-        hides = mask.dtype == torch.bool
-        scores = scores.masked_fill(mask, -torch.inf) if hides else scores + mask.to(scores.dtype)
-    if causal:
-        queries, keys = x.shape[-2:]
-        above = torch.ones(queries, keys, dtype=torch.bool, device=x.device)
-        scores = scores.masked_fill(above.triu(keys - queries + 1), -torch.inf)
-    keyless = (scores == -torch.inf).all(-1, keepdim=True)
-    return scores.masked_fill(keyless, 0).softmax(-1).masked_fill(keyless, 0).to(x.dtype)
+    return _Rope.apply(q, k, cos[:, :, None, :], sin[:, :, None, :], layout)
 
 
-def check_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool) -> None:
-    """Raise ValueError unless the arguments are those that `softmax` describes."""
-    if not scale > 0:
-        raise ValueError(f"softmax: the scale must be above 0, not {scale}")
-    if x.dim() < 1 + causal:
-        raise ValueError(f"softmax: scores have {1 + causal} dimensions at least, not {x.dim()}")
-    if mask is None:
-        return
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"softmax: a mask is bool or floating, not {mask.dtype}")
-    if mask.requires_grad:
-        raise ValueError("softmax: a mask has no gradient; detach it")
-    sizes = zip(reversed(mask.shape), reversed(x.shape), strict=False)
-    if mask.dim() > x.dim() or any(m not in (1, n) for m, n in sizes):
-        raise ValueError(f"softmax: a mask {[*mask.shape]} does not broadcast to {[*x.shape]}")
+def rope_packed(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int, layout: str = "half"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rope` on the packed projection of queries, keys and values.
+
+    Args:
+        qkv: [S, B, (N + 2 K) D], queries first, then keys, then values.
+        cos, sin, layout: as in `rope`.
+        num_heads, num_kv_heads: N and K.
+
+    Returns:
+        q [S, B, N, D], k and v [S, B, K, D], views of one packed tensor: the backward of what uses
+        them keeps that one, and the gradient of `qkv` is one packed tensor too.
+    """
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    return _RopePacked.apply(qkv, cos[:, :, None, :], sin[:, :, None, :], heads, layout)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -144,23 +122,134 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     Source: Shazeer, "GLU variants improve transformer", arXiv:2002.05202.
     """
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return _Swiglu.apply(gate_up)
+
+
+def adamw_(
+    master: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: Tensor | None = None,
+    skip: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> None:
+    """One AdamW step in place, by numbers that are read where the tensors are.
+
+    g = scale * gradient; m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2;
+    w = w - lr weight_decay w - lr / c1 * m / (sqrt(v) / sqrt(c2) + eps), with c = 1 - beta^step.
+
+    Args:
+        master: w, flat, fp32 or fp64.
+        gradient: flat; its dtype may be lower.
+        exp_avg, exp_avg_sq: m and v, flat, dtype of `master`.
+        step: one element, the count of steps with this one.
+        lr, beta1, beta2, eps, weight_decay: hyper-parameters.
+        scale: one element that the gradient is multiplied by: clipping, loss scale.
+        skip: one element; unless it is 0, nothing changes.
+        copy: flat, of any dtype; gets the new w too.
+
+    Source: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101, as
+    torch.optim.AdamW computes it.
+    """
+    # Multiplied by c1, numerator and denominator of the update need no division by a tensor.
+    c1 = 1.0 - beta1 ** step.double()
+    to_root = (c1 / (1.0 - beta2 ** step.double()).sqrt()).to(master.dtype).view(())
+    to_eps = (c1 * eps).to(master.dtype).view(())
+    keeps = None if skip is None else (skip != 0).view(())
+    # 1 - lr * decay would be rounded to a number near 1, and the decay with it.
+    decay = lr * weight_decay
+    buffers = [master, gradient, exp_avg, exp_avg_sq, *([] if copy is None else [copy])]
+    # Blocks of a length that stays in the cache from the first pass over it to the last.
+    for w, g, m, v, *lower in zip(*(buffer.split(ADAMW_BLOCK) for buffer in buffers), strict=True):
+        g = g.to(w.dtype)
+        if scale is not None:
+            g = g * scale.to(w.dtype)
+        new_m = torch.lerp(m, g, 1.0 - beta1)
+        new_v = (v * beta2).addcmul_(g, g, value=1.0 - beta2)
+        denominator = new_v.sqrt().mul_(to_root).add_(to_eps)
+        new_w = w.sub(w, alpha=decay).addcdiv_(new_m, denominator, value=-lr)
+        for old, new in ((w, new_w), (m, new_m), (v, new_v)):
+            if keeps is None:
+                old.copy_(new)
+            else:
+                torch.where(keeps, old, new, out=old)
+        for low in lower:
+            low.copy_(w)
 
 
 class _Rope(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: str
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        ctx.layout = layout
+        return _turn(q, cos, sin, layout), _turn(k, cos, sin, layout)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _turn(dy, cos, -sin), None, None
+        return _turn(dq, cos, -sin, ctx.layout), _turn(dk, cos, -sin, ctx.layout), None, None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    # cos and sin are at least fp32, so the products are too; torch.cat rounds once.
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+class _RopePacked(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, ...], layout: str
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        ctx.layout = layout
+        q, k, v = qkv.unflatten(2, (sum(heads), -1)).split(heads, dim=2)
+        packed = torch.cat([_turn(q, cos, sin, layout), _turn(k, cos, sin, layout), v], dim=2)
+        return packed.split(heads, dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        turned = _turn(dq, cos, -sin, ctx.layout), _turn(dk, cos, -sin, ctx.layout)
+        return torch.cat([*turned, dv], dim=2).flatten(2), None, None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    half = cos.shape[-1]
+    turning, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if layout == "half":
+        a, b = turning.chunk(2, dim=-1)
+    else:
+        a, b = turning[..., 0::2], turning[..., 1::2]
+    # cos and sin are at least fp32, so the products are too; they are rounded once.
+    pair = (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)
+    if layout == "half":
+        return torch.cat([*pair, rest], dim=-1)
+    return torch.cat([torch.stack(pair, dim=-1).flatten(-2), rest], dim=-1)
+
+
+class _Swiglu(Function):
+    """Keeps only its input, so that the activations are as few as the kernel's."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = _at_least_fp32(gate_up).chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = _at_least_fp32(gate_up).chunk(2, dim=-1)
+        dy = _at_least_fp32(dy)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        d_gate = dy * up * torch.addcmul(sigmoid, silu, 1.0 - sigmoid)
+        return torch.cat([d_gate, dy * silu], dim=-1).to(gate_up.dtype)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
