@@ -33,7 +33,8 @@ class BackendError(RuntimeError):
 def use_backend(name: str) -> Iterator[None]:
     """Take one back end for the calls within, in this thread or task.
 
-    A compiled function keeps the back end that it was compiled with.
+    A function under `torch.compile` does not see it: a compiler can't follow context variables, so
+    there the environment variable decides, as it is at the time of compilation.
 
     Args:
         name: "auto", "triton" or "torch".
@@ -48,11 +49,10 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-@torch.compiler.assume_constant_result
 def chosen_backend() -> str:
-    """"auto", "triton" or "torch": of `use_backend`, else of MEGALITE_KERNELS, else "auto"."""
-    forced = _forced.get()
-    return forced if forced is not None else _from_environment(os.environ.get(VARIABLE, "auto"))
+    """ "auto", "triton" or "torch": of `use_backend`, else of MEGALITE_KERNELS, else "auto"."""
+    forced = None if torch.compiler.is_compiling() else _forced.get()
+    return forced if forced is not None else _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
 
 
 def runs_fused(x: Tensor) -> bool:
@@ -65,11 +65,12 @@ def runs_fused(x: Tensor) -> bool:
     if choice == "torch" or x.dtype not in FUSED_DTYPES:
         return False
     if x.is_cuda:
-        require_triton(x.get_device())
+        if not torch.compiler.is_compiling():  # which needs Triton itself, and says so
+            require_triton(x.get_device())
         return True
     if choice == "auto":
         return False
-    if not interpreting():
+    if not torch.compiler.is_compiling() and not interpreting():
         raise BackendError(
             f"{VARIABLE}=triton: a tensor on {x.device.type} needs Triton's interpreter; "
             f"set TRITON_INTERPRET=1 before the start, or {VARIABLE}=auto"
@@ -83,7 +84,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and _has_triton()
 
 
-@torch.compiler.assume_constant_result
 @cache
 def require_triton(device_index: int) -> None:
     """Raise unless Triton can serve this CUDA device.
@@ -110,7 +110,7 @@ def triton_trouble(device_index: int) -> str | None:
 
 
 def describe_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """"triton 3.6.0" or "torch": who serves calls on this device, for a run's opening lines."""
+    """ "triton 3.6.0" or "torch": who serves calls on this device, for a run's opening lines."""
     if not runs_fused(torch.empty(0, device=device, dtype=dtype)):
         return "torch"
     import triton
@@ -118,14 +118,11 @@ def describe_backend(device: torch.device, dtype: torch.dtype) -> str:
     return f"triton {triton.__version__}"
 
 
-@cache
-def _from_environment(value: str) -> str:
-    return _checked(value, VARIABLE)
-
-
 def _checked(name: str, source: str) -> str:
     if name not in CHOICES:
-        raise ValueError(f"{source}: {name!r} is not a back end; choose one of {', '.join(CHOICES)}")
+        raise ValueError(
+            f"{source}: {name!r} is not a back end; choose one of {', '.join(CHOICES)}"
+        )
     return name
 
 

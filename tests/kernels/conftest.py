@@ -1,8 +1,8 @@
 """The Triton kernels in Triton's interpreter, on the CPU; where there is a GPU, see `tests/gpu`.
 
-Triton decides when a kernel is defined whether it will be interpreted, so the variable that asks for
-it is set while triton and all kernels are imported, and taken back before other tests start programs
-that would inherit it.
+Triton decides when a kernel is defined whether it will be interpreted, so the variable that asks
+for it is set while triton and all kernels are imported, and taken back before other tests start
+programs that would inherit it.
 """
 
 from __future__ import annotations
