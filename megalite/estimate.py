@@ -130,13 +130,13 @@ def _stage_activation_bytes(config: Config, spec: StageSpec, width: int) -> int:
         kv = max(1, model.num_kv_heads / parallel.tp) * model.head_dim
         # Input of each norm and of each column-parallel layer.
         per_layer = 4 * hidden
-        # Packed q, k, v; q and k after RoPE; attention's output, and its copy in [S, B, H] order.
+        # Packed q, k, v; attention's output, and its copy in [S, B, H] order.
         per_layer += heads + 2 * kv
         if config.train.recompute == "none":
-            per_layer += heads + kv + heads
+            per_layer += heads
         per_layer += heads
-        # Packed gate and up, silu(gate), and the product.
-        per_layer += 4 * model.ffn_hidden_size / parallel.tp
+        # Packed gate and up, and the activation.
+        per_layer += 3 * model.ffn_hidden_size / parallel.tp
     kept = spec.num_layers * per_layer
     if spec.has_head:
         kept += 2 * hidden

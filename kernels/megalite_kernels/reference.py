@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.optim.adamw import adamw
 
-ADAMW_BLOCK = 1 << 16
+ADAMW_BLOCK = 1 << 24
+"""Elements updated at once, of which a scaled gradient is made; torch's kernel takes under 2^31."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, casting: str = "fp32") -> Tensor:
@@ -158,30 +160,32 @@ def adamw_(
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101, as
     torch.optim.AdamW computes it.
     """
-    # Multiplied by c1, numerator and denominator of the update need no division by a tensor.
-    c1 = 1.0 - beta1 ** step.double()
-    to_root = (c1 / (1.0 - beta2 ** step.double()).sqrt()).to(master.dtype).view(())
-    to_eps = (c1 * eps).to(master.dtype).view(())
-    keeps = None if skip is None else (skip != 0).view(())
-    # 1 - lr * decay would be rounded to a number near 1, and the decay with it.
-    decay = lr * weight_decay
-    buffers = [master, gradient, exp_avg, exp_avg_sq, *([] if copy is None else [copy])]
-    # Blocks of a length that stays in the cache from the first pass over it to the last.
-    for w, g, m, v, *lower in zip(*(buffer.split(ADAMW_BLOCK) for buffer in buffers), strict=True):
-        g = g.to(w.dtype)
-        if scale is not None:
-            g = g * scale.to(w.dtype)
-        new_m = torch.lerp(m, g, 1.0 - beta1)
-        new_v = (v * beta2).addcmul_(g, g, value=1.0 - beta2)
-        denominator = new_v.sqrt().mul_(to_root).add_(to_eps)
-        new_w = w.sub(w, alpha=decay).addcdiv_(new_m, denominator, value=-lr)
-        for old, new in ((w, new_w), (m, new_m), (v, new_v)):
-            if keeps is None:
-                old.copy_(new)
-            else:
-                torch.where(keeps, old, new, out=old)
-        for low in lower:
-            low.copy_(w)
+    # torch's function counts the step itself, and doesn't count one that is skipped.
+    step = step.float().view(()) - 1.0
+    skip = None if skip is None else skip.float().view(())
+    scale = None if scale is None else scale.to(master.dtype)
+    flat = (master, gradient, exp_avg, exp_avg_sq)
+    for w, g, m, v in zip(*(buffer.split(ADAMW_BLOCK) for buffer in flat), strict=True):
+        g = g.to(w.dtype) if scale is None else g.to(w.dtype) * scale
+        adamw(
+            [w],
+            [g],
+            [m],
+            [v],
+            [],
+            [step.clone()],
+            fused=True,
+            found_inf=skip,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+        )
+    if copy is not None:
+        copy.copy_(master)
 
 
 class _Rope(Function):

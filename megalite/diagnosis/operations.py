@@ -16,7 +16,8 @@ from megalite.layers.sdpa import fastest_attention
 from megalite.parallel.tensor import TensorGroup
 from megalite_kernels import reference
 
-SEQUENCE, BATCH, HEADS, HEAD_DIM, HIDDEN, VOCABULARY = 256, 2, 4, 64, 512, 1000
+SEQUENCE, BATCH, HEADS, KV_HEADS, HEAD_DIM = 256, 2, 4, 2, 64
+HIDDEN, VOCABULARY = 512, 1000
 EPSILON = 1e-5
 
 ROUNDINGS = 4.0
@@ -69,13 +70,13 @@ def _operations() -> list[tuple[str, Operation, Operation, list[Tensor]]]:
     labels = torch.randint(VOCABULARY, (SEQUENCE, BATCH), generator=generator)
     solo = TensorGroup.solo()
 
-    def turned(turn: Operation) -> Operation:
+    def turned(turn: Callable[..., Sequence[Tensor]]) -> Operation:
         def run(x: Tensor) -> Tensor:
             dtype = torch.promote_types(x.dtype, torch.float32)
             cos, sin = (
                 table.to(x.device, dtype)[:, None] for table in (angles.cos(), angles.sin())
             )
-            return turn(x, cos, sin)
+            return torch.cat(turn(x, cos, sin, HEADS, KV_HEADS), dim=2)
 
         return run
 
@@ -88,9 +89,9 @@ def _operations() -> list[tuple[str, Operation, Operation, list[Tensor]]]:
         ),
         (
             "rope",
-            turned(megalite_kernels.rope),
-            turned(reference.rope),
-            [normal(SEQUENCE, BATCH, HEADS, HEAD_DIM)],
+            turned(megalite_kernels.rope_packed),
+            turned(reference.rope_packed),
+            [normal(SEQUENCE, BATCH, (HEADS + 2 * KV_HEADS) * HEAD_DIM)],
         ),
         (
             "swiglu",

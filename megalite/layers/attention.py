@@ -17,7 +17,7 @@ from megalite.layers.dropout import attention_keep
 from megalite.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
 from megalite.layers.sdpa import causal_attention
 from megalite.parallel.tensor import TensorGroup
-from megalite_kernels import rope
+from megalite_kernels import rope_packed
 
 
 class Attention(nn.Module):
@@ -109,11 +109,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[S, B, (N + 2K) D / tp] -> [S, B, N D / tp]."""
         length, batch, _ = qkv.shape
-        heads = qkv.view(length, batch, -1, self.head_dim)
-        sizes = [self.local_heads, self.local_kv_heads, self.local_kv_heads]
-        q, k, v = heads.split(sizes, dim=2)
+        heads = (self.local_heads, self.local_kv_heads)
+        # A core that is computed again needs its input as it was.
+        turned = rope_packed(qkv, cos, sin, *heads, inplace=not self.recompute_core)
         # [S, B, N, D] -> [B, N, S, D]
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (rope(q, cos, sin), rope(k, cos, sin), v))
+        q, k, v = (t.permute(1, 2, 0, 3) for t in turned)
         if self.dropout and place is not None:
             mixed = self._with_dropout(q, k, v, place, documents)
         else:

@@ -96,25 +96,26 @@ def padding_in_softmax(patch: Patch) -> None:
 
 def rope_offset_on_one_rank(patch: Patch) -> None:
     """Queries of tensor rank 1 stand one position later."""
-    right = attention.rope
-    calls: list[int] = []
+    right = attention.rope_packed
+    is_first: list[bool] = []
 
     core = attention.Attention._core
 
     def marked(self: Any, *args: Any) -> Tensor:
-        calls[:] = [0] if self.first_head else [2]
+        is_first[:] = [self.first_head == 0]
         return core(self, *args)
 
-    def broken(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        calls[0] += 1
-        if calls[0] != 1:
-            return right(x, cos, sin)
+    def broken(qkv: Tensor, cos: Tensor, sin: Tensor, *heads: int, inplace: bool) -> Any:
+        q, k, v = right(qkv, cos, sin, *heads)
+        if is_first[0]:
+            return q, k, v
         longer = torch.arange(1, len(cos) + 1)[:, None, None]
         angle = torch.atan2(sin[1], cos[1])
-        return right(x, torch.cos(longer * angle).to(cos), torch.sin(longer * angle).to(sin))
+        later = torch.cos(longer * angle).to(cos), torch.sin(longer * angle).to(sin)
+        return right(qkv, *later, *heads)[0], k, v
 
     patch.setattr(attention.Attention, "_core", marked)
-    patch.setattr(attention, "rope", broken)
+    patch.setattr(attention, "rope_packed", broken)
 
 
 def attention_across_documents(patch: Patch) -> None:
