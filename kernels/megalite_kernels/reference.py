@@ -113,6 +113,54 @@ def rope_packed(
     return _RopePacked.apply(qkv, cos[:, :, None, :], sin[:, :, None, :], heads, layout)
 
 
+def softmax(
+    x: Tensor, scale: float = 1.0, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """exp(scale * x) over its sum along the last dim, of the keys that a query sees.
+
+    A row without a key, all of whose scores are -inf (by masks or by themselves), gives zeros and
+    has a gradient of zero.
+
+    Args:
+        x: [..., Sq, Sk] scores, of any shape if not causal.
+        scale: above 0.
+        mask: broadcastable to `x`; bool: True hides a key, as in Megatron; floating: added to
+            scale * x. It has no gradient.
+        causal: query i sees key j only if j <= i + Sk - Sq: the last query sees all keys.
+
+    Returns:
+        Shape and dtype of `x`.
+    """
+    check_softmax(x, scale, mask, causal)
+    scores = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
+    if mask is not None:
+        hides = mask.dtype == torch.bool
+        scores = scores.masked_fill(mask, -torch.inf) if hides else scores + mask.to(scores.dtype)
+    if causal:
+        queries, keys = x.shape[-2:]
+        above = torch.ones(queries, keys, dtype=torch.bool, device=x.device)
+        scores = scores.masked_fill(above.triu(keys - queries + 1), -torch.inf)
+    keyless = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(keyless, 0).softmax(-1).masked_fill(keyless, 0).to(x.dtype)
+
+
+def check_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool) -> None:
+    """Raise ValueError unless the arguments are those that `softmax` describes."""
+    if not scale > 0:
+        raise ValueError(f"softmax: the scale must be above 0, not {scale}")
+    if x.dim() < 1 + causal:
+        raise ValueError(f"softmax: scores have {1 + causal} dimensions at least, not {x.dim()}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(f"softmax: a mask is bool or floating, not {mask.dtype}")
+    if mask.requires_grad:
+        raise ValueError("softmax: a mask has no gradient; detach it")
+    sizes = zip(reversed(mask.shape), reversed(x.shape), strict=False)
+    if mask.dim() > x.dim() or any(m not in (1, n) for m, n in sizes):
+        raise ValueError(f"softmax: a mask {[*mask.shape]} does not broadcast to {[*x.shape]}")
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of the packed projection.
 
