@@ -1,0 +1,404 @@
+"""RoPE of queries and keys in one launch; in the packed projection too, where they lie."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd import Function
+
+from megalite_kernels.fused.launch import on_device, operator
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: str = "half"
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, their pairs of features turned by the angle of position and frequency.
+
+    (a, b) -> (a cos - b sin, b cos + a sin); the backward is the same kernel with -sin. A pair is
+    (x_i, x_{i + R/2}) in the half layout, (x_{2i}, x_{2i+1}) in the interleaved one; the features
+    from R on stay as they are. Computed in fp32, rounded once; the tables are never rounded.
+
+    Bytes moved per element of q and k, 2-byte dtype: 4, forward and backward; and the tables once.
+
+    Args:
+        q: [S, B, N, D]; fp32, fp16 or bf16. Views of a packed tensor are read in place; only
+            features that aren't adjacent are copied.
+        k: [S, B, K, D], likewise.
+        cos, sin: [S, 1 or B, R/2], fp32, R <= D.
+        layout: "half" (GPT-NeoX, LLaMA) or "interleaved" (GPT-J).
+
+    Returns:
+        Contiguous, shapes and dtypes of `q` and `k`.
+
+    Source: Su et al., "RoFormer", arXiv:2104.09864. One program for all heads of a token as in
+    Liger-Kernel; splitting an interleaved block in registers was learned from Helion's examples.
+    """
+    result: tuple[Tensor, Tensor] = _Rope.apply(q, k, cos, sin, layout)
+    return result
+
+
+def rope_packed(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    layout: str = "half",
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rope` on the packed projection of queries, keys and values.
+
+    The backward turns the three gradients, of any strides, into one packed gradient: no
+    concatenation before the projection's backward.
+
+    Bytes moved per element, 2-byte dtype: in place 4 for q and k and none for v; else, and in the
+    backward, 4 for all.
+
+    Args:
+        qkv: [S, B, (N + 2 K) D], queries first, then keys, then values.
+        cos, sin, layout: as in `rope`.
+        num_heads, num_kv_heads: N and K.
+        inplace: turn the heads where they lie; `qkv` must not be needed again, and is not a leaf.
+            Under a compiler, and if `qkv` is not contiguous, a new tensor is made all the same.
+
+    Returns:
+        q [S, B, N, D], k and v [S, B, K, D], views of one packed tensor.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _RopePacked.apply(
+        qkv, cos, sin, num_heads, num_kv_heads, layout, inplace
+    )
+    return result
+
+
+class _Rope(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: str
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.layout = layout
+        return rope_turn(q, k, cos, sin, layout == "interleaved", False)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        dq, dk = rope_turn(dq, dk, cos, sin, ctx.layout == "interleaved", True)
+        return dq, dk, None, None, None
+
+
+class _RopePacked(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        layout: str,
+        inplace: bool,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        ctx.set_materialize_grads(False)
+        ctx.heads = heads = (num_heads, num_kv_heads, num_kv_heads)
+        ctx.layout = layout
+        if inplace and not torch.compiler.is_compiling() and qkv.is_contiguous():
+            # Detached: autograd takes q, k and v for new tensors, not for views of the input, whose
+            # gradients it would put together itself. Who kept the input for backward is told.
+            packed = qkv.detach()
+            q, k, _ = _heads(packed, heads)
+            _launch(q, k, None, q, k, None, cos, sin, layout == "interleaved", False)
+            torch.autograd.graph.increment_version(qkv)
+        else:
+            packed = rope_turn_packed(
+                *_heads(qkv, heads), cos, sin, layout == "interleaved", False, *heads[:2]
+            )
+        return _heads(packed, heads)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dq is None and dk is None and dv is None:
+            return (None,) * 7
+        cos, sin = ctx.saved_tensors
+        backwards = (cos, sin, ctx.layout == "interleaved", True)
+        packed = rope_turn_packed(dq, dk, dv, *backwards, *ctx.heads[:2])
+        return packed, None, None, None, None, None, None
+
+
+def _heads(packed: Tensor, heads: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return packed.unflatten(2, (sum(heads), -1)).split(heads, dim=2)
+
+
+def _turned_like(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backwards: bool
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@operator(fake=_turned_like)
+def rope_turn(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backwards: bool
+) -> tuple[Tensor, Tensor]:
+    """[S, B, N, D] and [S, B, K, D] of any strides to new contiguous ones."""
+    new_q, new_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    _launch(q, k, None, new_q, new_k, None, cos, sin, interleaved, backwards)
+    return new_q, new_k
+
+
+def _packed_like(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    backwards: bool,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    given = next(x for x in (q, k, v) if x is not None)
+    length, batch, _, dim = given.shape
+    return given.new_empty(length, batch, (num_heads + 2 * num_kv_heads) * dim)
+
+
+@operator(fake=_packed_like)
+def rope_turn_packed(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    backwards: bool,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """[S, B, N, D] and twice [S, B, K, D] of any strides to a new [S, B, (N + 2 K) D].
+
+    What is None counts as zeros, but not all of them.
+    """
+    packed = _packed_like(q, k, v, cos, sin, interleaved, backwards, num_heads, num_kv_heads)
+    parts = _heads(packed, (num_heads, num_kv_heads, num_kv_heads))
+    _launch(q, k, v, *parts, cos, sin, interleaved, backwards)
+    return packed
+
+
+class _Launch(NamedTuple):
+    """Most heads of a program's blocks, and its warps, for heads of up to `dim` features."""
+
+    dim: float
+    heads: int
+    warps: int
+
+
+# Measured on an H100 with 32 query and 8 key heads; D 64, 96, 128, 256.
+_HALF = (_Launch(64, 64, 4), _Launch(128, 32, 8), _Launch(float("inf"), 16, 8))
+_INTERLEAVED = (_Launch(64, 64, 4), _Launch(128, 32, 4), _Launch(float("inf"), 16, 8))
+
+
+def _launch(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    new_q: Tensor,
+    new_k: Tensor,
+    new_v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    backwards: bool,
+) -> None:
+    """Turn q and k, copy v, where `new_v` is given. Results: [S, B, heads, D], where the tokens lie
+    evenly apart and the rest is contiguous."""
+    length, batch, num_heads, dim = new_q.shape
+    num_kv_heads = new_k.shape[2]
+    if not new_q.numel() + new_k.numel():
+        return
+    q, k, v = (
+        x if x is None or x.stride(3) == 1 or dim == 1 else x.contiguous() for x in (q, k, v)
+    )
+    half = cos.shape[2]
+    assert cos.shape == sin.shape == (length, cos.shape[1], half), "cos and sin are not [S, B, R/2]"
+    assert cos.shape[1] in (1, batch) and 2 * half <= dim, "cos and sin have another batch or width"
+    if cos.stride() != sin.stride() or cos.stride(2) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    table = _INTERLEAVED if interleaved else _HALF
+    chosen = next(launch for launch in table if dim <= launch.dim)
+    block = min(triton.next_power_of_2(num_heads), chosen.heads)
+    kv_block = min(triton.next_power_of_2(num_kv_heads), chosen.heads)
+    blocks = max(triton.cdiv(num_heads, block), triton.cdiv(num_kv_heads, kv_block))
+    rest = dim - 2 * half
+    with on_device(new_q):
+        _kernel[(length * batch, blocks)](
+            q,
+            k,
+            v,
+            new_q,
+            new_k,
+            new_v,
+            cos,
+            sin,
+            *_strides(q),
+            *_strides(k),
+            *_strides(v),
+            _token_stride(new_q),
+            _token_stride(new_k),
+            cos.stride(0),
+            cos.stride(1) if cos.shape[1] > 1 else 0,
+            batch,
+            Q_HEADS=num_heads,
+            KV_HEADS=num_kv_heads,
+            DIM=dim,
+            HALF=half,
+            HALF_PADDED=triton.next_power_of_2(half),
+            REST=0 if q is new_q else rest,
+            REST_PADDED=triton.next_power_of_2(rest),
+            DIM_PADDED=triton.next_power_of_2(dim),
+            INTERLEAVED=interleaved,
+            BACKWARDS=backwards,
+            Q_BLOCK=block,
+            KV_BLOCK=kv_block,
+            num_warps=chosen.warps,
+        )
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def _token_stride(x: Tensor) -> int:
+    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    new_q_ptr,
+    new_k_ptr,
+    new_v_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_stride_s,
+    q_stride_b,
+    q_stride_n,
+    k_stride_s,
+    k_stride_b,
+    k_stride_n,
+    v_stride_s,
+    v_stride_b,
+    v_stride_n,
+    new_q_stride,
+    new_k_stride,
+    table_stride_s,
+    table_stride_b,
+    batch,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    REST: tl.constexpr,
+    REST_PADDED: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BACKWARDS: tl.constexpr,
+    Q_BLOCK: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+):
+    """One program: a block of one token's query heads and one of its key and value heads."""
+    token = tl.program_id(0).to(tl.int64)
+    s = token // batch
+    b = token % batch
+    block = tl.program_id(1)
+
+    pair = tl.arange(0, HALF_PADDED)
+    table = s * table_stride_s + b * table_stride_b + pair
+    cos = tl.load(cos_ptr + table, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + table, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
+    if BACKWARDS:
+        sin = -sin
+
+    heads = block * Q_BLOCK + tl.arange(0, Q_BLOCK)
+    new_heads = new_q_ptr + token * new_q_stride + (heads * DIM)[:, None]
+    if q_ptr is None:
+        _fill_zeros(new_heads, heads < Q_HEADS, DIM, DIM_PADDED)
+    else:
+        q_heads = q_ptr + s * q_stride_s + b * q_stride_b
+        q_heads += (heads.to(tl.int64) * q_stride_n)[:, None]
+        _turn(q_heads, new_heads, heads < Q_HEADS, cos, sin, HALF, HALF_PADDED, INTERLEAVED)
+        if REST > 0:
+            _copy(q_heads + 2 * HALF, new_heads + 2 * HALF, heads < Q_HEADS, REST, REST_PADDED)
+
+    heads = block * KV_BLOCK + tl.arange(0, KV_BLOCK)
+    new_heads = new_k_ptr + token * new_k_stride + (heads * DIM)[:, None]
+    if k_ptr is None:
+        _fill_zeros(new_heads, heads < KV_HEADS, DIM, DIM_PADDED)
+    else:
+        k_heads = k_ptr + s * k_stride_s + b * k_stride_b
+        k_heads += (heads.to(tl.int64) * k_stride_n)[:, None]
+        _turn(k_heads, new_heads, heads < KV_HEADS, cos, sin, HALF, HALF_PADDED, INTERLEAVED)
+        if REST > 0:
+            _copy(k_heads + 2 * HALF, new_heads + 2 * HALF, heads < KV_HEADS, REST, REST_PADDED)
+
+    if new_v_ptr is not None:
+        new_heads = new_v_ptr + token * new_k_stride + (heads * DIM)[:, None]
+        if v_ptr is None:
+            _fill_zeros(new_heads, heads < KV_HEADS, DIM, DIM_PADDED)
+        else:
+            v_heads = v_ptr + s * v_stride_s + b * v_stride_b
+            v_heads += (heads.to(tl.int64) * v_stride_n)[:, None]
+            _copy(v_heads, new_heads, heads < KV_HEADS, DIM, DIM_PADDED)
+
+
+@triton.jit
+def _turn(
+    heads,
+    new_heads,
+    real,
+    cos,
+    sin,
+    HALF: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Turn the first 2 HALF features of heads at pointers [block, 1] by cos and sin [1, HALF]."""
+    dtype = new_heads.dtype.element_ty
+    if INTERLEAVED:
+        feature = tl.arange(0, 2 * HALF_PADDED)[None, :]
+        inside = real[:, None] & (feature < 2 * HALF)
+        x = tl.load(heads + feature, mask=inside).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (real.shape[0], HALF_PADDED, 2)))
+        y = tl.join(a * cos - b * sin, b * cos + a * sin)
+        y = tl.reshape(y, (real.shape[0], 2 * HALF_PADDED))
+        tl.store(new_heads + feature, y.to(dtype), mask=inside)
+    else:
+        feature = tl.arange(0, HALF_PADDED)[None, :]
+        inside = real[:, None] & (feature < HALF)
+        a = tl.load(heads + feature, mask=inside).to(tl.float32)
+        b = tl.load(heads + HALF + feature, mask=inside).to(tl.float32)
+        tl.store(new_heads + feature, (a * cos - b * sin).to(dtype), mask=inside)
+        tl.store(new_heads + HALF + feature, (b * cos + a * sin).to(dtype), mask=inside)
+
+
+@triton.jit
+def _copy(heads, new_heads, real, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    feature = tl.arange(0, PADDED)[None, :]
+    inside = real[:, None] & (feature < WIDTH)
+    x = tl.load(heads + feature, mask=inside)
+    tl.store(new_heads + feature, x.to(new_heads.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _fill_zeros(new_heads, real, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    feature = tl.arange(0, PADDED)[None, :]
+    inside = real[:, None] & (feature < WIDTH)
+    zeros = tl.zeros(inside.shape, new_heads.dtype.element_ty)
+    tl.store(new_heads + feature, zeros, mask=inside)
