@@ -112,7 +112,7 @@ class _WithGrad(Function):
         return parts.sum(), losses
 
     @staticmethod
-    def backward(ctx: Any, dtotal: Tensor, dlosses: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient, *[None] * 6
 
@@ -152,7 +152,7 @@ def loss_and_gradient_(
 
 def weighted(losses: Tensor, token_weight: Tensor) -> Tensor:
     """token_weight * losses, and 0 where the weight is: a masked token's loss may be inf."""
-    return (token_weight * losses).masked_fill(token_weight == 0, 0.0)
+    return token_weight.to(losses.dtype) * losses.masked_fill(token_weight == 0, 0.0)
 
 
 def vocab_parallel_statistics(
@@ -215,7 +215,7 @@ def vocab_parallel_gradient_(
     local = targets - first_column
     here = (local >= 0) & (local < columns)
     if columns:
-        confidence = torch.where(here, 1 - label_smoothing, 0.0).to(z.dtype)
+        confidence = here.to(z.dtype) * (1 - label_smoothing)
         result.scatter_add_(1, local.masked_fill(~here, 0)[:, None], -confidence[:, None])
     logits[:, :columns] = result.mul_(gradient[:, None])
     logits[:, columns:] = 0

@@ -1,0 +1,295 @@
+"""The Triton kernels of the cross-entropies, and how each is launched.
+
+A row of logits is walked in tiles [LANES, VECTOR] of which a thread owns whole vectors of 16
+bytes. The running maximum and sum of exponentials are kept per lane, not per row: the first walk
+then needs no reduction across threads (no barrier, so loads run ahead) until its end, at the price
+of one more exponential in VECTOR.
+
+Legend: T rows (tokens), V classes, W columns of the logits, V <= W; M maximum of a row, D sum of
+exp(z - M).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+"""Where a maximum starts: from -inf, lanes that saw only -inf would compute -inf - -inf."""
+
+
+class Walk(NamedTuple):
+    """How `loss_and_gradient` takes a row.
+
+    Attributes:
+        block: columns of a tile that is read twice, from memory and then from the L2 cache.
+        kept: columns at the row's end that stay in registers between the two walks.
+        num_warps: of a program.
+        programs: per multiprocessor, each taking many rows, so that the rows in flight stay in the
+            L2 cache; 0: one program per row.
+    """
+
+    block: int
+    kept: int
+    num_warps: int
+    programs: int
+
+
+def choose_walk(columns: int, itemsize: int) -> Walk:
+    """By the bytes of a row: whole in registers if they fit, else mostly from the L2 cache."""
+    if columns * itemsize <= 65536:
+        kept = max(1024, triton.next_power_of_2(columns))
+        return Walk(1024, kept, max(4, min(16, kept * itemsize // 4096)), 0)
+    block = 32768 // itemsize
+    return Walk(block, 2 * block, 16, 2 if columns * itemsize <= 131072 else 1)
+
+
+class Pass(NamedTuple):
+    """How the kernels that read every logit once take a row: columns of a tile, warps."""
+
+    block: int
+    num_warps: int
+
+
+def choose_pass(columns: int, itemsize: int) -> Pass:
+    """16 KiB tiles, or the whole row if it is smaller."""
+    block = max(256, min(16384 // itemsize, triton.next_power_of_2(columns)))
+    return Pass(block, max(1, min(8, block * itemsize // 2048)))
+
+
+@triton.jit
+def _tile(LANES: tl.constexpr, VECTOR: tl.constexpr):
+    return tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
+def _absorb(z, maximum, exponentials):
+    """Online softmax per lane (Milakov and Gimelshein, arXiv:1805.02867)."""
+    new = tl.maximum(maximum, tl.max(z, axis=1))
+    inside = tl.sum(tl.exp(z - new[:, None]), axis=1)
+    return new, exponentials * tl.exp(maximum - new) + inside
+
+
+@triton.jit
+def _loss(M, D, at_target, total, V: tl.constexpr, smoothing, z_loss, SMOOTHED: tl.constexpr):
+    """(loss, lse, and lse in fp64); (M - z) first: lse alone would round M and log D together."""
+    log_d = tl.log(D)
+    loss = (M - at_target) + log_d
+    if SMOOTHED:
+        loss = (1 - smoothing) * loss + smoothing * ((M - total / V) + log_d)
+    lse = M + log_d
+    return loss + z_loss * lse * lse, lse, M.to(tl.float64) + log_d.to(tl.float64)
+
+
+@triton.jit
+def _statistics(
+    row_ptr, V: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, SUMMED: tl.constexpr
+):
+    """(M, D, sum of z) of one row, read once."""
+    BLOCK: tl.constexpr = LANES * VECTOR
+    offsets = _tile(LANES, VECTOR)
+    maximum = tl.full([LANES], LOWEST, tl.float32)
+    exponentials = tl.zeros([LANES], tl.float32)
+    sums = tl.zeros([LANES], tl.float32)
+    for start in tl.range(0, V // BLOCK * BLOCK, BLOCK):
+        z = tl.load(row_ptr + start + offsets, eviction_policy="evict_first").to(tl.float32)
+        maximum, exponentials = _absorb(z, maximum, exponentials)
+        if SUMMED:
+            sums += tl.sum(z, axis=1)
+    if V % BLOCK:
+        columns = V // BLOCK * BLOCK + offsets
+        inside = columns < V
+        z = tl.load(row_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        maximum, exponentials = _absorb(z, maximum, exponentials)
+        if SUMMED:
+            sums += tl.sum(tl.where(inside, z, 0.0), axis=1)
+    M = tl.max(maximum, axis=0)
+    return M, tl.sum(exponentials * tl.exp(maximum - M), axis=0), tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["ignore_index"])
+def loss_kernel(
+    logits_ptr,
+    target_ptr,
+    loss_ptr,
+    log_sum_ptr,
+    logits_stride,
+    ignore_index,
+    smoothing,
+    z_loss,
+    V: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+):
+    """A row's loss and lse."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * logits_stride
+    target = tl.load(target_ptr + row)
+    counts = target != ignore_index
+    exists = (target >= 0) & (target < V)
+    at_target = tl.load(row_ptr + target, mask=exists, other=0.0).to(tl.float32)
+    M, D, total = _statistics(row_ptr, V, LANES, VECTOR, SMOOTHED)
+    smoothing = tl.full([], smoothing, tl.float32)
+    z_loss = tl.full([], z_loss, tl.float32)
+    loss, _, log_sum = _loss(M, D, at_target, total, V, smoothing, z_loss, SMOOTHED)
+    tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
+    tl.store(log_sum_ptr + row, log_sum)
+
+
+@triton.jit(do_not_specialize=["first_column"])
+def statistics_kernel(
+    logits_ptr,
+    target_ptr,
+    statistics_ptr,
+    logits_stride,
+    first_column,
+    V: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """A row's (M, D, target's logit, sum of logits) on these columns."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * logits_stride
+    target = tl.load(target_ptr + row) - first_column
+    here = (target >= 0) & (target < V)
+    at_target = tl.load(row_ptr + target, mask=here, other=0.0).to(tl.float32)
+    M, D, total = _statistics(row_ptr, V, LANES, VECTOR, True)
+    out_ptr = statistics_ptr + row * 4
+    tl.store(out_ptr, M)
+    tl.store(out_ptr + 1, D)
+    tl.store(out_ptr + 2, at_target)
+    tl.store(out_ptr + 3, total)
+
+
+@triton.jit(do_not_specialize=["first_column", "ignore_index"])
+def gradient_kernel(
+    logits_ptr,
+    out_ptr,
+    target_ptr,
+    log_sum_ptr,
+    gradient_ptr,
+    logits_stride,
+    out_stride,
+    first_column,
+    ignore_index,
+    smoothing,
+    z_loss,
+    V: tl.constexpr,
+    W: tl.constexpr,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`out` may be `logits`: every column is read and written by one program, once."""
+    program = tl.program_id(0)
+    blocks: tl.constexpr = (W + BLOCK - 1) // BLOCK
+    row = (program // blocks).to(tl.int64)
+    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    z = tl.load(logits_ptr + row * logits_stride + columns, mask=columns < V, other=-float("inf"))
+    target = tl.load(target_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    gradient = tl.load(gradient_ptr + row).to(tl.float32)
+    gradient = tl.where(target == ignore_index, 0.0, gradient)
+    smoothing = tl.full([], smoothing, tl.float32)
+    z_loss = tl.full([], z_loss, tl.float32)
+    coarse = log_sum.to(tl.float32)
+    fine = (log_sum - coarse.to(log_sum.dtype)).to(tl.float32)
+    p = tl.exp(z.to(tl.float32) - coarse - fine)
+    hit = tl.where(columns == target - first_column, 1 - smoothing, 0.0)
+    result = gradient * (p * (1 + 2 * z_loss * coarse) - smoothing / CLASSES - hit)
+    result = tl.where(columns < V, result, 0.0)
+    tl.store(out_ptr + row * out_stride + columns, result, mask=columns < W)
+
+
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
+def loss_and_gradient_kernel(
+    logits_ptr,
+    out_ptr,
+    target_ptr,
+    weight_ptr,
+    part_ptr,
+    loss_ptr,
+    rows,
+    logits_stride,
+    out_stride,
+    ignore_index,
+    smoothing,
+    z_loss,
+    V: tl.constexpr,
+    W: tl.constexpr,
+    LANES: tl.constexpr,
+    KEPT_LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+):
+    """A row's loss and, over the row itself if `out` is `logits`, its weighted gradient.
+
+    Columns [HEAD, W) are read once and kept; [0, HEAD) are read twice, the second time from the
+    end, because what was read last is what the cache surely holds.
+    """
+    BLOCK: tl.constexpr = LANES * VECTOR
+    KEPT: tl.constexpr = KEPT_LANES * VECTOR
+    HEAD: tl.constexpr = (V - KEPT + BLOCK - 1) // BLOCK * BLOCK if V > KEPT else 0
+    offsets = _tile(LANES, VECTOR)
+    last = HEAD + _tile(KEPT_LANES, VECTOR)
+    smoothing = tl.full([], smoothing, tl.float32)
+    z_loss = tl.full([], z_loss, tl.float32)
+    for index in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        row_ptr = logits_ptr + row * logits_stride
+        out_row_ptr = out_ptr + row * out_stride
+        target = tl.load(target_ptr + row)
+        counts = target != ignore_index
+        exists = (target >= 0) & (target < V)
+        # Before any store to the row: the reductions' barriers lie between.
+        at_target = tl.load(row_ptr + target, mask=exists, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + row).to(tl.float32)
+        maximum = tl.full([LANES], LOWEST, tl.float32)
+        exponentials = tl.zeros([LANES], tl.float32)
+        sums = tl.zeros([LANES], tl.float32)
+        for start in tl.range(0, HEAD, BLOCK):
+            z = tl.load(row_ptr + start + offsets, eviction_policy="evict_last").to(tl.float32)
+            maximum, exponentials = _absorb(z, maximum, exponentials)
+            if SMOOTHED:
+                sums += tl.sum(z, axis=1)
+        inside = last < V
+        z = tl.load(
+            row_ptr + last, mask=inside, other=-float("inf"), eviction_policy="evict_first"
+        ).to(tl.float32)
+        M = tl.maximum(tl.max(tl.max(z, axis=1), axis=0), LOWEST)
+        if HEAD:
+            M = tl.maximum(M, tl.max(maximum, axis=0))
+        kept = tl.exp(z - M)
+        D = tl.sum(tl.sum(kept, axis=1), axis=0)
+        if HEAD:
+            D += tl.sum(exponentials * tl.exp(maximum - M), axis=0)
+        total = 0.0
+        if SMOOTHED:
+            total = tl.sum(tl.sum(tl.where(inside, z, 0.0), axis=1), axis=0) + tl.sum(sums, axis=0)
+        loss, lse, _ = _loss(M, D, at_target, total, V, smoothing, z_loss, SMOOTHED)
+        loss = tl.where(counts, loss, 0.0)
+        weight = tl.where(counts, weight, 0.0)
+        tl.store(loss_ptr + row, loss)
+        tl.store(part_ptr + row, weight * tl.where(weight == 0.0, 0.0, loss))
+
+        scale = weight / D * (1 + 2 * z_loss * lse)
+        everywhere = weight * smoothing / V
+        at_hit = weight * (1 - smoothing)
+        g = kept * scale - tl.where(last == target, at_hit, 0.0)
+        if SMOOTHED:
+            g -= everywhere
+        g = tl.where(inside, g, 0.0)
+        tl.store(out_row_ptr + last, g, mask=last < W, eviction_policy="evict_first")
+        for back in tl.range(BLOCK, HEAD + BLOCK, BLOCK):
+            columns = HEAD - back + offsets
+            z = tl.load(row_ptr + columns, eviction_policy="evict_first").to(tl.float32)
+            g = tl.exp(z - M) * scale - tl.where(columns == target, at_hit, 0.0)
+            if SMOOTHED:
+                g -= everywhere
+            tl.store(out_row_ptr + columns, g, eviction_policy="evict_first")
+        for start in tl.range(HEAD + KEPT, W, KEPT):
+            columns = start + _tile(KEPT_LANES, VECTOR)
+            zeros = tl.zeros([KEPT_LANES, VECTOR], tl.float32)
+            tl.store(out_row_ptr + columns, zeros, mask=columns < W)
