@@ -30,6 +30,9 @@ def _define_interpreted_kernels() -> None:
         assert backend.interpreting(), "asked before its variable was set"
         for module in pkgutil.iter_modules(fused.__path__, f"{fused.__name__}."):
             importlib.import_module(module.name)
+        # From 3.9 on the first launch imports it, and it must be interpreted too.
+        if importlib.util.find_spec("triton.experimental"):
+            importlib.import_module("triton.experimental.gluon")
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]
