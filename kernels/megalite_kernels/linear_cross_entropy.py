@@ -142,20 +142,8 @@ class _LinearCrossEntropy(Function):
         )
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weight: Tensor,
-    main_grad: Tensor | None,
-    wants_hidden: bool,
-    wants_weight: bool,
-    chunk_rows: int,
-    vocab_size: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wants_hidden, wants_weight = rest[3:5]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     losses = hidden.new_empty(hidden.shape[0], dtype=dtype)
     dhidden = hidden.new_empty(hidden.shape if wants_hidden else (0,))
@@ -185,7 +173,7 @@ def linear_loss_and_gradients(
     parts = torch.empty(rows, dtype=dtype, device=hidden.device)
     losses = torch.empty_like(parts)
     dhidden = hidden.new_empty((rows, features) if wants_hidden else (0,))
-    one_chunk = wants_weight and length >= rows
+    one_chunk = wants_weight and 0 < rows <= length
     target = main_grad
     if wants_weight and not one_chunk:
         target = torch.zeros(weight.shape, dtype=dtype, device=weight.device)

@@ -12,7 +12,11 @@ from worlds import make_groups, random_like
 
 from megalite.config import Config, resolve
 from megalite.layers.attention import Attention
-from megalite.layers.cross_entropy import vocab_parallel_cross_entropy
+from megalite.layers.cross_entropy import (
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_loss_with_grad,
+    vocab_parallel_loss_with_grad,
+)
 from megalite.layers.embedding import VocabParallelEmbedding
 from megalite.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
 from megalite.layers.mlp import MLP
@@ -61,7 +65,9 @@ class Case:
 def _attention(kv_heads: int) -> Case:
     model = config_of(kv_heads).model
     cos, sin = rope_tables(model, S, torch.float32)
-    return Case(lambda tp: Attention(model, 0, tp=tp), lambda layer, x: layer(x, cos[:, None], sin[:, None]))
+    return Case(
+        lambda tp: Attention(model, 0, tp=tp), lambda layer, x: layer(x, cos[:, None], sin[:, None])
+    )
 
 
 def _decoder_layer() -> Case:
@@ -196,23 +202,94 @@ def cross_entropy_job(tp_size: int) -> None:
     logits[..., vocab:] = 50.0  # padding that would dominate if it counted
     labels = torch.randint(0, vocab, (S, B), generator=torch.Generator().manual_seed(2))
     weights = random_like((S, B), 3, torch.float32)
+    weights[::3] = 0
     whole = logits.double().requires_grad_()
     want = nn.functional.cross_entropy(
         whole[..., :vocab].reshape(-1, vocab), labels.reshape(-1), reduction="none"
     ).view(S, B)
     (want * weights).sum().backward()
-    local = logits.chunk(tp.size, dim=-1)[tp.rank].clone().requires_grad_()
-    loss = vocab_parallel_cross_entropy(local, labels, vocab, tp)
-    (loss * weights).sum().backward()
-    close(loss, want.float(), "the loss")
-    assert local.grad is not None and whole.grad is not None
+    assert whole.grad is not None
     want_gradient = whole.grad.float().chunk(tp.size, dim=-1)[tp.rank]
-    error = (local.grad - want_gradient).abs().max().item() / whole.grad.abs().max().item()
-    assert error <= BOUND
+    largest = whole.grad.abs().max().item()
+    local = logits.chunk(tp.size, dim=-1)[tp.rank]
     real = max(0, min(local.shape[-1], vocab - tp.rank * local.shape[-1]))
-    assert not local.grad[..., real:].any(), "padding gets no gradient"
+
+    def right_gradient(gradient: Tensor) -> None:
+        error = (gradient - want_gradient).abs().max().item()
+        assert error <= BOUND * largest
+        assert not gradient[..., real:].any(), "padding gets no gradient"
+
+    for overwrite in (False, True):
+        leaf = local.clone().requires_grad_()
+        given = leaf * 1
+        loss = vocab_parallel_cross_entropy(given, labels, vocab, tp, overwrite=overwrite)
+        close(loss, want.float(), "the loss")
+        (gradient,) = torch.autograd.grad((loss * weights).sum(), given)
+        right_gradient(gradient)
+        assert (gradient.data_ptr() == given.data_ptr()) == overwrite
+        assert overwrite or torch.equal(given, leaf)
+
+    given = leaf * 1
+    total, losses = vocab_parallel_loss_with_grad(given, labels, weights, vocab, tp)
+    close(losses, want.float(), "the losses")
+    close(total, (want * weights).sum().float(), "their weighted sum")
+    assert not losses.requires_grad
+    (gradient,) = torch.autograd.grad(total, given)
+    right_gradient(gradient)
+    assert gradient.data_ptr() == given.data_ptr()
+    with torch.no_grad():
+        again, _ = vocab_parallel_loss_with_grad(leaf, labels, weights, vocab, tp)
+    close(again, total, "the sum without gradients")
+    assert torch.equal(leaf, local)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_cross_entropy(pool: RankPool, tp_size: int) -> None:
     pool.run(tp_size, cross_entropy_job, tp_size)
+
+
+def linear_cross_entropy_job(tp_size: int, sequence_parallel: bool, chunk_rows: int) -> None:
+    tp = make_groups(tp=tp_size, sequence_parallel=sequence_parallel).tp
+    vocab, padded, features = 13, 24, 8
+    x = random_like((S, B, features), 1, torch.float32)
+    w = random_like((padded, features), 2, torch.float32)
+    labels = torch.randint(0, vocab, (S, B), generator=torch.Generator().manual_seed(3))
+    weights = random_like((S, B), 4, torch.float32)
+    whole_x, whole_w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    want_total, want = vocab_parallel_loss_with_grad(
+        whole_x @ whole_w.t(), labels, weights, vocab, TensorGroup.solo()
+    )
+    want_total.backward()
+    assert whole_x.grad is not None and whole_w.grad is not None
+    want_dw = whole_w.grad.chunk(tp.size)[tp.rank]
+    for main_grad in (None, torch.ones_like(want_dw)):
+        local_x = tp.local_part(x) if tp.sequence_parallel else x
+        local_x = local_x.clone().requires_grad_()
+        local_w = w.chunk(tp.size)[tp.rank].clone().requires_grad_()
+        total, losses = vocab_parallel_linear_loss_with_grad(
+            local_x, local_w, labels, weights, vocab, tp, main_grad, chunk_rows
+        )
+        total.backward()
+        close(total, want_total, "the sum")
+        close(losses, want, "the losses")
+        want_dx = tp.local_part(whole_x.grad) if tp.sequence_parallel else whole_x.grad
+        close(local_x.grad, want_dx, "the gradient of the hidden states")
+        if main_grad is None:
+            got = local_w.grad
+        else:
+            assert local_w.grad is None
+            got = main_grad - 1
+        assert (got - want_dw).abs().max() <= BOUND * whole_w.grad.abs().max()
+    with torch.no_grad():
+        total, _ = vocab_parallel_linear_loss_with_grad(
+            local_x, local_w, labels, weights, vocab, tp, None, chunk_rows
+        )
+    close(total, want_total, "the sum without gradients")
+
+
+@pytest.mark.parametrize("chunk_rows", [7, 100])
+@pytest.mark.parametrize(("tp_size", "sequence_parallel"), GROUPS)
+def test_linear_cross_entropy(
+    pool: RankPool, tp_size: int, sequence_parallel: bool, chunk_rows: int
+) -> None:
+    pool.run(tp_size, linear_cross_entropy_job, tp_size, sequence_parallel, chunk_rows)

@@ -79,7 +79,9 @@ class _CrossEntropy(Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient_of_losses(*ctx.saved_tensors, dloss, *ctx.options), None, None, None, None
+        logits, targets, log_sum = ctx.saved_tensors
+        gradient = gradient_of_losses(logits, targets, log_sum, dloss, *ctx.options)
+        return gradient, None, None, None, None
 
 
 class _WithGrad(Function):
