@@ -115,6 +115,12 @@ class TrainConfig:
         "Weights and activations; bf16 keeps fp32 master weights. auto: bf16 on GPUs, else fp32.",
         choices=("auto", "bf16", "fp32", "fp64"),
     )
+    attention: str = option(
+        "auto",
+        "sdpa: torch's fused attention. fused-softmax: matrix products and a softmax kernel, which "
+        "keeps the weights, sequence x sequence, as dropout of them does anyway. auto: sdpa.",
+        choices=("auto", "sdpa", "fused-softmax"),
+    )
     recompute: str = option(
         "none",
         "Activations computed again in backward: the attention core, or whole layers.",

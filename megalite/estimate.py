@@ -130,10 +130,10 @@ def _stage_activation_bytes(config: Config, spec: StageSpec, width: int) -> int:
         kv = max(1, model.num_kv_heads / parallel.tp) * model.head_dim
         # Input of each norm and of each column-parallel layer.
         per_layer = 4 * hidden
-        # Packed q, k, v; attention's output, and its copy in [S, B, H] order.
+        # Packed q, k, v; what attention adds, and its output in [S, B, H] order.
         per_layer += heads + 2 * kv
         if config.train.recompute == "none":
-            per_layer += heads
+            per_layer += _attention_core(config, heads, width)
         per_layer += heads
         # Packed gate and up, and the activation.
         per_layer += 3 * model.ffn_hidden_size / parallel.tp
@@ -141,6 +141,16 @@ def _stage_activation_bytes(config: Config, spec: StageSpec, width: int) -> int:
     if spec.has_head:
         kept += 2 * hidden
     return int(kept * width)
+
+
+def _attention_core(config: Config, heads: float, width: int) -> float:
+    """Elements per token that the core keeps beside q, k and v; `heads`: features of its output."""
+    model, drops = config.model, config.model.attention_dropout
+    if config.train.attention != "fused-softmax" and not drops:
+        return heads  # SDPA's output
+    # A row of softmax for each head; with dropout also its mask of a byte, and their product.
+    weights = heads / model.head_dim * model.seq_length
+    return weights * (2 + 1 / width if drops else 1)
 
 
 def _peak_live(order: tuple) -> int:

@@ -132,16 +132,7 @@ def softmax(
         Shape and dtype of `x`.
     """
     check_softmax(x, scale, mask, causal)
-    scores = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
-    if mask is not None:
-        hides = mask.dtype == torch.bool
-        scores = scores.masked_fill(mask, -torch.inf) if hides else scores + mask.to(scores.dtype)
-    if causal:
-        queries, keys = x.shape[-2:]
-        above = torch.ones(queries, keys, dtype=torch.bool, device=x.device)
-        scores = scores.masked_fill(above.triu(keys - queries + 1), -torch.inf)
-    keyless = (scores == -torch.inf).all(-1, keepdim=True)
-    return scores.masked_fill(keyless, 0).softmax(-1).masked_fill(keyless, 0).to(x.dtype)
+    return _Softmax.apply(x, scale, mask, causal)
 
 
 def check_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool) -> None:
@@ -210,7 +201,7 @@ def adamw_(
     """
     # torch's function counts the step itself, and doesn't count one that is skipped.
     step = step.float().view(()) - 1.0
-    skip = None if skip is None else skip.float().view(())
+    skip = None if skip is None else (skip != 0).float().view(())  # it asks for 1 exactly
     scale = None if scale is None else scale.to(master.dtype)
     flat = (master, gradient, exp_avg, exp_avg_sq)
     for w, g, m, v in zip(*(buffer.split(ADAMW_BLOCK) for buffer in flat), strict=True):
@@ -281,6 +272,34 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     if layout == "half":
         return torch.cat([*pair, rest], dim=-1)
     return torch.cat([torch.stack(pair, dim=-1).flatten(-2), rest], dim=-1)
+
+
+class _Softmax(Function):
+    """Keeps its result only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
+        scores = _at_least_fp32(x) * scale
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(mask, -torch.inf)
+        elif mask is not None:
+            scores = scores + mask.to(scores.dtype)
+        if causal:
+            queries, keys = x.shape[-2:]
+            above = torch.ones(queries, keys, dtype=torch.bool, device=x.device)
+            scores = scores.masked_fill(above.triu(keys - queries + 1), -torch.inf)
+        keyless = (scores == -torch.inf).all(-1, keepdim=True)
+        y = scores.softmax(-1).masked_fill(keyless, 0).to(x.dtype)
+        ctx.save_for_backward(y)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (y,) = ctx.saved_tensors
+        dy, weights = _at_least_fp32(dy), _at_least_fp32(y)
+        dx = ctx.scale * weights * (dy - (dy * weights).sum(-1, keepdim=True))
+        return dx.to(y.dtype), None, None, None
 
 
 class _Swiglu(Function):

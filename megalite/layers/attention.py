@@ -17,7 +17,7 @@ from megalite.layers.dropout import attention_keep
 from megalite.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
 from megalite.layers.sdpa import causal_attention
 from megalite.parallel.tensor import TensorGroup
-from megalite_kernels import rope_packed
+from megalite_kernels import rope_packed, softmax
 
 
 class Attention(nn.Module):
@@ -31,6 +31,8 @@ class Attention(nn.Module):
         layer: index in the whole model; names tensors and dropout masks.
         tp: the tensor group.
         recompute_core: compute everything between the projections again in backward.
+        fused_softmax: matrix products with a softmax kernel between them, which keeps the weights
+            [B, N/tp, S, S], in place of SDPA. Dropout of attention weights always takes this path.
         dtype, device: of the weights.
     """
 
@@ -41,6 +43,7 @@ class Attention(nn.Module):
         *,
         tp: TensorGroup,
         recompute_core: bool = False,
+        fused_softmax: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ):
@@ -53,6 +56,7 @@ class Attention(nn.Module):
         self.dropout = model.attention_dropout
         self.site = f"layer {layer} attention"
         self.recompute_core = recompute_core
+        self.fused_softmax = fused_softmax
         prefix = f"model.layers.{layer}.self_attn"
         self.qkv = ColumnParallelLinear(
             model.hidden_size,
@@ -114,32 +118,34 @@ class Attention(nn.Module):
         turned = rope_packed(qkv, cos, sin, *heads, inplace=not self.recompute_core)
         # [S, B, N, D] -> [B, N, S, D]
         q, k, v = (t.permute(1, 2, 0, 3) for t in turned)
-        if self.dropout and place is not None:
-            mixed = self._with_dropout(q, k, v, place, documents)
+        if self.fused_softmax or (self.dropout and place is not None):
+            mixed = self._unfused(q, k, v, place, documents)
         else:
             mixed = causal_attention(q, k, v, documents)
         return mixed.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
-    def _with_dropout(
+    def _unfused(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        place: DropoutPlace,
+        place: DropoutPlace | None,
         documents: Documents | None,
     ) -> Tensor:
-        """The unfused path: the mask must not depend on a kernel's own generator."""
-        copies = self.local_heads // self.local_kv_heads
-        k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
-        length = q.shape[2]
-        scores = (q @ k.transpose(-1, -2)) / math.sqrt(self.head_dim)
-        if documents is None:
-            seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-        else:
-            seen = documents.mask()
-        scores = scores.masked_fill(~seen, -torch.inf)
-        weights = scores.softmax(-1, torch.promote_types(q.dtype, torch.float32))
-        heads = range(self.first_head, self.first_head + self.local_heads)
-        keep = attention_keep(self.dropout, place, self.site, heads, self.num_heads, length)
-        weights = weights * keep * (1.0 / (1.0 - self.dropout))
-        return weights.to(v.dtype) @ v
+        """With the weights in memory; a kernel's own generator would not know dropout's mask."""
+        batch, heads, length, dim = q.shape
+        # The query heads that share a key/value head are the rows of one matrix product.
+        together = (batch, self.local_kv_heads, -1)
+        scores = q.reshape(*together, dim) @ k.transpose(-1, -2)
+        weights = softmax(
+            scores.view(batch, heads, length, length),
+            1.0 / math.sqrt(dim),
+            None if documents is None else ~documents.mask(),
+            causal=True,
+        )
+        if self.dropout and place is not None:
+            mine = range(self.first_head, self.first_head + self.local_heads)
+            keep = attention_keep(self.dropout, place, self.site, mine, self.num_heads, length)
+            weights = weights * keep
+            v = v * (1.0 / (1.0 - self.dropout))
+        return (weights.view(*together, length) @ v).view(batch, heads, length, dim)

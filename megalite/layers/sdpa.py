@@ -83,8 +83,10 @@ def fastest_attention(device: torch.device) -> AbstractContextManager[None]:
 
 def attention_back_end(config: Config, device: torch.device) -> str:
     """Name of the kernel that serves this run's attention, for its opening lines."""
+    if config.train.attention == "fused-softmax":
+        return "matrix products and fused softmax"
     if config.model.attention_dropout:
-        return "unfused torch (dropout)"
+        return "matrix products and fused softmax (dropout)"
     if device.type != "cuda":
         return "torch SDPA"
     model, tp = config.model, config.parallel.tp

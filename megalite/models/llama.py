@@ -70,7 +70,13 @@ class DecoderLayer(nn.Module):
             **where,
         )
         selective = config.train.recompute == "selective"
-        self.attention = Attention(model, layer, recompute_core=selective, **where)
+        self.attention = Attention(
+            model,
+            layer,
+            recompute_core=selective,
+            fused_softmax=config.train.attention == "fused-softmax",
+            **where,
+        )
         self.mlp_norm = AddRMSNorm(
             model.hidden_size,
             model.norm_epsilon,

@@ -161,7 +161,7 @@ def test_activations_of_the_micro_batches_that_are_alive(
     )
     tokens = 3 * 16
     # 8 heads of 6 features, 2 key/value heads.
-    per_token = 4 * (4 * 48 + (48 + 2 * 12) + (48 + 12 + 48) + 48 + 4 * 80)
+    per_token = 4 * (4 * 48 + (48 + 2 * 12) + 48 + 48 + 3 * 80)
     specs = stage_specs(config)
     got = [stage_estimates(config)[spec.stage].activations for spec in specs]
     assert got[:3] == [n * tokens * per_token for n in live[:3]]
@@ -171,15 +171,15 @@ def test_activations_of_the_micro_batches_that_are_alive(
 @pytest.mark.parametrize(
     ("tp", "sequence_parallel", "recompute", "per_token"),
     [
-        (1, False, "none", 2 * (4 * 48 + 72 + 108 + 48 + 320)),
-        (1, False, "selective", 2 * (4 * 48 + 72 + 48 + 320)),
+        (1, False, "none", 2 * (4 * 48 + 72 + 48 + 48 + 240)),
+        (1, False, "selective", 2 * (4 * 48 + 72 + 48 + 240)),
         (1, False, "full", 2 * 48),
-        (2, True, "none", 4 * 48 + 72 + 108 + 48 + 320),
-        (2, False, "none", 2 * 4 * 48 + 72 + 108 + 48 + 320),
+        (2, True, "none", 4 * 48 + 72 + 48 + 48 + 240),
+        (2, False, "none", 2 * 4 * 48 + 72 + 48 + 48 + 240),
         (2, True, "full", 48),
         (2, False, "full", 2 * 48),
         # One whole key/value head of 6 features on each of 4 ranks.
-        (4, True, "none", 2 * (48 + (12 + 12) + (12 + 6 + 12) + 12 + 80)),
+        (4, True, "none", 2 * (48 + (12 + 12) + 12 + 12 + 60)),
     ],
 )
 def test_activations_of_a_layer(
@@ -192,6 +192,27 @@ def test_activations_of_a_layer(
     )
     first = stage_specs(config)[0]
     assert stage_estimates(config)[first.stage].activations == 16 * per_token
+
+
+@pytest.mark.parametrize(
+    ("changes", "per_score"),
+    [
+        (dict(attention="fused-softmax"), 2),
+        (dict(attention="fused-softmax", attention_dropout=0.1), 5),
+        (dict(attention_dropout=0.1), 5),
+        (dict(attention="fused-softmax", recompute="selective"), 0),
+    ],
+)
+def test_weights_of_attention_are_kept_in_place_of_its_output(
+    changes: dict[str, Any], per_score: int
+) -> None:
+    """8 heads of 6 features and 16 keys, over tp 2."""
+    of = dict(num_layers=2, pp=2, tp=2, precision="bf16", micro_batch_size=1, global_batch_size=1)
+    plain = settings("two kv heads", **of, recompute=changes.get("recompute", "none"))
+    config = settings("two kv heads", **of, **changes)
+    first = stage_specs(config)[0].stage
+    more = stage_estimates(config)[first].activations - stage_estimates(plain)[first].activations
+    assert more == (16 * 4 * (16 * per_score - 2 * 6) if per_score else 0)
 
 
 @pytest.mark.parametrize(("name", "per_element"), [("bf16", 16), ("fp32", 20), ("fp64", 40)])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megalite.config import Config, resolve
 from megalite.estimate import flops_per_token, stage_estimates, whole_parameters
+from megalite.layers.batch import DropoutPlace
 from megalite.layers.shard import named_shards
 from megalite.models.llama import EMBEDDING, LlamaStage
 from megalite.models.stage import StageSpec, stage_specs
@@ -127,19 +128,25 @@ def saved_bytes(config: Config, spec: StageSpec) -> int:
     x = torch.zeros(batch, model.seq_length, dtype=torch.long)
     if not spec.has_embedding:
         x = torch.ones(model.seq_length, batch, model.hidden_size, requires_grad=True)
+    place = DropoutPlace(1, 0, torch.arange(batch)) if model.attention_dropout else None
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        stage(x)
+        stage(x, place)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(
     "shape",
-    [{}, dict(num_kv_heads=2), dict(ffn_hidden_size=512), dict(head_dim=32), dict(pp=2)],
+    [
+        *({}, dict(num_kv_heads=2), dict(ffn_hidden_size=512), dict(head_dim=32), dict(pp=2)),
+        dict(attention="fused-softmax", seq_length=128),
+        dict(attention="fused-softmax", seq_length=128, num_kv_heads=2, micro_batch_size=1),
+        dict(attention_dropout=0.1, seq_length=128),
+    ],
     ids=str,
 )
-def test_activations_are_what_autograd_saves(recompute: str, shape: dict[str, int]) -> None:
-    """Within a sixth; statistics of norms and of the softmax are not counted."""
+def test_activations_are_what_autograd_saves(recompute: str, shape: dict[str, Any]) -> None:
+    """Within a sixth; statistics of norms and of SDPA's softmax are not counted."""
     config = configure(
         **{
             **dict(num_layers=12, hidden_size=128, ffn_hidden_size=320, seq_length=32),
