@@ -68,10 +68,21 @@ def check(
 _ABOVE_ZERO = frozenset(
     {"num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size"}
     | {"make_vocab_size_divisible_by", "seq_length", "rope_theta", "rope_scaling_factor"}
-    | {"rope_original_seq_length", "norm_epsilon", "tp", "pp", "micro_batch_size", "lr"}
+    | {
+        "rope_original_seq_length",
+        "rope_yarn_beta_fast",
+        "rope_yarn_beta_slow",
+        "norm_epsilon",
+        "tp",
+        "pp",
+        "micro_batch_size",
+        "lr",
+    }
     | {"distributed_timeout_minutes", "adam_eps", "log_interval"}
 )
-_ABOVE_ZERO_IF_GIVEN = frozenset({"num_kv_heads", "head_dim", "dp", "global_batch_size"})
+_ABOVE_ZERO_IF_GIVEN = frozenset(
+    {"num_kv_heads", "head_dim", "dp", "global_batch_size", "rope_yarn_attention_factor"}
+)
 """0 asks for the value that follows from others."""
 
 _SHARES = frozenset(
@@ -168,6 +179,13 @@ def _widths(config: Config) -> Violations:
         yield (
             f"--rope-high-freq-factor {model.rope_high_freq_factor} must be above "
             f"--rope-low-freq-factor {model.rope_low_freq_factor}"
+        )
+    if model.rope_scaling == "yarn" and model.rope_theta <= 1:
+        yield f"--rope-theta {model.rope_theta} must be above 1 with --rope-scaling yarn"
+    if model.rope_scaling == "yarn" and model.rope_yarn_beta_fast <= model.rope_yarn_beta_slow:
+        yield (
+            f"--rope-yarn-beta-fast {model.rope_yarn_beta_fast} must be above "
+            f"--rope-yarn-beta-slow {model.rope_yarn_beta_slow}"
         )
 
 

@@ -31,15 +31,37 @@ class ModelConfig:
     norm_epsilon: float = option(1e-5, "Added to the mean square in RMSNorm.", metavar="X")
     rope_theta: float = option(10000.0, "Base of the rotary frequencies.", metavar="X")
     rope_scaling: str = option(
-        "none", "Rotary frequencies beyond the trained length.", choices=("none", "llama3")
+        "none",
+        "Rotary frequencies beyond the trained length.",
+        choices=("none", "linear", "llama3", "yarn"),
     )
-    rope_scaling_factor: float = option(8.0, "llama3 scaling: factor.", metavar="X")
+    rope_scaling_factor: float = option(
+        8.0, "Any scaling: how many times longer than first trained.", metavar="X"
+    )
     rope_low_freq_factor: float = option(1.0, "llama3 scaling: low frequency factor.", metavar="X")
     rope_high_freq_factor: float = option(
         4.0, "llama3 scaling: high frequency factor.", metavar="X"
     )
     rope_original_seq_length: int = option(
-        8192, "llama3 scaling: length the model was first trained at.", metavar="TOKENS"
+        8192,
+        "llama3 and yarn scaling: length the model was first trained at.",
+        metavar="TOKENS",
+    )
+    rope_yarn_beta_fast: float = option(
+        32.0,
+        "yarn scaling: features that turn more often than this within the original length are "
+        "kept.",
+        metavar="TURNS",
+    )
+    rope_yarn_beta_slow: float = option(
+        1.0,
+        "yarn scaling: features that turn less often are divided by the factor.",
+        metavar="TURNS",
+    )
+    rope_yarn_attention_factor: float = option(
+        0.0,
+        "yarn scaling: what turned queries and keys are multiplied by. 0: 0.1 ln(factor) + 1.",
+        metavar="X",
     )
     init_method_std: float = option(
         0.02,

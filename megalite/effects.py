@@ -49,14 +49,24 @@ def _read_by(name: str) -> Effect:
 
 _EFFECTS = (
     Effect(
-        (
-            "rope_scaling_factor",
-            "rope_low_freq_factor",
-            "rope_high_freq_factor",
-            "rope_original_seq_length",
-        ),
+        ("rope_scaling_factor",),
+        lambda c: c.model.rope_scaling != "none",
+        "without --rope-scaling",
+    ),
+    Effect(
+        ("rope_original_seq_length",),
+        lambda c: c.model.rope_scaling in ("llama3", "yarn"),
+        "without --rope-scaling llama3 or yarn",
+    ),
+    Effect(
+        ("rope_low_freq_factor", "rope_high_freq_factor"),
         lambda c: c.model.rope_scaling == "llama3",
         "without --rope-scaling llama3",
+    ),
+    Effect(
+        ("rope_yarn_beta_fast", "rope_yarn_beta_slow", "rope_yarn_attention_factor"),
+        lambda c: c.model.rope_scaling == "yarn",
+        "without --rope-scaling yarn",
     ),
     Effect(
         ("lr_wsd_decay_steps", "lr_wsd_decay_style"),

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalite.config import TrainConfig
 from megalite.optim.flat import FlatParameters
 from megalite.parallel.groups import ParallelGroups
+from megalite_kernels import adamw_
 
 NORM_ROW = 4096
 """Elements whose norm is taken in the gradients' own precision."""
-
-LONGEST_TENSOR = 1 << 30
-"""Elements of one tensor given to the update kernel; longer buffers are cut."""
 
 
 class Optimizer:
@@ -25,8 +23,8 @@ class Optimizer:
     weights are a buffer of their own; otherwise they are the parameters themselves. Per parameter
     of a bf16 run: 2 bytes of weight, 4 of gradient, 12 of master weight and moments.
 
-    Nothing here waits for the GPU: clipping is a multiplication by a factor on the device, and a
-    norm that is not finite makes the update kernel skip the step, on all ranks alike.
+    Nothing here waits for the GPU: the update kernel reads the factor that clips the gradients on
+    the device, and skips the step, on all ranks alike, if the norm is not finite.
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101.
 
@@ -34,6 +32,10 @@ class Optimizer:
         stages: this rank's flat buffers.
         groups: of this rank.
         train: hyper-parameters.
+
+    Attributes:
+        masters, exp_avgs, exp_avg_sqs: flat buffers of each stage.
+        steps: fp32 [], on the device: updates so far, without those skipped.
     """
 
     def __init__(
@@ -41,22 +43,9 @@ class Optimizer:
     ):
         self._stages, self._groups, self._train = stages, groups, train
         self.masters = [flat.parameters.to(flat.gradients.dtype) for flat in stages]
-        decaying: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
-        for flat, master in zip(stages, self.masters, strict=True):
-            cut = flat.decaying
-            decaying += _leaves(master[:cut], flat.gradients[:cut])
-            others += _leaves(master[cut:], flat.gradients[cut:])
-        self._adam = torch.optim.AdamW(
-            [
-                {"params": decaying, "weight_decay": train.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=train.lr,
-            betas=(train.adam_beta1, train.adam_beta2),
-            eps=train.adam_eps,
-            fused=True,
-        )
+        self.exp_avgs = [torch.zeros_like(master) for master in self.masters]
+        self.exp_avg_sqs = [torch.zeros_like(master) for master in self.masters]
+        self.steps = torch.zeros((), device=self.masters[0].device)
 
     def clip_and_step(self, lr: float, statistics: Tensor) -> Tensor:
         """Update the parameters from the reduced gradients.
@@ -74,19 +63,46 @@ class Optimizer:
         self._groups.tp.all_reduce(squares)
         totals = self._groups.pp.all_reduce(torch.cat([squares, statistics]))
         norm = totals[0].sqrt()
+        scale = None
         if self._train.clip_grad:
-            factor = (self._train.clip_grad / (norm + 1e-6)).clamp(max=1.0)
-            for flat in self._stages:
-                flat.gradients.mul_(factor.to(flat.gradients.dtype))
-        # The fused kernel reads this flag on the device; torch's own GradScaler sets it likewise.
-        self._adam.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-        self._adam.step()
-        for flat, master in zip(self._stages, self.masters, strict=True):
-            if master is not flat.parameters:
-                flat.parameters.copy_(master)
+            scale = (self._train.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        skip = (~norm.isfinite()).float()
+        self.steps += 1.0 - skip
+        for stage, flat in enumerate(self._stages):
+            for part, weight_decay in self._parts(flat):
+                self._update(stage, part, lr, weight_decay, scale, skip)
         return torch.cat([norm[None], totals[1:]])
+
+    def _parts(self, flat: FlatParameters) -> tuple[tuple[slice, float], ...]:
+        """Where weight decay applies in the flat buffers and where it doesn't."""
+        decaying = slice(0, flat.decaying), self._train.weight_decay
+        return decaying, (slice(flat.decaying, None), 0.0)
+
+    def _update(
+        self,
+        stage: int,
+        part: slice,
+        lr: float,
+        weight_decay: float,
+        scale: Tensor | None,
+        skip: Tensor,
+    ) -> None:
+        flat, master = self._stages[stage], self.masters[stage]
+        adamw_(
+            master[part],
+            flat.gradients[part],
+            self.exp_avgs[stage][part],
+            self.exp_avg_sqs[stage][part],
+            self.steps,
+            lr=lr,
+            beta1=self._train.adam_beta1,
+            beta2=self._train.adam_beta2,
+            eps=self._train.adam_eps,
+            weight_decay=weight_decay,
+            scale=scale,
+            skip=skip,
+            copy=None if master is flat.parameters else flat.parameters[part],
+        )
 
     def _squared_norm(self) -> Tensor:
         """This rank's share of the squared global norm, fp64 [1]; every element counts once."""
@@ -106,15 +122,3 @@ def _square_sum(x: Tensor) -> Tensor:
     rows = torch.linalg.vector_norm(x[:whole].view(-1, NORM_ROW), dim=1)
     rest = torch.linalg.vector_norm(x[whole:])
     return rows.double().square().sum() + rest.double().square()
-
-
-def _leaves(master: Tensor, gradients: Tensor) -> list[nn.Parameter]:
-    """Views of a flat buffer as leaves with their gradients, none longer than the kernel takes."""
-    leaves = []
-    for part, gradient in zip(
-        master.split(LONGEST_TENSOR), gradients.split(LONGEST_TENSOR), strict=True
-    ):
-        leaf = nn.Parameter(part, requires_grad=True)
-        leaf.grad = gradient
-        leaves.append(leaf)
-    return leaves

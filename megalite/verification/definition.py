@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megalite.config import Config
 from megalite.data.samples import PADDING, Samples
-from megalite.layers.rope import rope_frequencies
+from megalite.layers.rope import rope_amplitude, rope_frequencies
 from megalite.optim.lr import learning_rate
 from megalite.parallel.rng import keep_mask, make_key, normal_slice
 from megalite.tokenizer.byte import ByteTokenizer
@@ -325,7 +325,8 @@ def _turn(config: Config, x: Tensor, positions: Tensor) -> Tensor:
     frequencies = rope_frequencies(config.model).to(x.device)
     angles = positions[:, None, :, None].to(x.dtype) * frequencies
     real, imaginary = x.chunk(2, -1)
-    turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)
+    size = rope_amplitude(config.model)
+    turned = torch.complex(real, imaginary) * torch.polar(torch.full_like(angles, size), angles)
     return torch.cat([turned.real, turned.imag], -1)
 
 

@@ -20,9 +20,11 @@ def world(size: int, launcher: str = "torchrun") -> World:
 
 
 POSITIVE = """num-layers hidden-size num-attention-heads ffn-hidden-size seq-length micro-batch-size
-make-vocab-size-divisible-by rope-theta rope-scaling-factor rope-original-seq-length norm-epsilon
+make-vocab-size-divisible-by rope-theta rope-scaling-factor rope-original-seq-length
+rope-yarn-beta-fast rope-yarn-beta-slow norm-epsilon
 tp pp distributed-timeout-minutes lr adam-eps log-interval""".split()
-POSITIVE_OR_DERIVED = ["num-kv-heads", "head-dim", "vocab-size", "dp", "global-batch-size"]
+POSITIVE_OR_DERIVED = """num-kv-heads head-dim vocab-size dp global-batch-size
+rope-yarn-attention-factor""".split()
 NOT_NEGATIVE = """min-lr init-method-std weight-decay clip-grad lr-decay-steps lr-wsd-decay-steps
 eval-interval eval-steps sample-length steps tokens seed""".split()
 
@@ -37,7 +39,8 @@ def test_what_must_be_above_0(name: str, value: str) -> None:
 
 @pytest.mark.parametrize("name", POSITIVE_OR_DERIVED)
 def test_what_must_be_above_0_where_0_is_derived(name: str) -> None:
-    assert f"--{name} -3 must be above 0" in violations(f"--{name}", "-3")
+    found = [sentence.replace("-3.0 ", "-3 ") for sentence in violations(f"--{name}", "-3")]
+    assert f"--{name} -3 must be above 0" in found
     run(f"--{name}", "0")
 
 
@@ -142,6 +145,14 @@ RULES = {
         "--use-rope-scaling --rope-high-freq-factor 2 --rope-low-freq-factor 2",
         "--rope-high-freq-factor 2.0 must be above --rope-low-freq-factor 2.0",
     ),
+    "yarn base": (
+        "--rope-scaling yarn --rope-theta 1",
+        "--rope-theta 1.0 must be above 1 with --rope-scaling yarn",
+    ),
+    "yarn turns": (
+        "--rope-scaling yarn --rope-yarn-beta-fast 1",
+        "--rope-yarn-beta-fast 1.0 must be above --rope-yarn-beta-slow 1.0",
+    ),
     "a layer for each stage": (
         "--pp 5",
         "--pp 5 is more than --num-layers 4: every stage owns at least one layer; "
@@ -233,6 +244,7 @@ VALID = """
 --tp 4 --seq-length 126 --no-sequence-parallel
 --tp 1 --seq-length 127
 --rope-high-freq-factor 2 --rope-low-freq-factor 1 --rope-scaling llama3
+--rope-yarn-beta-fast 2 --rope-scaling yarn
 --pp 4
 --pp 3 --pp-layers 1,2,1
 --dp 2 --micro-batch-size 4 --global-batch-size 24

@@ -9,10 +9,13 @@ from megalite.config import resolve
 from megalite.effects import notes
 
 WITHOUT_EFFECT = {
-    "--rope-scaling-factor 4": "without --rope-scaling llama3",
+    "--rope-scaling-factor 4": "without --rope-scaling",
     "--rope-low-freq-factor 2": "without --rope-scaling llama3",
     "--rope-high-freq-factor 5": "without --rope-scaling llama3",
-    "--rope-original-seq-length 64": "without --rope-scaling llama3",
+    "--rope-original-seq-length 64": "without --rope-scaling llama3 or yarn",
+    "--rope-yarn-beta-fast 16": "without --rope-scaling yarn",
+    "--rope-yarn-beta-slow 2": "without --rope-scaling yarn",
+    "--rope-yarn-attention-factor 1.2": "without --rope-scaling yarn",
     "--lr-wsd-decay-steps 5": "without --lr-decay-style WSD",
     "--lr-wsd-decay-iters 5": "without --lr-decay-style WSD",
     "--lr-wsd-decay-style linear": "without --lr-decay-style WSD",
@@ -47,7 +50,13 @@ REST = {
     "--tokenizer-type ByteTokenizer": "--mock-data --vocab-size 300",
 }
 WITH_EFFECT = [
-    *(f"--rope-scaling llama3 {flag}" for flag in WITHOUT_EFFECT if "--rope" in flag),
+    *(
+        f"--rope-scaling {'yarn' if 'yarn' in flag else 'llama3'} {flag}"
+        for flag in WITHOUT_EFFECT
+        if "--rope" in flag
+    ),
+    "--rope-scaling linear --rope-scaling-factor 2",
+    "--rope-scaling yarn --rope-original-seq-length 64",
     *(f"--lr-decay-style WSD {flag}" for flag in WITHOUT_EFFECT if "wsd" in flag),
     "--min-lr 1e-5",
     "--lr-decay-steps 50",

@@ -38,6 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": dict(num_kv_heads=2),
     "one-kv-head": dict(num_kv_heads=1),
     "llama3-rope": dict(num_kv_heads=2, **LLAMA3),
+    "linear-rope": dict(rope_scaling="linear", rope_scaling_factor=2.0),
+    "yarn-rope": dict(rope_scaling="yarn", rope_scaling_factor=4.0, rope_original_seq_length=16),
     "tied": dict(tie_embeddings=True),
     "wide-heads": dict(head_dim=32, num_kv_heads=2),
 }
@@ -55,6 +57,10 @@ def reference(config: Config) -> Any:
             "high_freq_factor": model.rope_high_freq_factor,
             "original_max_position_embeddings": model.rope_original_seq_length,
         }
+    elif model.rope_scaling != "none":
+        rope |= {"rope_type": model.rope_scaling, "factor": model.rope_scaling_factor}
+    if model.rope_scaling == "yarn":
+        rope["original_max_position_embeddings"] = model.rope_original_seq_length
     if int(transformers.__version__.split(".")[0]) >= 5:
         extra: dict[str, Any] = {"rope_parameters": rope}
     else:

@@ -21,7 +21,7 @@ from megalite.layers.batch import Documents, MicroBatch
 from megalite.models import llama
 from megalite.optim import flat, optimizer
 from megalite.parallel import data, pipeline, tensor
-from megalite.parallel.group import AxisGroup, Pending
+from megalite.parallel.group import Pending
 from megalite.pipeline import runtime
 
 Patch = pytest.MonkeyPatch
@@ -246,14 +246,11 @@ def norm_not_summed_over_stages(patch: Patch) -> None:
 
 def decay_on_norms(patch: Patch) -> None:
     """Weight decay applies to everything."""
-    right = optimizer.Optimizer.__init__
 
-    def broken(self: Any, stages: Any, groups: Any, train: Any) -> None:
-        right(self, stages, groups, train)
-        for group in self._adam.param_groups:
-            group["weight_decay"] = train.weight_decay
+    def broken(self: Any, flat: Any) -> Any:
+        return ((slice(None), self._train.weight_decay),)
 
-    patch.setattr(optimizer.Optimizer, "__init__", broken)
+    patch.setattr(optimizer.Optimizer, "_parts", broken)
 
 
 def stale_receive_buffer(patch: Patch) -> None:
@@ -365,10 +362,10 @@ def skipped_step_moves_moments(patch: Patch) -> None:
             group.all_reduce(agreed, maximum=True)
         result = right(self, lr, statistics)
         if agreed.item():
-            for state in self._adam.state.values():
-                state["exp_avg"].mul_(self._train.adam_beta1)
-                state["exp_avg_sq"].mul_(self._train.adam_beta2)
-                state["step"] += 1
+            for stage, _ in enumerate(self._stages):
+                self.exp_avgs[stage].mul_(self._train.adam_beta1)
+                self.exp_avg_sqs[stage].mul_(self._train.adam_beta2)
+            self.steps += 1
         return result
 
     patch.setattr(optimizer.Optimizer, "clip_and_step", broken)
@@ -457,13 +454,14 @@ def not_clipped(patch: Patch) -> None:
 
 
 def maximum_not_shared(patch: Patch) -> None:
-    """The vocabulary-parallel softmax subtracts each rank's own maximum."""
-    right = AxisGroup.all_reduce
+    """The vocabulary-parallel softmax takes each rank's sum for one below the same maximum."""
+    right = cross_entropy._combine
 
-    def broken(self: Any, x: Tensor, *, maximum: bool = False) -> Tensor:
-        return x if maximum else right(self, x)
+    def broken(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts[..., 0] = parts[0, :, 0]
+        return right(parts)
 
-    patch.setattr(cross_entropy.TensorGroup, "all_reduce", broken)
+    patch.setattr(cross_entropy, "_combine", broken)
 
 
 def pipeline_gradient_scaled(patch: Patch) -> None:

@@ -46,7 +46,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "dropout": ("", "--hidden-dropout 0.1", "--attention-dropout 0.2"),
     "clipping": ("", "--clip-grad 0.1", "--clip-grad 0"),
     "rate": ("", "--lr-decay-style linear", "--lr-decay-style WSD", "--lr-decay-style constant"),
-    "rope": ("", "--rope-scaling llama3"),
+    "rope": ("", "--rope-scaling llama3", "--rope-scaling linear", "--rope-scaling yarn"),
     "growing batch": ("", "--rampup-batch-size 12 12 30"),
     "packing": ("", "--packing best-fit"),
     "documents": ("", "--reset-attention-mask", "--reset-position-ids"),

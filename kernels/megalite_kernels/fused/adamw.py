@@ -164,9 +164,9 @@ def _kernel(
     if scale_ptr is not None:
         g = g * tl.load(scale_ptr).to(tl.float32)
 
-    m = m + one_minus_beta1 * (g - m)
-    v = beta2 * v + one_minus_beta2 * (g * g)
-    w = w - decay * w
+    m = tl.fma(g - m, one_minus_beta1, m)
+    v = tl.fma(v, beta2, one_minus_beta2 * (g * g))
+    w = tl.fma(w, -decay, w)
     w = w - rate * (m / (tl.sqrt_rn(v) * to_root + eps))
 
     tl.store(master_ptr + offsets, w, mask=inside)
