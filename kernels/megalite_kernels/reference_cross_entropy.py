@@ -179,7 +179,9 @@ def vocab_parallel_statistics(
     elsewhere = (local < 0) | (local >= columns)
     at_target = z.gather(1, local.masked_fill(elsewhere, 0)[:, None])[:, 0]
     maximum = z.amax(1)
-    exponentials = (z - maximum[:, None]).exp().sum(1)
+    # A rank's logits may all be -inf where another's aren't.
+    finite = maximum.clamp_min(torch.finfo(z.dtype).min)
+    exponentials = (z - finite[:, None]).exp().sum(1)
     return torch.stack([maximum, exponentials, at_target.masked_fill(elsewhere, 0.0), z.sum(1)], 1)
 
 
