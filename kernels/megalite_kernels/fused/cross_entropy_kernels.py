@@ -255,19 +255,21 @@ def loss_and_gradient_kernel(
             if SMOOTHED:
                 sums += tl.sum(z, axis=1)
         inside = last < V
-        z = tl.load(
+        end = tl.load(
             row_ptr + last, mask=inside, other=-float("inf"), eviction_policy="evict_first"
         ).to(tl.float32)
-        M = tl.maximum(tl.max(tl.max(z, axis=1), axis=0), LOWEST)
+        M = tl.maximum(tl.max(tl.max(end, axis=1), axis=0), LOWEST)
         if HEAD:
             M = tl.maximum(M, tl.max(maximum, axis=0))
-        kept = tl.exp(z - M)
+        kept = tl.exp(end - M)
         D = tl.sum(tl.sum(kept, axis=1), axis=0)
         if HEAD:
             D += tl.sum(exponentials * tl.exp(maximum - M), axis=0)
         total = 0.0
         if SMOOTHED:
-            total = tl.sum(tl.sum(tl.where(inside, z, 0.0), axis=1), axis=0) + tl.sum(sums, axis=0)
+            total = tl.sum(tl.sum(tl.where(inside, end, 0.0), axis=1), axis=0) + tl.sum(
+                sums, axis=0
+            )
         loss, lse, _ = _loss(M, D, at_target, total, V, smoothing, z_loss, SMOOTHED)
         loss = tl.where(counts, loss, 0.0)
         weight = tl.where(counts, weight, 0.0)
@@ -277,19 +279,19 @@ def loss_and_gradient_kernel(
         scale = weight / D * (1 + 2 * z_loss * lse)
         everywhere = weight * smoothing / V
         at_hit = weight * (1 - smoothing)
-        g = kept * scale - tl.where(last == target, at_hit, 0.0)
+        ending = kept * scale - tl.where(last == target, at_hit, 0.0)
         if SMOOTHED:
-            g -= everywhere
-        g = tl.where(inside, g, 0.0)
-        tl.store(out_row_ptr + last, g, mask=last < W, eviction_policy="evict_first")
+            ending -= everywhere
+        ending = tl.where(inside, ending, 0.0)
+        tl.store(out_row_ptr + last, ending, mask=last < W, eviction_policy="evict_first")
         for back in tl.range(BLOCK, HEAD + BLOCK, BLOCK):
             columns = HEAD - back + offsets
-            z = tl.load(row_ptr + columns, eviction_policy="evict_first").to(tl.float32)
-            g = tl.exp(z - M) * scale - tl.where(columns == target, at_hit, 0.0)
+            again = tl.load(row_ptr + columns, eviction_policy="evict_first").to(tl.float32)
+            g = tl.exp(again - M) * scale - tl.where(columns == target, at_hit, 0.0)
             if SMOOTHED:
                 g -= everywhere
             tl.store(out_row_ptr + columns, g, eviction_policy="evict_first")
         for start in tl.range(HEAD + KEPT, W, KEPT):
-            columns = start + _tile(KEPT_LANES, VECTOR)
+            padding = start + _tile(KEPT_LANES, VECTOR)
             zeros = tl.zeros([KEPT_LANES, VECTOR], tl.float32)
-            tl.store(out_row_ptr + columns, zeros, mask=columns < W)
+            tl.store(out_row_ptr + padding, zeros, mask=padding < W)
