@@ -242,11 +242,11 @@ def adamw_(
     copy: Tensor | None = None,
 ) -> None:
     """One AdamW step over flat buffers, in place; see `reference.adamw_`."""
-    arguments = (master, gradient, exp_avg, exp_avg_sq, step)
-    options = (lr, beta1, beta2, eps, weight_decay, scale, skip, copy)
+    buffers = (master, gradient, exp_avg, exp_avg_sq, step)
+    numbers = (lr, beta1, beta2, eps, weight_decay)
     if runs_fused(master):
         from megalite_kernels.fused.adamw import adamw_ as fused
 
-        fused(*arguments, *options)
+        fused(*buffers, *numbers, scale, skip, copy)
         return
-    reference.adamw_(*arguments, *options)
+    reference.adamw_(*buffers, *numbers, scale, skip, copy)

@@ -70,7 +70,7 @@ def _operations() -> list[tuple[str, Operation, Operation, list[Tensor]]]:
     labels = torch.randint(VOCABULARY, (SEQUENCE, BATCH), generator=generator)
     solo = TensorGroup.solo()
 
-    def turned(turn: Callable[..., Sequence[Tensor]]) -> Operation:
+    def turned(turn: Callable[..., tuple[Tensor, ...]]) -> Operation:
         def run(x: Tensor) -> Tensor:
             dtype = torch.promote_types(x.dtype, torch.float32)
             cos, sin = (

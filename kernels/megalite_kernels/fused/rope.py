@@ -104,8 +104,8 @@ class _RopePacked(Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
         ctx.set_materialize_grads(False)
-        ctx.heads = heads = (num_heads, num_kv_heads, num_kv_heads)
-        ctx.layout = layout
+        ctx.layout, ctx.heads = layout, (num_heads, num_kv_heads)
+        heads = (num_heads, num_kv_heads, num_kv_heads)
         if inplace and not torch.compiler.is_compiling() and qkv.is_contiguous():
             # Detached: autograd takes q, k and v for new tensors, not for views of the input, whose
             # gradients it would put together itself. Who kept the input for backward is told.
@@ -114,9 +114,9 @@ class _RopePacked(Function):
             _launch(q, k, None, q, k, None, cos, sin, layout == "interleaved", False)
             torch.autograd.graph.increment_version(qkv)
         else:
-            packed = rope_turn_packed(
-                *_heads(qkv, heads), cos, sin, layout == "interleaved", False, *heads[:2]
-            )
+            q, k, v = _heads(qkv, heads)
+            options = (layout == "interleaved", False, num_heads, num_kv_heads)
+            packed = rope_turn_packed(q, k, v, cos, sin, *options)
         return _heads(packed, heads)
 
     @staticmethod
@@ -126,9 +126,8 @@ class _RopePacked(Function):
         if dq is None and dk is None and dv is None:
             return (None,) * 7
         cos, sin = ctx.saved_tensors
-        backwards = (cos, sin, ctx.layout == "interleaved", True)
-        packed = rope_turn_packed(dq, dk, dv, *backwards, *ctx.heads[:2])
-        return packed, None, None, None, None, None, None
+        options = (ctx.layout == "interleaved", True, *ctx.heads)
+        return rope_turn_packed(dq, dk, dv, cos, sin, *options), None, None, None, None, None, None
 
 
 def _heads(packed: Tensor, heads: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -184,8 +183,8 @@ def rope_turn_packed(
     What is None counts as zeros, but not all of them.
     """
     packed = _packed_like(q, k, v, cos, sin, interleaved, backwards, num_heads, num_kv_heads)
-    parts = _heads(packed, (num_heads, num_kv_heads, num_kv_heads))
-    _launch(q, k, v, *parts, cos, sin, interleaved, backwards)
+    new_q, new_k, new_v = _heads(packed, (num_heads, num_kv_heads, num_kv_heads))
+    _launch(q, k, v, new_q, new_k, new_v, cos, sin, interleaved, backwards)
     return packed
 
 
