@@ -77,7 +77,7 @@ BACKWARD = (
     (4096, Backward(rows=2, warps=8, walkers=2)),
     (8192, Backward(rows=1, warps=8, walkers=2)),
     (16384, Backward(rows=1, warps=16, walkers=1)),
-    (32768, Backward(rows=1, warps=32, walkers=1)),
+    (32768, Backward(rows=1, warps=16, walkers=1, stages=2, reads="once", keeps_weight=False)),
 )
 BACKWARD_WIDER = Backward(rows=1, warps=32, walkers=1, reads="twice", keeps_weight=False)
 

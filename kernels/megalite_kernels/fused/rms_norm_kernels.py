@@ -33,7 +33,7 @@ def forward_kernel(
     """y and rstd, and with a residual its sum with x; x and residual have a stride over rows."""
     masked: tl.constexpr = ROWS > 1 or width != BLOCK
     columns = tl.arange(0, BLOCK)[None, :]
-    w = _load(weight + columns, columns < width, width != BLOCK).to(tl.float32)
+    w = _load(weight + columns, columns < width, width != BLOCK, "").to(tl.float32)
     if CASTING == "gemma":
         w += 1.0
     first, count, stride = _walk(rows, ROWS, False, WALKS)
@@ -41,9 +41,9 @@ def forward_kernel(
         row = (first + step * stride) * ROWS + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (columns < width)
         start = ((first + step * stride) * ROWS).to(tl.int64)
-        value = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked).to(tl.float32)
+        value = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, "").to(tl.float32)
         if residual is not None:
-            other = _load(_tile(residual, start, residual_stride, columns, ROWS), mask, masked)
+            other = _load(_tile(residual, start, residual_stride, columns, ROWS), mask, masked, "")
             total = (value + other.to(tl.float32)).to(new_residual.dtype.element_ty)
             _store(_tile(new_residual, start, width, columns, ROWS), total, mask, masked)
             value = total.to(tl.float32)
@@ -89,10 +89,11 @@ def backward_kernel(
     """
     masked: tl.constexpr = ROWS > 1 or width != BLOCK
     partly: tl.constexpr = width != BLOCK
+    policy: tl.constexpr = "evict_last" if READS == "twice" else ""
     columns = tl.arange(0, BLOCK)[None, :]
     in_width = columns < width
     if KEEPS_WEIGHT:
-        w = _load(weight + columns, in_width, partly)
+        w = _load(weight + columns, in_width, partly, "")
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     first, count, stride = _walk(rows, ROWS, STRIDED, True)
 
@@ -101,11 +102,11 @@ def backward_kernel(
     inverse_next = tl.load(rstd + row, mask=row < rows, other=0.0)
     if READS == "ahead":
         mask = (row < rows) & in_width
-        dy_next = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked)
-        x_next = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked)
+        dy_next = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, "")
+        x_next = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, "")
         if dresidual is not None:
-            at = _tile(dresidual, start, dresidual_stride, columns, ROWS)
-            dresidual_next = _load(at, mask, masked)
+            from_residual = _tile(dresidual, start, dresidual_stride, columns, ROWS)
+            dresidual_next = _load(from_residual, mask, masked, "")
 
     for step in tl.range(0, count, num_stages=STAGES):
         start = ((first + step * stride) * ROWS).to(tl.int64)
@@ -119,21 +120,20 @@ def backward_kernel(
             dy_now = dy_next
             x_now = x_next
             mask_ahead = (row_ahead < rows) & in_width
-            dy_next = _load(_tile(dy, ahead, dy_stride, columns, ROWS), mask_ahead, masked)
-            x_next = _load(_tile(x, ahead, x_stride, columns, ROWS), mask_ahead, masked)
+            dy_next = _load(_tile(dy, ahead, dy_stride, columns, ROWS), mask_ahead, masked, "")
+            x_next = _load(_tile(x, ahead, x_stride, columns, ROWS), mask_ahead, masked, "")
             if dresidual is not None:
                 more = dresidual_next
-                at = _tile(dresidual, ahead, dresidual_stride, columns, ROWS)
-                dresidual_next = _load(at, mask_ahead, masked)
+                from_residual = _tile(dresidual, ahead, dresidual_stride, columns, ROWS)
+                dresidual_next = _load(from_residual, mask_ahead, masked, "")
         else:
-            again: tl.constexpr = "evict_last" if READS == "twice" else ""
-            dy_now = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, again)
-            x_now = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, again)
+            dy_now = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, policy)
+            x_now = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, policy)
             if dresidual is not None:
-                at = _tile(dresidual, start, dresidual_stride, columns, ROWS)
-                more = _load(at, mask, masked)
+                from_residual = _tile(dresidual, start, dresidual_stride, columns, ROWS)
+                more = _load(from_residual, mask, masked, "")
         if not KEEPS_WEIGHT:
-            w = _load(weight + columns, in_width, partly)
+            w = _load(weight + columns, in_width, partly, "")
         scale = w.to(tl.float32)
         if CASTING == "gemma":
             scale += 1.0
@@ -151,15 +151,15 @@ def backward_kernel(
         gradient = (slope * scale - xhat * mean) * inverse
         if dresidual is not None:
             gradient += more.to(tl.float32)
-        at = _tile(dx, start, width, columns, ROWS)
-        _store(at, gradient.to(dx.dtype.element_ty), mask, masked)
+        into = _tile(dx, start, width, columns, ROWS)
+        _store(into, gradient.to(dx.dtype.element_ty), mask, masked)
         if dx_too is not None:
-            at = _tile(dx_too, start, width, columns, ROWS)
-            _store(at, gradient.to(dx_too.dtype.element_ty), mask, masked)
+            into_too = _tile(dx_too, start, width, columns, ROWS)
+            _store(into_too, gradient.to(dx_too.dtype.element_ty), mask, masked)
 
     total = tl.sum(dw, axis=0, keep_dims=True)
-    at = partials + tl.program_id(0).to(tl.int64) * width + columns
-    _store(at, total, in_width, partly)
+    part = partials + tl.program_id(0).to(tl.int64) * width + columns
+    _store(part, total, in_width, partly)
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def _tile(base, start, stride, columns, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, mask, MASKED: tl.constexpr, EVICTION: tl.constexpr = ""):
+def _load(pointers, mask, MASKED: tl.constexpr, EVICTION: tl.constexpr):
     if MASKED:
         value = tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICTION)
     else:
