@@ -1,0 +1,183 @@
+"""AdamW's kernel on the card, against torch.optim.AdamW in fp64 and its fused version in fp32."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalite_kernels import adamw_, reference
+
+NUMBERS = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@dataclass
+class State:
+    """Buffers of one optimizer."""
+
+    master: Tensor
+    exp_avg: Tensor = field(init=False)
+    exp_avg_sq: Tensor = field(init=False)
+    step: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.master) for _ in range(2))
+        self.step = torch.zeros(1, device="cuda")
+
+    def update(self, gradient: Tensor, lr: float, **options: Tensor) -> None:
+        self.step += 1
+        buffers = (self.master, gradient, self.exp_avg, self.exp_avg_sq, self.step)
+        adamw_(*buffers, lr=lr, **NUMBERS, **options)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.master, self.exp_avg, self.exp_avg_sq]
+
+
+class Theirs:
+    """torch.optim.AdamW."""
+
+    def __init__(self, master: Tensor, fused: bool = False):
+        self.parameter = torch.nn.Parameter(master.clone())
+        self.optimizer = torch.optim.AdamW(
+            [self.parameter], lr=1.0, weight_decay=0.1, betas=(0.9, 0.999), fused=fused
+        )
+
+    def update(self, gradient: Tensor, lr: float) -> None:
+        self.parameter.grad = gradient.to(self.parameter.dtype)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+    def tensors(self) -> list[Tensor]:
+        (state,) = self.optimizer.state.values()
+        return [self.parameter.detach(), state["exp_avg"], state["exp_avg_sq"]]
+
+
+def test_a_hundred_steps_as_exact_as_torch() -> None:
+    size = 1_000_003
+    start, sizes = torch.randn(size, device="cuda"), 10.0 ** torch.linspace(-6, 2, size)
+    sizes = sizes.cuda()
+    ours, theirs, exact = State(start.clone()), Theirs(start, fused=True), Theirs(start.double())
+    scales = [torch.ones_like(sizes), sizes, sizes.square()]
+    for step in range(100):
+        gradient = torch.randn_like(sizes) * sizes
+        lr = 1e-3 * (1 + math.sin(step / 10)) + 1e-5
+        for optimizer in (ours, theirs, exact):
+            optimizer.update(gradient, lr)
+        if step in (0, 1, 10, 99):
+            states = (ours.tensors(), theirs.tensors(), exact.tensors())
+            for mine, fused, right, scale in zip(*states, scales, strict=True):
+                errors = [((x - right) / scale).square().mean().sqrt() for x in (mine, fused)]
+                assert errors[0] <= 1.1 * errors[1], (step, errors)
+
+
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 2047, 100_000, 1_000_001])
+def test_scale_copy_and_skip(size: int, gradient_dtype: torch.dtype) -> None:
+    gradient = torch.randn(size, device="cuda").to(gradient_dtype)
+    scale, copy = torch.tensor(0.37, device="cuda"), torch.zeros(size, device="cuda").bfloat16()
+    start = torch.randn(size, device="cuda")
+    ours, exact = State(start.clone()), Theirs(start.double())
+    go = torch.zeros((), device="cuda")
+    ours.update(gradient, 1e-2, scale=scale, copy=copy, skip=go)
+    exact.update(gradient.double() * scale.double(), 1e-2)
+    for a, b in zip(ours.tensors(), exact.tensors(), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=1e-7)
+    assert torch.equal(copy, ours.master.bfloat16())
+
+    before = [x.clone() for x in (*ours.tensors(), copy)]
+    bad = torch.full_like(gradient, torch.nan)
+    ours.update(bad, 1e-2, scale=scale * torch.inf, copy=copy, skip=go + 1)
+    assert all(map(torch.equal, before, (*ours.tensors(), copy)))
+
+
+def test_slices_that_start_anywhere() -> None:
+    wide, gradients = torch.randn(3000, device="cuda"), torch.randn(3000, device="cuda")
+    for start, stop in ((1, 2999), (16, 2900), (3, 2051)):
+        before = wide.clone()
+        ours, exact = State(wide[start:stop]), Theirs(wide[start:stop].double())
+        ours.update(gradients[start:stop], 1e-2)
+        exact.update(gradients[start:stop], 1e-2)
+        torch.testing.assert_close(ours.master.double(), exact.tensors()[0], rtol=1e-6, atol=1e-7)
+        assert torch.equal(before[:start], wide[:start])
+        assert torch.equal(before[stop:], wide[stop:])
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    size = (1 << 31) + 5000
+    ours = State(torch.randn(size, device="cuda"))
+    gradient = torch.randn(size, device="cuda")
+    copy = torch.full((size,), torch.nan, device="cuda", dtype=torch.bfloat16)
+    places = [slice(0, 5000), slice((1 << 31) - 2500, (1 << 31) + 2500), slice(-3000, None)]
+    before = [ours.master[place].double() for place in places]
+    ours.update(gradient, 1e-2, copy=copy)
+    for place, start in zip(places, before, strict=True):
+        exact = Theirs(start)
+        exact.update(gradient[place], 1e-2)
+        for a, b in zip(ours.tensors(), exact.tensors(), strict=True):
+            torch.testing.assert_close(a[place].double(), b, rtol=1e-6, atol=1e-7)
+    assert torch.equal(copy[-(1 << 20) :], ours.master[-(1 << 20) :].bfloat16())
+    assert copy.isfinite().all()
+
+
+def test_the_reference_on_the_card() -> None:
+    """Same semantics there, without the kernel."""
+    start, gradient = torch.randn(5000, device="cuda"), torch.randn(5000, device="cuda")
+    ours, theirs = State(start.clone()), State(start.clone())
+    scale = torch.tensor(0.5, dtype=torch.float64, device="cuda")
+    for _ in range(3):
+        ours.update(gradient, 1e-2, scale=scale)
+        theirs.step += 1
+        buffers = (*theirs.tensors(), theirs.step)
+        reference.adamw_(buffers[0], gradient, *buffers[1:], lr=1e-2, **NUMBERS, scale=scale)
+    for a, b in zip(ours.tensors(), theirs.tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_the_same_bits_each_time() -> None:
+    start, gradient = torch.randn(10**6, device="cuda"), torch.randn(10**6, device="cuda")
+    states = [State(start.clone()) for _ in range(3)]
+    for state in states:
+        for _ in range(3):
+            state.update(gradient, 1e-2)
+    for state in states[1:]:
+        assert all(map(torch.equal, states[0].tensors(), state.tensors()))
+
+
+def test_compiled_without_breaks_or_recompiling_for_a_rate() -> None:
+    def run(state: State, gradient: Tensor, lr: float) -> None:
+        buffers = (state.master, gradient, state.exp_avg, state.exp_avg_sq, state.step)
+        adamw_(*buffers, lr=lr, **NUMBERS)
+
+    states = [State(torch.ones(5000, device="cuda")) for _ in range(2)]
+    compiled = torch.compile(run, fullgraph=True)
+    for lr in (1e-2, 2e-2, 3e-2):
+        gradient = torch.randn(5000, device="cuda")
+        for state, call in zip(states, (run, compiled), strict=True):
+            state.step += 1
+            call(state, gradient, lr)
+    assert all(map(torch.equal, states[0].tensors(), states[1].tensors()))
+
+
+def test_captured_in_a_graph() -> None:
+    """The count of steps is read on the device, so a replay is the next step."""
+    start, gradient = torch.randn(5000, device="cuda"), torch.randn(5000, device="cuda")
+    eager, captured = State(start.clone()), State(start.clone())
+    eager.update(gradient, 1e-2)
+    captured.update(gradient, 1e-2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.update(gradient, 1e-2)
+    for _ in range(3):
+        eager.update(gradient, 1e-2)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, eager.tensors(), captured.tensors()))
