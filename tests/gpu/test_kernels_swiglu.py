@@ -62,7 +62,7 @@ def test_errors(rows: int, width: int, dtype: torch.dtype) -> None:
         assert errors[0].square().mean().sqrt() <= 1.1 * errors[1].square().mean().sqrt()
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e2, 1e18])
+@pytest.mark.parametrize("size", [1e-15, 1e2, 1e18])
 def test_huge_and_tiny(size: float) -> None:
     gate_up = size * torch.randn(100, 2 * 1000, device="cuda")
     dy = torch.randn(100, 1000, device="cuda")

@@ -80,7 +80,7 @@ def test_gradients_of_any_strides(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
-@pytest.mark.parametrize("size", [1e-20, 1e2, 1e18])
+@pytest.mark.parametrize("size", [1e-15, 1e2, 1e18])
 def test_huge_and_tiny(size: float) -> None:
     check(size * torch.randn(4, 2 * 100), torch.randn(4, 100), 1e-5)
 
