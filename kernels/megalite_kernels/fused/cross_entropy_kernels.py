@@ -43,7 +43,7 @@ def choose_walk(columns: int, itemsize: int) -> Walk:
         kept = max(1024, triton.next_power_of_2(columns))
         return Walk(1024, kept, max(4, min(16, kept * itemsize // 4096)), 0)
     block = 32768 // itemsize
-    return Walk(block, 2 * block, 16, 2 if columns * itemsize <= 131072 else 1)
+    return Walk(block, 2 * block, 16, 1)
 
 
 class Pass(NamedTuple):
