@@ -217,9 +217,9 @@ def linear_cross_entropy(
     """(sum of token_weight * loss, losses) of hidden @ weight^T, logits never whole in memory.
 
     The matrix products are torch's on every device; the loss between them is
-    `cross_entropy_with_grad`, dispatched as usual. See `megalite_kernels.linear_cross_entropy`.
+    `cross_entropy_with_grad`, dispatched as usual. See `fused.linear_cross_entropy`.
     """
-    from megalite_kernels.linear_cross_entropy import linear_cross_entropy as chunked
+    from megalite_kernels.fused.linear_cross_entropy import linear_cross_entropy as chunked
 
     arguments = (hidden, weight, targets, token_weight, main_grad, chunk_rows, vocab_size)
     return chunked(*arguments, ignore_index, label_smoothing, z_loss)

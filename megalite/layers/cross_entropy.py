@@ -20,7 +20,7 @@ from megalite_kernels import (
     vocab_parallel_gradient_,
     vocab_parallel_statistics,
 )
-from megalite_kernels.linear_cross_entropy import CHUNK_ROWS, accumulate_product_, even_chunks
+from megalite_kernels.fused.linear_cross_entropy import CHUNK_ROWS, accumulate_product_, even_chunks
 from megalite_kernels.reference_cross_entropy import weighted
 
 

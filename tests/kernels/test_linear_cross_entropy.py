@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite_kernels import linear_cross_entropy, use_backend
-from megalite_kernels.linear_cross_entropy import accumulate_product_, even_chunks
+from megalite_kernels.fused.linear_cross_entropy import accumulate_product_, even_chunks
 
 IGNORED = -100
 

@@ -1,1 +1,1 @@
-"""The Triton kernels, one operation per file. `megalite_kernels` decides when they are called."""
+"""The kernels, one operation per file: `megalite_kernels` decides when they are called."""
