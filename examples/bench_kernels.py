@@ -120,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rivals", metavar="NAME,NAME", help="contestants; all if left out")
     made.add_argument("--csv", type=Path, default=Path("bench_kernels.csv"), help="appended to")
     made.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the CSV, at the end")
+    made.add_argument("--commit", help="for the CSV, where there is no checkout to ask")
     made.add_argument("--list", action="store_true", help="ops, sizes, contestants; then stop")
     return made
 
@@ -231,7 +232,7 @@ def part(cases: list[Case], text: str | None) -> list[Case]:
     if len(words) == 2 and all(word.isdigit() for word in words):
         which, of = map(int, words)
         if 1 <= which <= of:
-            return cases[which - 1 :: of]
+            return [case for i, case in enumerate(cases) if i // 2 % of == which - 1]
     raise UsageError(f"--part: {text!r} is not K/N with 1 <= K <= N, for instance 1/2")
 
 
@@ -261,18 +262,17 @@ def measure_cases(cases: Sequence[Case], names: Sequence[str], options: argparse
     for name, why in absent.items():
         print(f"absent: {name}: {why}")
     versions = {rival.name: rival.version for rival in here}
-    where = surroundings()
+    where = surroundings(options.commit or commit())
     recorder = Recorder(options.csv, where, versions)
     check_csv(options.csv, where)
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     print(", ".join(f"{name} {version}".rstrip() for name, version in versions.items()), flush=True)
-    # A backward that runs often on one graph must leave what the forward kept.
-    torch._functorch.config.donated_buffer = False
     torch.backends.cuda.matmul.allow_tf32 = False
     clock = Clock(torch.device("cuda", torch.cuda.current_device()))
-    for case in cases:
-        if case.op != vocab_parallel.NAME:
-            one_case(case, taking_part(here, case.op, options.table), clock, recorder)
+    with torch.cuda.stream(clock.stream):
+        for case in cases:
+            if case.op != vocab_parallel.NAME:
+                one_case(case, taking_part(here, case.op, options.table), clock, recorder)
     sizes = [case.size for case in cases if case.op == vocab_parallel.NAME]
     if sizes:
         try:
@@ -316,13 +316,13 @@ def check_csv(path: Path, where: dict[str, str]) -> None:
         raise UsageError(f"--csv: {error}") from None
 
 
-def surroundings() -> dict[str, str]:
+def surroundings(of_commit: str) -> dict[str, str]:
     """Date, commit, card and versions."""
     import triton
 
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "commit": commit(),
+        "commit": of_commit,
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,

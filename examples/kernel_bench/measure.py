@@ -88,18 +88,17 @@ def checked(op: Op, problem: Problem, rival: Rival, clock: Clock) -> tuple[Prepa
     expected = list(op.expected(problem)) if problem.direction == STEP else op.expected(problem)
     clock.poison(POISONED_BYTES)
     begun = time.perf_counter()
-    with torch.cuda.stream(clock.stream), limit(LONGEST_COMPILATION_S if rival.compiles else 0):
+    with limit(LONGEST_COMPILATION_S if rival.compiles else 0):
         prepared = rival.build(problem)
         if prepared.restore is not None:
             prepared.restore()
         results = prepared.run()
         clock.stream.synchronize()
         seconds = time.perf_counter() - begun
-    with torch.cuda.stream(clock.stream):
-        error = largest_error(results, expected)
-        del results
-        if prepared.restore is not None:
-            prepared.restore()
+    error = largest_error(results, expected)
+    del results
+    if prepared.restore is not None:
+        prepared.restore()
     return prepared, error, seconds
 
 
@@ -113,11 +112,10 @@ def measure_host(op: Op, rivals: Sequence[Rival], clock: Clock) -> list[Line]:
         line = dataclasses.replace(start, contestant=rival.name)
         try:
             problem = op.make(size, direction, clock.device, DTYPE)
-            with torch.cuda.stream(clock.stream):
-                with limit(LONGEST_COMPILATION_S if rival.compiles else 0):
-                    prepared = rival.build(problem)
-                    prepared.run()
-                taken = host_us(prepared.run, clock.stream.synchronize)
+            with limit(LONGEST_COMPILATION_S if rival.compiles else 0):
+                prepared = rival.build(problem)
+                prepared.run()
+            taken = host_us(prepared.run, clock.stream.synchronize)
             lines[rival.name] = dataclasses.replace(line, host_us=taken, note=prepared.note)
         except Exception as problem_of_theirs:
             lines[rival.name] = dataclasses.replace(
@@ -150,6 +148,9 @@ def reason(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     text = str(error).strip().splitlines()
+    cut_off = [line for line in text if TooLongError.TEXT in line]  # a compiler has wrapped it
+    if cut_off:
+        return cut_off[0][cut_off[0].index(TooLongError.TEXT) :]
     return f"{type(error).__name__}: {text[0][:100] if text else ''}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from kernel_bench.problem import Problem, Run
@@ -18,8 +19,8 @@ def batch_first(problem: Problem) -> tuple[Problem, Callable[[], None], Callable
         into one with results as [S, B, ...] views.
     """
     given = {name: problem.tensors[name] for name in problem.leaves}
-    copies = {name: tensor.transpose(0, 1).contiguous() for name, tensor in given.items()}
-    gradients = tuple(gradient.transpose(0, 1).contiguous() for gradient in problem.gradients)
+    copies = {name: _swapped(tensor) for name, tensor in given.items()}
+    gradients = tuple(map(_swapped, problem.gradients))
 
     def restore() -> None:
         for name, copy in copies.items():
@@ -35,3 +36,8 @@ def batch_first(problem: Problem) -> tuple[Problem, Callable[[], None], Callable
 
     tensors = {**problem.tensors, **copies}
     return replace(problem, tensors=tensors, gradients=gradients), restore, back
+
+
+def _swapped(x: Tensor) -> Tensor:
+    """A copy even of a batch of one, whose transpose is contiguous already."""
+    return x.transpose(0, 1).clone(memory_format=torch.contiguous_format)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw as step_adamw
 
 from kernel_bench.cases_rows import split_heads
-from kernel_bench.problem import Outputs, Prepared, Problem, UnsupportedError, call
+from kernel_bench.problem import BACKWARD, Outputs, Prepared, Problem, UnsupportedError, call
 
 Tensors = Mapping[str, Tensor]
 
@@ -34,6 +35,8 @@ def build_compiled(problem: Problem, mode: str) -> Prepared:
     if problem.op == "adamw":
         raise UnsupportedError("torch's fused AdamW is a kernel already")
     torch.compiler.reset()
+    # A backward that runs often on one graph must leave what the forward kept.
+    torch._functorch.config.donated_buffer = problem.direction != BACKWARD
     compiled = torch.compile(function(problem), mode=mode, dynamic=False, fullgraph=True)
     return Prepared(call(problem, compiled))
 

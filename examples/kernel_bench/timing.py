@@ -50,12 +50,14 @@ class Launch(NamedTuple):
 class TooLongError(Exception):
     """A call that was cut off."""
 
+    TEXT = "compilation took over"
+
 
 class Clock:
     """One GPU's stopwatch.
 
-    Everything, the warm-ups and the making of autograd graphs too, runs on `stream`: a backward
-    runs where its forward did, and must be on the stream that is captured.
+    Everything, inputs and autograd graphs too, is made under `torch.cuda.stream(clock.stream)`, by
+    the caller: a backward runs where its forward did, and must be on the stream that is captured.
     """
 
     def __init__(self, device: torch.device):
@@ -70,12 +72,13 @@ class Clock:
 
     def launch(self, prepared: Prepared) -> Launch:
         """Warm up and capture; without a graph if it can't be captured."""
-        with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UPS):
-                prepared.run()
-                if prepared.restore is not None:
-                    prepared.restore()
+        for _ in range(WARM_UPS):
+            prepared.run()
+            if prepared.restore is not None:
+                prepared.restore()
         self.stream.synchronize()
+        if waits(prepared):
+            return Launch(prepared.run, prepared.restore, "eager: it waits for the device")
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(
@@ -120,15 +123,14 @@ class Clock:
         self, launch: Launch, align: Callable[[], object] | None
     ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(self.stream):
-            if launch.restore is not None:
-                launch.restore()
-            self._flush.zero_()
-            if align is not None:
-                align()
-            start.record()
-            launch.go()
-            end.record()
+        if launch.restore is not None:
+            launch.restore()
+        self._flush.zero_()
+        if align is not None:
+            align()
+        start.record()
+        launch.go()
+        end.record()
         return start, end
 
     def copy(self, total_bytes: int) -> Prepared:
@@ -144,23 +146,37 @@ class Clock:
 
     def peak_bytes(self, prepared: Prepared) -> int:
         """Memory that one call takes over what is there before it: results and temporaries."""
-        with torch.cuda.stream(self.stream):
-            self.stream.synchronize()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            results = prepared.run()
-            self.stream.synchronize()
-            peak = torch.cuda.max_memory_allocated(self.device) - before
-            del results
-            if prepared.restore is not None:
-                prepared.restore()
+        self.stream.synchronize()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        results = prepared.run()
+        self.stream.synchronize()
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        del results
+        if prepared.restore is not None:
+            prepared.restore()
         return peak
 
     def poison(self, size: int) -> None:
         """Leave NaN in memory that the next allocations are likely to get."""
         free, _ = torch.cuda.mem_get_info(self.device)
-        with torch.cuda.stream(self.stream):
-            torch.full((min(size, free // 4) // 4,), torch.nan, device=self.device)
+        torch.full((min(size, free // 4) // 4,), torch.nan, device=self.device)
+
+
+def waits(prepared: Prepared) -> bool:
+    """Whether a call has the host wait for the device, which a graph can't hold."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        prepared.run()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        if prepared.restore is not None:
+            prepared.restore()
+    return False
 
 
 def spread(values: list[float]) -> Times:
@@ -194,7 +210,7 @@ def limit(seconds: float) -> Iterator[None]:
     """
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        raise TooLongError(f"compilation took over {seconds:g} s")
+        raise TooLongError(f"{TooLongError.TEXT} {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)

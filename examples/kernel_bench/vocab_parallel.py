@@ -58,8 +58,12 @@ def measure_all(
     arguments = (port, list(sizes), list(names), queue)
     processes = mp.spawn(_rank_main, arguments, nprocs=GPUS, join=False)
     done = 0
-    while not processes.join(timeout=0.2):
-        done += _report_waiting(queue, report)
+    try:
+        while not processes.join(timeout=0.2):
+            done += _report_waiting(queue, report)
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        last = str(error).strip().splitlines()[-1]
+        raise RuntimeError(f"{NAME}: a process failed: {last}") from None
     done += _report_waiting(queue, report)
     if done < len(sizes):
         raise RuntimeError(f"{NAME}: {done} of {len(sizes)} rows came back")
@@ -82,10 +86,11 @@ def _rank_main(
         *("nccl", f"tcp://127.0.0.1:{port}"), rank=rank, world_size=GPUS, device_id=device
     )
     clock = Clock(device)
-    for size in sizes:
-        lines = _row(size, names, clock)
-        if rank == 0:
-            queue.put(lines)
+    with torch.cuda.stream(clock.stream):
+        for size in sizes:
+            lines = _row(size, names, clock)
+            if rank == 0:
+                queue.put(lines)
     torch.cuda.synchronize()
     dist.destroy_process_group()
 
@@ -116,7 +121,7 @@ def _row(size: tuple[int, int], names: Sequence[str], clock: Clock) -> list[Line
             continue
         errors = [0.0] * GPUS
         dist.all_gather_object(errors, error)
-        worst = next((e for e in errors if e != e), max(errors))
+        worst = worst_of(errors)
         line = dataclasses.replace(line, error=worst, note=prepared.note)
         if not worst <= TOLERANCE:
             lines[rival.name] = dataclasses.replace(line, status=WRONG)
@@ -148,6 +153,11 @@ def _row(size: tuple[int, int], names: Sequence[str], clock: Clock) -> list[Line
             ours=None if ours is None else ms / ours,
         )
     return list(lines.values())
+
+
+def worst_of(errors: Sequence[float]) -> float:
+    """The largest; nan if one is."""
+    return next((error for error in errors if error != error), max(errors))
 
 
 def make(
@@ -255,12 +265,11 @@ def _torch(problem: Problem) -> Prepared:
 
 def _checked(name: str, problem: Problem, whole: Tensor, clock: Clock) -> tuple[Prepared, float]:
     clock.poison(POISONED_BYTES)
-    with torch.cuda.stream(clock.stream):
-        prepared = build(name, problem)
-        results = prepared.run()
-        flat = tuple(result.flatten(0, 1) for result in results)
-        error = largest_error(flat, reference(problem, whole))
-        if prepared.restore is not None:
-            prepared.restore()
-        clock.stream.synchronize()
+    prepared = build(name, problem)
+    results = prepared.run()
+    flat = tuple(result.flatten(0, 1) for result in results)
+    error = largest_error(flat, reference(problem, whole))
+    if prepared.restore is not None:
+        prepared.restore()
+    clock.stream.synchronize()
     return prepared, error

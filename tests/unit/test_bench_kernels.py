@@ -11,10 +11,23 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import bench_kernels
-from kernel_bench import goals, problem, rivals, rivals_megatron, rivals_ours, rivals_torch, table
+from kernel_bench import (
+    goals,
+    measure,
+    problem,
+    rivals,
+    rivals_megatron,
+    rivals_ours,
+    rivals_torch,
+    table,
+    timing,
+    vocab_parallel,
+)
 from kernel_bench.op import Op, size_text
 from kernel_bench.problem import BACKWARD, BOTH, FORWARD, STEP, UnsupportedError, largest_error
+from kernel_bench.rivals import Rival
 from kernel_bench.table import Line
+from kernel_bench.timing import Launch, Times
 
 CPU = torch.device("cpu")
 OPS = bench_kernels.OPS
@@ -93,6 +106,110 @@ def test_what_a_rival_lacks_is_said():
     here, absent = rivals.found(["ours", "apex"])
     assert [rival.name for rival in here] == ["ours"]
     assert "amp_C" in absent["apex"]
+
+
+# --- a row, on a clock that takes no time ---
+
+
+class Stream:
+    def synchronize(self) -> None:
+        pass
+
+
+class StillClock:
+    """In place of the GPU's: the first launch takes 1 ms, the second 2, and so on."""
+
+    device = CPU
+    stream = Stream()
+
+    def new_row(self) -> None:
+        pass
+
+    def poison(self, size: int) -> None:
+        pass
+
+    def launch(self, prepared: problem.Prepared) -> Launch:
+        prepared.run()
+        return Launch(prepared.run, prepared.restore, "")
+
+    def peak_bytes(self, _prepared: problem.Prepared) -> int:
+        return 10
+
+    def copy(self, total_bytes: int) -> problem.Prepared:
+        return problem.Prepared(lambda: (torch.empty(total_bytes),))
+
+    def rounds(self, launches: dict) -> dict[str, Times]:
+        return {name: Times(i + 1.0, i + 0.5, i + 1.5) for i, name in enumerate(launches)}
+
+
+@pytest.fixture
+def still_clock(monkeypatch) -> StillClock:
+    monkeypatch.setattr(measure, "settle", lambda clock: None)
+    return StillClock()
+
+
+def doubled(given: problem.Problem) -> problem.Prepared:
+    right = rivals_torch.build(given)
+    return problem.Prepared(lambda: tuple(2 * result for result in right.run()))
+
+
+def refusing(given: problem.Problem) -> problem.Prepared:
+    raise UnsupportedError("not today")
+
+
+RIVALS = [
+    Rival("ours", "", rivals_ours.build),
+    Rival("liger", "1", doubled),
+    Rival("quack", "1", refusing),
+    Rival("torch", "2", rivals_torch.build, compiles=True),
+]
+
+
+@pytest.mark.parametrize("name", ["swiglu", "cross_entropy", "adamw"])
+def test_a_row_times_who_is_right(name: str, still_clock: StillClock):
+    op = bench_kernels.op_named(name)
+    op = dataclasses.replace(op, check=lambda size: (1024,)) if name == "adamw" else op
+    lines = measure.measure(op, op.parse(op.small), op.directions[-1], RIVALS, still_clock)
+    by_name = {line.contestant: line for line in lines}
+    assert [(line.contestant, line.status, line.ms) for line in lines] == [
+        ("ours", table.MEASURED, 1.0),
+        ("liger", table.WRONG, None),
+        ("quack", table.ABSENT, None),
+        ("torch", table.MEASURED, 2.0),
+        ("copy", table.MEASURED, 3.0),
+    ]
+    assert by_name["liger"].error == pytest.approx(1, abs=0.1)
+    assert by_name["quack"].note == "not today"
+    assert by_name["torch"].ours == 2 and by_name["torch"].compile_s is not None
+    assert by_name["ours"].percent_of_copy == pytest.approx(300)
+
+
+def test_host_time_of_a_row(still_clock: StillClock):
+    op = bench_kernels.op_named("swiglu")
+    lines = {line.contestant: line for line in measure.measure_host(op, RIVALS, still_clock)}
+    assert lines["ours"].host_us > 0 and lines["torch"].over_torch_us == 0
+    assert lines["quack"].status == table.ABSENT
+
+
+def test_a_compilation_is_cut_off():
+    def endless():
+        with timing.limit(0.05):
+            while True:
+                pass
+
+    with pytest.raises(timing.TooLongError, match=r"over 0\.05 s"):
+        endless()
+    wrapped = RuntimeError(f"backend raised:\nTooLongError: {timing.TooLongError.TEXT} 45 s")
+    assert measure.reason(wrapped) == "compilation took over 45 s"
+
+
+def test_the_spread_of_times():
+    assert timing.spread([5.0, 1.0, 4.0, 2.0, 3.0]) == Times(3.0, 2.0, 4.0)
+
+
+def test_the_largest_error_of_processes_is_nan_if_one_is():
+    assert math.isnan(vocab_parallel.worst_of([1e-3, math.nan]))
+    assert vocab_parallel.worst_of([1e-3, 2e-3]) == 2e-3
 
 
 # --- bytes and percentages ---
@@ -207,9 +324,7 @@ def test_memory_and_host_goals():
     assert [v.met for v in verdicts if v.goal == "no extra memory"] == [False]
     host = {"op": "swiglu", "size": "64x128", "direction": table.HOST}
     ours, torchs = row("ours", host_us=100.0, **host), row("torch", host_us=50.0, **host)
-    from kernel_bench.measure import host_ratios
-
-    lines = host_ratios({"ours": ours, "torch": torchs})
+    lines = measure.host_ratios({"ours": ours, "torch": torchs})
     assert [verdict.met for verdict in goals.judge(list(lines.values()))] == [False, True]
 
 
