@@ -94,7 +94,7 @@ def adamw_update(
     count = master.numel()
     if count:
         with on_device(master):
-            _kernel[(triton.cdiv(count, BLOCK),)](
+            _kernel[(-(-count // BLOCK),)](
                 master,
                 gradient,
                 exp_avg,

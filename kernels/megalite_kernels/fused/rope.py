@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
 from megalite_kernels.fused.launch import on_device, operator
+from megalite_kernels.fused.rope_kernels import turn_kernel
 
 
 def rope(
@@ -109,15 +112,13 @@ class _RopePacked(Function):
         if inplace and not torch.compiler.is_compiling() and qkv.is_contiguous():
             # Detached: autograd takes q, k and v for new tensors, not for views of the input, whose
             # gradients it would put together itself. Who kept the input for backward is told.
-            packed = qkv.detach()
-            q, k, _ = _heads(packed, heads)
+            q, k, v = _heads(qkv.detach(), heads)
             _launch(q, k, None, q, k, None, cos, sin, layout == "interleaved", False)
             torch.autograd.graph.increment_version(qkv)
-        else:
-            q, k, v = _heads(qkv, heads)
-            options = (layout == "interleaved", False, num_heads, num_kv_heads)
-            packed = rope_turn_packed(q, k, v, cos, sin, *options)
-        return _heads(packed, heads)
+            return q, k, v
+        q, k, v = _heads(qkv, heads)
+        options = (layout == "interleaved", False, num_heads, num_kv_heads)
+        return _heads(rope_turn_packed(q, k, v, cos, sin, *options), heads)
 
     @staticmethod
     def backward(
@@ -131,7 +132,9 @@ class _RopePacked(Function):
 
 
 def _heads(packed: Tensor, heads: tuple[int, ...]) -> tuple[Tensor, ...]:
-    return packed.unflatten(2, (sum(heads), -1)).split(heads, dim=2)
+    length, batch, width = packed.shape
+    count = sum(heads)
+    return packed.view(length, batch, count, width // count).split_with_sizes(heads, dim=2)
 
 
 def _turned_like(
@@ -227,14 +230,9 @@ def _launch(
     assert cos.shape[1] in (1, batch) and 2 * half <= dim, "cos and sin have another batch or width"
     if cos.stride() != sin.stride() or cos.stride(2) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
-    table = _INTERLEAVED if interleaved else _HALF
-    chosen = next(launch for launch in table if dim <= launch.dim)
-    block = min(triton.next_power_of_2(num_heads), chosen.heads)
-    kv_block = min(triton.next_power_of_2(num_kv_heads), chosen.heads)
-    blocks = max(triton.cdiv(num_heads, block), triton.cdiv(num_kv_heads, kv_block))
-    rest = dim - 2 * half
+    blocks, constants = _plan(num_heads, num_kv_heads, dim, half, interleaved)
     with on_device(new_q):
-        _kernel[(length * batch, blocks)](
+        turn_kernel[(length * batch, blocks)](
             q,
             k,
             v,
@@ -251,20 +249,36 @@ def _launch(
             cos.stride(0),
             cos.stride(1) if cos.shape[1] > 1 else 0,
             batch,
-            Q_HEADS=num_heads,
-            KV_HEADS=num_kv_heads,
-            DIM=dim,
-            HALF=half,
-            HALF_PADDED=triton.next_power_of_2(half),
-            REST=0 if q is new_q else rest,
-            REST_PADDED=triton.next_power_of_2(rest),
-            DIM_PADDED=triton.next_power_of_2(dim),
-            INTERLEAVED=interleaved,
+            REST=0 if q is new_q else dim - 2 * half,
             BACKWARDS=backwards,
-            Q_BLOCK=block,
-            KV_BLOCK=kv_block,
-            num_warps=chosen.warps,
+            **constants,
         )
+
+
+@functools.cache
+def _plan(
+    num_heads: int, num_kv_heads: int, dim: int, half: int, interleaved: bool
+) -> tuple[int, Mapping[str, int]]:
+    """Programs for a token, and the kernel's constants."""
+    table = _INTERLEAVED if interleaved else _HALF
+    chosen = next(launch for launch in table if dim <= launch.dim)
+    block = min(triton.next_power_of_2(num_heads), chosen.heads)
+    kv_block = min(triton.next_power_of_2(num_kv_heads), chosen.heads)
+    blocks = max(triton.cdiv(num_heads, block), triton.cdiv(num_kv_heads, kv_block))
+    constants = dict(
+        Q_HEADS=num_heads,
+        KV_HEADS=num_kv_heads,
+        DIM=dim,
+        HALF=half,
+        HALF_PADDED=triton.next_power_of_2(half),
+        REST_PADDED=triton.next_power_of_2(dim - 2 * half),
+        DIM_PADDED=triton.next_power_of_2(dim),
+        INTERLEAVED=interleaved,
+        Q_BLOCK=block,
+        KV_BLOCK=kv_block,
+        num_warps=chosen.warps,
+    )
+    return blocks, MappingProxyType(constants)
 
 
 def _strides(x: Tensor | None) -> tuple[int, ...]:
@@ -273,131 +287,3 @@ def _strides(x: Tensor | None) -> tuple[int, ...]:
 
 def _token_stride(x: Tensor) -> int:
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
-
-
-@triton.jit(do_not_specialize=["batch"])
-def _kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    new_q_ptr,
-    new_k_ptr,
-    new_v_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_stride_s,
-    q_stride_b,
-    q_stride_n,
-    k_stride_s,
-    k_stride_b,
-    k_stride_n,
-    v_stride_s,
-    v_stride_b,
-    v_stride_n,
-    new_q_stride,
-    new_k_stride,
-    table_stride_s,
-    table_stride_b,
-    batch,
-    Q_HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_PADDED: tl.constexpr,
-    REST: tl.constexpr,
-    REST_PADDED: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BACKWARDS: tl.constexpr,
-    Q_BLOCK: tl.constexpr,
-    KV_BLOCK: tl.constexpr,
-):
-    """One program: a block of one token's query heads and one of its key and value heads."""
-    token = tl.program_id(0).to(tl.int64)
-    s = token // batch
-    b = token % batch
-    block = tl.program_id(1)
-
-    pair = tl.arange(0, HALF_PADDED)
-    table = s * table_stride_s + b * table_stride_b + pair
-    cos = tl.load(cos_ptr + table, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + table, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]
-    if BACKWARDS:
-        sin = -sin
-
-    heads = block * Q_BLOCK + tl.arange(0, Q_BLOCK)
-    new_heads = new_q_ptr + token * new_q_stride + (heads * DIM)[:, None]
-    if q_ptr is None:
-        _fill_zeros(new_heads, heads < Q_HEADS, DIM, DIM_PADDED)
-    else:
-        q_heads = q_ptr + s * q_stride_s + b * q_stride_b
-        q_heads += (heads.to(tl.int64) * q_stride_n)[:, None]
-        _turn(q_heads, new_heads, heads < Q_HEADS, cos, sin, HALF, HALF_PADDED, INTERLEAVED)
-        if REST > 0:
-            _copy(q_heads + 2 * HALF, new_heads + 2 * HALF, heads < Q_HEADS, REST, REST_PADDED)
-
-    heads = block * KV_BLOCK + tl.arange(0, KV_BLOCK)
-    new_heads = new_k_ptr + token * new_k_stride + (heads * DIM)[:, None]
-    if k_ptr is None:
-        _fill_zeros(new_heads, heads < KV_HEADS, DIM, DIM_PADDED)
-    else:
-        k_heads = k_ptr + s * k_stride_s + b * k_stride_b
-        k_heads += (heads.to(tl.int64) * k_stride_n)[:, None]
-        _turn(k_heads, new_heads, heads < KV_HEADS, cos, sin, HALF, HALF_PADDED, INTERLEAVED)
-        if REST > 0:
-            _copy(k_heads + 2 * HALF, new_heads + 2 * HALF, heads < KV_HEADS, REST, REST_PADDED)
-
-    if new_v_ptr is not None:
-        new_heads = new_v_ptr + token * new_k_stride + (heads * DIM)[:, None]
-        if v_ptr is None:
-            _fill_zeros(new_heads, heads < KV_HEADS, DIM, DIM_PADDED)
-        else:
-            v_heads = v_ptr + s * v_stride_s + b * v_stride_b
-            v_heads += (heads.to(tl.int64) * v_stride_n)[:, None]
-            _copy(v_heads, new_heads, heads < KV_HEADS, DIM, DIM_PADDED)
-
-
-@triton.jit
-def _turn(
-    heads,
-    new_heads,
-    real,
-    cos,
-    sin,
-    HALF: tl.constexpr,
-    HALF_PADDED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """Turn the first 2 HALF features of heads at pointers [block, 1] by cos and sin [1, HALF]."""
-    dtype = new_heads.dtype.element_ty
-    if INTERLEAVED:
-        feature = tl.arange(0, 2 * HALF_PADDED)[None, :]
-        inside = real[:, None] & (feature < 2 * HALF)
-        x = tl.load(heads + feature, mask=inside).to(tl.float32)
-        a, b = tl.split(tl.reshape(x, (real.shape[0], HALF_PADDED, 2)))
-        y = tl.join(a * cos - b * sin, b * cos + a * sin)
-        y = tl.reshape(y, (real.shape[0], 2 * HALF_PADDED))
-        tl.store(new_heads + feature, y.to(dtype), mask=inside)
-    else:
-        feature = tl.arange(0, HALF_PADDED)[None, :]
-        inside = real[:, None] & (feature < HALF)
-        a = tl.load(heads + feature, mask=inside).to(tl.float32)
-        b = tl.load(heads + HALF + feature, mask=inside).to(tl.float32)
-        tl.store(new_heads + feature, (a * cos - b * sin).to(dtype), mask=inside)
-        tl.store(new_heads + HALF + feature, (b * cos + a * sin).to(dtype), mask=inside)
-
-
-@triton.jit
-def _copy(heads, new_heads, real, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    feature = tl.arange(0, PADDED)[None, :]
-    inside = real[:, None] & (feature < WIDTH)
-    x = tl.load(heads + feature, mask=inside)
-    tl.store(new_heads + feature, x.to(new_heads.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _fill_zeros(new_heads, real, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    feature = tl.arange(0, PADDED)[None, :]
-    inside = real[:, None] & (feature < WIDTH)
-    zeros = tl.zeros(inside.shape, new_heads.dtype.element_ty)
-    tl.store(new_heads + feature, zeros, mask=inside)

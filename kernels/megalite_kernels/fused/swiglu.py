@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +64,8 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, width)
     if y.numel():
-        chosen = _launch_of(_FORWARD, width)
-        tiles = triton.cdiv(width, chosen.block)
+        chosen = _launch_of(width, backwards=False)
+        tiles = -(-width // chosen.block)
         with on_device(gate_up):
             _forward_kernel[(rows * tiles,)](
                 gate_up,
@@ -89,8 +90,8 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     rows, width = dy.shape
     d_gate_up = gate_up.new_empty(gate_up.shape)
     if dy.numel():
-        chosen = _launch_of(_BACKWARD, width)
-        tiles = triton.cdiv(width, chosen.block)
+        chosen = _launch_of(width, backwards=True)
+        tiles = -(-width // chosen.block)
         with on_device(dy):
             _backward_kernel[(rows * tiles,)](
                 dy,
@@ -136,7 +137,9 @@ _BACKWARD = (
 )
 
 
-def _launch_of(table: tuple[_Launch, ...], width: int) -> _Launch:
+@functools.cache
+def _launch_of(width: int, *, backwards: bool) -> _Launch:
+    table = _BACKWARD if backwards else _FORWARD
     chosen = next(launch for launch in table if width <= launch.width)
     if width < chosen.block:
         return chosen._replace(block=max(triton.next_power_of_2(width), 32 * chosen.warps))
