@@ -24,7 +24,7 @@ from megalite.preprocessing.flags import (
     together,
 )
 from megalite.preprocessing.progress import ProgressLine, summary
-from megalite.preprocessing.reading_flags import READING_FLAGS
+from megalite.preprocessing.reading_flags import ENCODING_FLAGS
 from megalite.preprocessing.run import prepare
 from megalite.preprocessing.settings import Settings
 from megalite.preprocessing.tokenizer_flags import (
@@ -71,7 +71,7 @@ FLAGS = (
         "file",
         choices=TEXT_DOCUMENTS,
     ),
-    *READING_FLAGS,
+    *ENCODING_FLAGS,
     Flag("--resume", "Go on where the same command was interrupted.", False),
     Flag("--log-interval", "A line of progress every N documents; 0: every few seconds.", 0),
     Flag("--partitions", "Of Megatron-LM, without effect: --workers says how many work.", 1),

@@ -72,7 +72,7 @@ def identity(settings: Settings, fingerprint: str, inputs: Sequence[Input]) -> d
         "--json-keys": " ".join(settings.json_keys),
         "--append-eod": str(settings.append_eod),
         "--text-documents": settings.text_documents,
-        "--max-document-mb": str(settings.max_document_mb),
+        "--max-document-mb": str(settings.longest_mb),
     }
 
 

@@ -19,9 +19,10 @@ from megalite.data.sidecar import Sidecar, SourceFile, read_sidecar, sidecar_pat
 from megalite.errors import ConfigError, DataError
 from megalite.preprocessing.encode import Encoding, Result
 from megalite.preprocessing.journal import Counts, Journal, State, identity
+from megalite.preprocessing.reading_flags import longer_documents
 from megalite.preprocessing.settings import SUFFIXES, Settings, problems
 from megalite.preprocessing.workers import encode_in_order
-from megalite.reading.chunks import Chunk, NoLinesError, Place, chunks
+from megalite.reading.chunks import Bad, Chunk, NoLinesError, Place, chunks, too_long
 from megalite.reading.inputs import STANDARD_INPUT, Input, find_inputs
 from megalite.reading.records import SHOWN_BAD, left_out, sentences
 from megalite.tokenizer.base import Tokenizer
@@ -84,7 +85,7 @@ class Job:
 
     def __init__(self, settings: Settings, inputs: Sequence[Input], tokenizer: Tokenizer):
         self._settings, self._inputs, self._tokenizer = settings, inputs, tokenizer
-        self._limit = settings.max_document_mb << 20
+        self._limit = settings.longest_mb << 20
         self._total_bytes = sum(each.size for each in inputs)
         if any(each.path == STANDARD_INPUT for each in inputs):
             self._total_bytes = 0
@@ -163,7 +164,7 @@ class Job:
         return Report(
             datasets={prefix: sidecar for prefix, sidecar in sidecars.items() if sidecar},
             left_out=state.bad_count,
-            examples=sentences(state.bad, self._inputs),
+            examples=self._sentences(state.bad),
         )
 
     def _name_files(self, journal: Journal) -> None:
@@ -196,13 +197,13 @@ class Job:
             for chunk, result in results:
                 if settings.strict and result.bad_count:
                     journal.remove()
-                    raise DataError([f"--strict: {s}" for s in sentences(result.bad, self._inputs)])
+                    raise DataError([f"--strict: {s}" for s in self._sentences(result.bad)])
                 state = _add(state, writers, chunk, result)
                 journal.keep(state)
                 show(self._progress(state))
         if not _written(state, 0).documents:
             journal.remove()
-            bad = left_out(state.bad_count, sentences(state.bad, self._inputs))
+            bad = left_out(state.bad_count, self._sentences(state.bad))
             raise DataError("\n".join(["the inputs hold no document", *bad]))
         return state
 
@@ -218,6 +219,15 @@ class Job:
         except DataError as error:
             (why,) = error.violations
             raise DataError(f"{why}; when it can, the same command with --resume goes on") from None
+
+    def _sentences(self, bad: Sequence[Bad]) -> tuple[str, ...]:
+        """About records left out; of one that is too long also how to have it encoded."""
+        advice = longer_documents(self._settings.tokenizer.tokenizer)
+        too = too_long(self._limit)
+        return tuple(
+            f"{sentence}; {advice}" if advice and each.why.startswith(too) else sentence
+            for each, sentence in zip(bad, sentences(bad, self._inputs), strict=False)
+        )
 
     def _progress(self, state: State) -> Progress:
         return Progress(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalite.field_values import suggest
-from megalite.preprocessing.reading_flags import DEFAULT_MAX_DOCUMENT_MB, reading_problems
+from megalite.preprocessing.reading_flags import default_max_document_mb, reading_problems
 from megalite.reading.chunks import TEXT_DOCUMENTS
 from megalite.reading.inputs import STANDARD_INPUT, Input
 from megalite.tokenizer.settings import TokenizerSettings
@@ -29,7 +29,8 @@ class Settings:
         append_eod: end documents that are not empty with the end-of-document token.
         workers: processes that encode; the result does not depend on their number.
         text_documents: what one document of a text file is, one of TEXT_DOCUMENTS.
-        max_document_mb: longest document, line or row [MiB]; longer ones are left out.
+        max_document_mb: longest document, line or row [MiB]; longer ones are left out. None: what
+            the tokenizer encodes in the memory of a worker.
         strict: end with an error at the first record that has to be left out.
         resume: go on where an interrupted run of the same settings was.
         log_interval: a line of progress every so many documents; 0: every few seconds.
@@ -43,10 +44,17 @@ class Settings:
     append_eod: bool = False
     workers: int = os.cpu_count() or 1
     text_documents: str = "file"
-    max_document_mb: int = DEFAULT_MAX_DOCUMENT_MB
+    max_document_mb: int | None = None
     strict: bool = False
     resume: bool = False
     log_interval: int = 0
+
+    @property
+    def longest_mb(self) -> int:
+        """Longest document, line or row in use [MiB]."""
+        if self.max_document_mb is None:
+            return default_max_document_mb(self.tokenizer.tokenizer)
+        return self.max_document_mb
 
     def prefix(self, key: str) -> Path:
         """Of a key's dataset, as Megatron-LM names it."""
@@ -57,7 +65,7 @@ def problems(settings: Settings, inputs: list[Input]) -> Iterator[str]:
     """A sentence for everything that is wrong with the settings; the inputs were found."""
     if settings.workers < 1:
         yield f"--workers {settings.workers}: at least 1 process has to encode"
-    yield from reading_problems(settings.max_document_mb)
+    yield from reading_problems(settings.longest_mb)
     if settings.log_interval < 0:
         yield f"--log-interval {settings.log_interval}: a number of documents is 0 or more"
     if settings.text_documents not in TEXT_DOCUMENTS:

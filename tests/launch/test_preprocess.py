@@ -22,6 +22,7 @@ import pytest
 from megalite.data.indexed_reader import IndexedReader
 from megalite.data.sidecar import read_sidecar
 from megalite.preprocessing.flags import terminate_as_interrupt
+from megalite.preprocessing.reading_flags import default_max_document_mb
 from megalite.preprocessing.workers import _interrupt_held_back
 
 COUNT = 12_000
@@ -578,6 +579,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
         "sentencepiece": ["Llama2Tokenizer", "--tokenizer-model", folder / "bpe.model"],
         "tiktoken": ["TikTokenizer", "--tokenizer-model", folder / "ranks.tiktoken",
                      "--tiktoken-pattern", "o200k_base"],
+        "tokenizers": ["HuggingFaceTokenizer", "--tokenizer-model",
+                       vocabularies.write_tokenizer_json(folder)],
     }  # fmt: skip
 
 
@@ -587,7 +590,22 @@ LONGEST = {
     ),
     "one letter": lambda draw, size: "a" * size,
     "one word": lambda draw, size: "".join(draw.choices("acgt", k=size)),
+    "letters": lambda draw, size: "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=size)),
+    "letter, sign": lambda _, size: "a!" * (size // 2),
+    "Chinese": lambda draw, size: "".join(
+        map(chr, draw.choices(range(0x4E00, 0x9FA5), k=size // 3))
+    ),
+    "Chinese, spaced": lambda draw, size: " ".join(
+        map(chr, draw.choices(range(0x4E00, 0x9FA5), k=size // 4))
+    ),
+    "Armenian, digits": lambda draw, size: "1".join(
+        map(chr, draw.choices(range(0x531, 0x557), k=size // 3))
+    ),
+    "emoji": lambda draw, size: "".join(
+        map(chr, draw.choices(range(0x1F300, 0x1F64F), k=size // 4))
+    ),
 }
+"""Texts by their size in UTF-8 [bytes]."""
 
 
 @pytest.mark.parametrize(
@@ -596,10 +614,16 @@ LONGEST = {
         ("sentencepiece", "one letter", 8),
         ("tiktoken", "words", 8),
         ("tiktoken", "one word", 1),
+        ("tokenizers", "letter, sign", 1),
         *(
             pytest.param(library, kind, 8, marks=pytest.mark.full)
             for library, kind in [("sentencepiece", "words"), ("sentencepiece", "one word"),
-                                  ("tiktoken", "one letter"), ("tiktoken", "one word")]
+                                  ("tiktoken", "one letter"), ("tiktoken", "one word"),
+                                  ("tiktoken", "Armenian, digits")]
+        ),
+        *(
+            pytest.param("tokenizers", kind, 1, marks=pytest.mark.full)
+            for kind in LONGEST if kind != "letter, sign"
         ),
     ],
 )  # fmt: skip
@@ -607,15 +631,38 @@ def test_the_longest_document_and_many_small_ones_fit_into_a_workers_memory(
     tmp_path: Path, models: dict[str, list[object]], library: str, kind: str, megabytes: int
 ) -> None:
     size = (megabytes << 20) - 100
-    text = LONGEST[kind](random.Random(5), size)[:size]
+    text = LONGEST[kind](random.Random(5), size)
     small = "".join(f'{{"text": "{i}"}}\n' for i in range(150_000))
-    (tmp_path / "a.jsonl").write_text(small + json.dumps({"text": text}) + "\n" + small)
+    long = json.dumps({"text": text}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(small + long + "\n" + small)
+    longest = default_max_document_mb(str(models[library][0])) == megabytes
+    limit = [] if longest else ["--max-document-mb", megabytes]
     peak = worker_peak_mb(
-        tmp_path, "--input", "a.jsonl", "--output-prefix", "o", "--max-document-mb", megabytes,
+        tmp_path, "--input", "a.jsonl", "--output-prefix", "o", *limit,
         "--tokenizer-type", *models[library],
     )  # fmt: skip
     # Of a small document the process itself and the small ones take the most.
-    assert 40 < peak < (WORKER_MB if megabytes == 8 else 180), peak
+    assert 40 < peak < (WORKER_MB if longest else 180), peak
+
+
+def test_the_longest_document_depends_on_the_tokenizer(
+    tmp_path: Path, models: dict[str, list[object]]
+) -> None:
+    text = "x y " * (1 << 18)  # with its key above 1 MiB
+    write_lines(tmp_path / "a.jsonl", ["short", text])
+    flags = ["--input", "a.jsonl", "--tokenizer-type"]
+    hf = [*flags, *models["tokenizers"]]
+    said = (
+        "a.jsonl: line 2 is longer than 1 MB (--max-document-mb); raise it, with up to 500 MB of a "
+        "worker's memory for each MB, or use another --tokenizer-type\n"
+    )
+    assert f"1 record was left out:\n  {said}" in preprocess(tmp_path, *hf, "--output-prefix", "o")
+    strict = refused(tmp_path, "preprocess_data.py", *hf, "--output-prefix", "s", "--strict")
+    assert strict == f"megalite: --strict: {said}"
+    raised = preprocess(tmp_path, *hf, "--output-prefix", "r", "--max-document-mb", 2)
+    assert "2 documents" in raised and "left out" not in raised
+    other = preprocess(tmp_path, *flags, *models["tiktoken"], "--output-prefix", "t")
+    assert "2 documents" in other and "left out" not in other
 
 
 # The other tools
