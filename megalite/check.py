@@ -68,16 +68,8 @@ def check(
 _ABOVE_ZERO = frozenset(
     {"num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size"}
     | {"make_vocab_size_divisible_by", "seq_length", "rope_theta", "rope_scaling_factor"}
-    | {
-        "rope_original_seq_length",
-        "rope_yarn_beta_fast",
-        "rope_yarn_beta_slow",
-        "norm_epsilon",
-        "tp",
-        "pp",
-        "micro_batch_size",
-        "lr",
-    }
+    | {"rope_original_seq_length", "rope_yarn_beta_fast", "rope_yarn_beta_slow"}
+    | {"norm_epsilon", "tp", "pp", "micro_batch_size", "lr"}
     | {"distributed_timeout_minutes", "adam_eps", "log_interval"}
 )
 _ABOVE_ZERO_IF_GIVEN = frozenset(
