@@ -62,7 +62,7 @@ def main() -> int:
     failures = 0
     for layout in options.layouts:
         more, settings = words_and_settings(layout)
-        ranks = sharing_ranks(more) if options.share_gpu else [{}]
+        ranks = sharing_ranks(layout) if options.share_gpu else [{}]
         ranks = [{**rank, **settings} for rank in ranks]
         found = differences(losses([*flags, *more], ranks), reference)
         signless = abs(statistics.mean(found)) <= max(2 * standard_error(found), offset)
@@ -103,8 +103,9 @@ def words_and_settings(layout: str) -> tuple[list[str], dict[str, str]]:
     return [w for w in words if w.startswith("-") or "=" not in w], settings
 
 
-def sharing_ranks(words: Sequence[str]) -> list[dict[str, str]]:
+def sharing_ranks(layout: str) -> list[dict[str, str]]:
     """What each rank finds in its environment if all ranks of the layout share one GPU."""
+    words, _ = words_and_settings(layout)
     sizes = dict(zip(words[::2], words[1::2], strict=False))
     world_size = math.prod(int(sizes.get(axis, 1)) for axis in ("--tp", "--pp", "--dp"))
     with socket.socket() as probe:
