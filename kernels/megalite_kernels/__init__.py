@@ -108,7 +108,7 @@ def rope_packed(
 def softmax(
     x: Tensor, scale: float = 1.0, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """softmax(scale * x, masked) over the last dim; see `reference.softmax`."""
+    """Softmax of scale * x, masked, over the last dim; see `reference.softmax`."""
     if runs_fused(x):
         from megalite_kernels.fused.softmax import softmax as fused
 

@@ -50,7 +50,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def chosen_backend() -> str:
-    """ "auto", "triton" or "torch": of `use_backend`, else of MEGALITE_KERNELS, else "auto"."""
+    """What serves: "auto", "triton" or "torch", of `use_backend`, else of MEGALITE_KERNELS, else "auto"."""
     forced = None if torch.compiler.is_compiling() else _forced.get()
     return forced if forced is not None else _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
 
@@ -110,7 +110,7 @@ def triton_trouble(device_index: int) -> str | None:
 
 
 def describe_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """ "triton 3.6.0" or "torch": who serves calls on this device, for a run's opening lines."""
+    """Who serves calls on this device, "triton 3.6.0" or "torch", for a run's opening lines."""
     if not runs_fused(torch.empty(0, device=device, dtype=dtype)):
         return "torch"
     import triton
