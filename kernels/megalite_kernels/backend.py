@@ -50,7 +50,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def chosen_backend() -> str:
-    """What serves: "auto", "triton" or "torch", of `use_backend`, else of MEGALITE_KERNELS, else "auto"."""
+    """What serves, "auto", "triton" or "torch": of `use_backend`, else of MEGALITE_KERNELS."""
     forced = None if torch.compiler.is_compiling() else _forced.get()
     return forced if forced is not None else _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
 
