@@ -54,6 +54,12 @@ def with_gradient(call, x: Tensor, dy: Tensor, *arguments: object) -> tuple[Tens
     return y.detach(), torch.autograd.grad(y, x, dy)[0]
 
 
+def gradient_of_saved(dy: Tensor, y: Tensor) -> Tensor:
+    """Of an output that is saved rounded: computed exactly, and rounded once."""
+    slope, weight = dy.double(), y.double()
+    return (SCALE * weight * (slope - (slope * weight).sum(-1, keepdim=True))).to(y.dtype)
+
+
 LENGTHS = (77, 1024, 4096, 5000, 16384, 20000, 32768, 50001)
 
 
@@ -68,15 +74,21 @@ LENGTHS = (77, 1024, 4096, 5000, 16384, 20000, 32768, 50001)
 def test_error_is_that_of_torch_s_own(keys: int, kind: str, dtype: torch.dtype) -> None:
     x, dy, mask, causal = inputs(kind, 40 if keys > 2048 else 200, keys, dtype)
     poison(x)
-    ours = with_gradient(softmax, x, dy, mask, causal)
-    torchs = with_gradient(eager, x, dy, mask, causal)
-    want = with_gradient(reference.softmax, x.double(), dy.double(), mask, causal)
-    for mine, other, exact in zip(ours, torchs, want, strict=True):
-        assert mine.isfinite().all()
+    y, dx = with_gradient(softmax, x, dy, mask, causal)
+    torchs_y, torchs_dx = with_gradient(eager, x, dy, mask, causal)
+    want_y, want_dx = with_gradient(reference.softmax, x.double(), dy.double(), mask, causal)
+    assert y.isfinite().all() and dx.isfinite().all()
+    for mine, other, exact, best in (
+        (y, torchs_y, want_y, want_y.to(dtype)),
+        (dx, torchs_dx, want_dx, gradient_of_saved(dy, y)),
+    ):
         error = (mine.double() - exact).abs()
         # Rows without a key are zeros here, and NaN of torch.
         limit = torch.where(other.isfinite(), (other.double() - exact).abs(), 0.0)
-        assert error.max() <= 1.1 * limit.max() + 1e-7
+        # Torch's further roundings can happen to cancel that of the saved output in the largest
+        # element of a dominant weight, but one element does not lower the mean error.
+        least = (best.double() - exact).abs().max()
+        assert error.max() <= max(1.1 * limit.max(), 1.01 * least) + 1e-7
         assert error.square().mean().sqrt() <= 1.1 * limit.square().mean().sqrt() + 1e-7
 
 

@@ -82,9 +82,9 @@ def test_output_and_gradient_with_every_mask(
 @pytest.mark.parametrize("queries", [1, 10, 15])
 def test_every_plan_computes_the_same(plan: fused.Plan, queries: int) -> None:
     """Fewer queries than keys, and more: the first then have no key."""
-    shape = (1, 2, queries, 12)
+    shape = (2, 2, queries, 12)
     x, dy = torch.randn(shape), torch.randn(shape)
-    for causal, kind in ((True, "none"), (True, "bool"), (False, "added")):
+    for causal, kind in ((True, "none"), (True, "bool"), (False, "bool"), (False, "added")):
         mask = masks(kind, shape)
         _, _, want, want_dx = both(x, dy, SCALE, mask, causal)
         y = fused.run_forward(x, mask, SCALE, causal, plan)
@@ -98,6 +98,22 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
     y, dx, want, want_dx = both(x, dy)
     assert_close(y, want)
     assert_gradient_close(dx, want_dx)
+
+
+def test_matrices_that_share_a_mask_are_taken_together() -> None:
+    shape = torch.Size((2, 3, 5, 8))
+    rows = 2 * 3 * 5
+
+    def order(*dims: int, causal: bool = False) -> tuple[int, int]:
+        view = fused.view_mask(torch.ones(dims, dtype=torch.bool), shape)
+        return view.order(causal, 5 if causal else rows)
+
+    assert order(2, 1, 5, 8) == order(2, 1, 5, 8, causal=True) == (5, 3)
+    assert order(1, 1, 5, 8) == order(5, 8, causal=True) == (5, 6)
+    assert order(1, 3, 5, 8) == (15, 2)
+    # The causal order is by queries of one matrix; a mask of none of them is shared by neighbours.
+    assert order(1, 3, 5, 8, causal=True) == order(2, 3, 5, 8, causal=True) == (5, 1)
+    assert order(2, 3, 5, 8) == order(2, 1, 1, 8) == order(1, 3, 1, 8) == (rows, 1)
 
 
 def test_a_mask_of_dims_that_do_not_merge() -> None:

@@ -18,38 +18,45 @@ Table = tuple[tuple[int, Plan], ...]
 """(keys up to which the plan serves, plan), ascending; the last serves all longer rows."""
 
 ANY = 1 << 62
-# Walked rather than held: 16385 to 24576 keys, of whose block of 32768 a quarter or more is empty,
-# and masked or causal rows over 8192 or 16384 keys, whose mask or triangle costs registers.
+# Rows over 4096 keys are walked: the registers of a longer one that is held leave too few programs
+# to a multiprocessor for some to load while others compute. Only just above 4096 holding, of whose
+# block of 8192 a third or more is empty, is faster than computing so many terms twice.
 PLAIN: Table = (
+    (1024, Held(2)),
     (4096, Held(4)),
-    (8192, Held(8)),
-    (16384, Held(32)),
-    (24576, Walk(4096, 8, 64)),
-    (32768, Held(32)),
-    (ANY, Walk(4096, 8, 64)),
+    (6144, Held(8)),
+    (8192, Walk(4096, 4, 64)),
+    (ANY, Walk(8192, 8, 64)),
 )
 MASKED: Table = (
+    (1024, Held(2)),
     (4096, Held(4)),
     (8192, Held(8)),
     (16384, Held(16)),
-    (ANY, Walk(8192, 16, 64)),
+    (ANY, Walk(8192, 8, 64)),
 )
 CAUSAL: Table = (
+    (1024, Held(1)),
+    (2048, Held(2)),
     (4096, Held(4)),
-    (8192, Held(8)),
-    (ANY, Walk(4096, 8, 64)),
+    (8192, Walk(2048, 4, 64)),
+    (24576, Walk(4096, 8, 64)),
+    (ANY, Walk(8192, 8, 64)),
 )
 PLAIN_BACKWARD: Table = (
     (4096, Held(4)),
-    (8192, Held(8)),
-    (32768, Held(16)),
+    (6144, Walk(2048, 4, 64)),
+    (24576, Walk(8192, 8, 80)),
     (ANY, Walk(8192, 16, 80)),
 )
 CAUSAL_BACKWARD: Table = (
+    (1024, Held(1)),
+    (2048, Held(2, classes=2)),
     (4096, Held(4)),
-    (16384, Held(16, classes=2)),
-    (32768, Held(32, classes=3)),
-    (ANY, Walk(8192, 16, 80)),
+    (8192, Walk(2048, 4, 80)),
+    (16384, Walk(4096, 8, 64)),
+    (24576, Walk(4096, 8, 80)),
+    (ANY, Walk(8192, 16, 64)),
 )
 
 

@@ -48,12 +48,23 @@ class MaskView(NamedTuple):
     stride2: int = 0
     step: int = 0
 
+    def order(self, causal: bool, queries: int) -> tuple[int, int]:
+        """(queries of a matrix, matrices whose same query is taken one after the other).
+
+        Matrices that share a mask, as heads do, are taken together: one after another, each finds
+        that the L2 cache has lost the mask to the scores of the one before.
+        """
+        if self.stride1 or not self.stride2 or (causal and self.size2 != queries):
+            return queries, 1
+        return self.size2, self.size1
+
 
 def held_forward(
     x: Tensor, view: MaskView, y: Tensor, scale: float, causal: bool, queries: int, plan: Held
 ) -> None:
     """Write the softmax of x's rows, [rows, keys] with keys side by side, to a contiguous y."""
     keys, unit = x.shape[1], unit_of(x, x.shape[1], x.stride(0), *view[4:7])
+    queries, sharers = view.order(causal, queries)
     for block, first, count, tail in _classes(keys, causal, queries, plan.classes):
         num_rows = x.shape[0] // queries * count
         rows = rows_per_program(block)
@@ -68,6 +79,7 @@ def held_forward(
             queries,
             first,
             count,
+            sharers,
             view.size1,
             view.size2,
             view.stride0 // unit,
@@ -78,6 +90,7 @@ def held_forward(
             ROWS=rows,
             MASK=view.kind,
             STEP=view.step,
+            SHARED=sharers > 1,
             CAUSAL=causal,
             TAIL=tail,
             num_warps=plan.warps,
@@ -126,7 +139,7 @@ def unit_of(x: Tensor, *lengths: int) -> int:
 
 def rows_per_program(block: int) -> int:
     """Short rows share a program, so that it has enough to read."""
-    return max(1, 2048 // block)
+    return max(1, 1024 // block)
 
 
 def _classes(
@@ -149,7 +162,8 @@ def _classes(
 def mask_row(row, size1, size2, stride0, stride1, stride2):
     """Where in the mask the row begins."""
     outer = row // size2
-    return outer // size1 * stride0 + outer % size1 * stride1 + row % size2 * stride2
+    offset = (outer // size1).to(tl.int64) * stride0
+    return offset + (outer % size1).to(tl.int64) * stride1 + (row % size2).to(tl.int64) * stride2
 
 
 @triton.jit
@@ -197,13 +211,31 @@ def shift_of(peak):
 
 
 @triton.jit
-def _place(num_rows, queries, first, count, ROWS: tl.constexpr, CAUSAL: tl.constexpr):
-    """(row, its query, whether it exists) of this program, [ROWS, 1] each, longest rows first."""
-    index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+def _place(
+    num_rows,
+    queries,
+    first,
+    count,
+    sharers,
+    ROWS: tl.constexpr,
+    SHARED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """(row, its query, whether it exists) of this program, [ROWS, 1] each, longest rows first.
+
+    In 32 bits, which are far quicker to divide, unless there can be more rows than programs.
+    """
+    index = tl.program_id(0)
+    if ROWS > 1:
+        index = index.to(tl.int64)
+    index = index * ROWS + tl.arange(0, ROWS)[:, None]
     row, query = index, index
-    if CAUSAL:
-        query = first + count - 1 - index % count
-        row = index // count * queries + query
+    if SHARED or CAUSAL:
+        turn = index // sharers
+        query = turn % count
+        if CAUSAL:
+            query = first + count - 1 - query
+        row = (turn // count * sharers + index % sharers) * queries + query
     return row, query, index < num_rows
 
 
@@ -223,6 +255,7 @@ def _store_zeros(y, keys, exists, columns, BLOCK: tl.constexpr):
         "queries",
         "first",
         "count",
+        "sharers",
         "stride0",
         "stride1",
         "stride2",
@@ -239,6 +272,7 @@ def _forward(
     queries,
     first,
     count,
+    sharers,
     size1,
     size2,
     stride0,
@@ -249,11 +283,12 @@ def _forward(
     ROWS: tl.constexpr,
     MASK: tl.constexpr,
     STEP: tl.constexpr,
+    SHARED: tl.constexpr,
     CAUSAL: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     keys = key_units * UNIT
-    row, query, exists = _place(num_rows, queries, first, count, ROWS, CAUSAL)
+    row, query, exists = _place(num_rows, queries, first, count, sharers, ROWS, SHARED, CAUSAL)
     columns = tl.arange(0, BLOCK)[None, :]
     within = exists & (columns < keys)
     last, loaded = query, within
@@ -261,8 +296,8 @@ def _forward(
         last = query.to(tl.int32) + keys - queries
         # Whole units are loaded, so that the loads stay wide.
         loaded = exists & (columns < (last // UNIT + 1) * UNIT)
-    x += row * x_units * UNIT
-    y += row * key_units * UNIT
+    x += row.to(tl.int64) * x_units * UNIT
+    y += row.to(tl.int64) * key_units * UNIT
     if MASK != "none":
         mask += mask_row(row, size1, size2, stride0, stride1, stride2) * UNIT
     scores = load_scores(x, mask, columns, loaded, last, scale, MASK, STEP, CAUSAL, "evict_first")
@@ -296,7 +331,7 @@ def _backward(
     TAIL: tl.constexpr,
 ):
     keys = key_units * UNIT
-    row, query, exists = _place(num_rows, queries, first, count, ROWS, CAUSAL)
+    row, query, exists = _place(num_rows, queries, first, count, 1, ROWS, False, CAUSAL)
     columns = tl.arange(0, BLOCK)[None, :]
     within = exists & (columns < keys)
     seen, loaded = within, within
@@ -304,9 +339,9 @@ def _backward(
         last = query.to(tl.int32) + keys - queries
         seen = exists & (columns <= last)
         loaded = exists & (columns < (last // UNIT + 1) * UNIT)
-    dy += row * dy_units * UNIT
-    y += row * key_units * UNIT
-    dx += row * key_units * UNIT
+    dy += row.to(tl.int64) * dy_units * UNIT
+    y += row.to(tl.int64) * key_units * UNIT
+    dx += row.to(tl.int64) * key_units * UNIT
     slope = tl.load(dy + columns, mask=loaded, other=0, eviction_policy="evict_first")
     weight = tl.load(y + columns, mask=loaded, other=0, eviction_policy="evict_first")
     slope, weight = slope.to(tl.float32), weight.to(tl.float32)

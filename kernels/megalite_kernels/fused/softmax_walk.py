@@ -1,7 +1,9 @@
 """Softmax whose rows are walked in blocks twice: once for their statistics, once for the result.
 
-The second read of a row comes from the L2 cache, where the first asks it to stay. Of a causal
-matrix a program takes the i-th longest row and the i-th shortest, so that all have equal work.
+The second read of a row comes from the caches, where the first asks it to stay, and begins where
+that ended. Statistics are kept per vector of 16 bytes, not per row, so that threads wait for one
+another once a row, not twice a block. Of a causal matrix a program takes the i-th longest row and
+the i-th shortest, so that all have equal work.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def walk_forward(
 ) -> None:
     """As `held_forward`, for rows of any length."""
     keys, unit = x.shape[1], unit_of(x, x.shape[1], x.stride(0), *view[4:7])
+    queries, sharers = view.order(causal, queries)
     _forward[(_num_programs(x.shape[0], causal, queries),)](
         x,
         view.mask,
@@ -50,6 +53,7 @@ def walk_forward(
         x.stride(0) // unit,
         keys // unit,
         queries,
+        sharers,
         view.size1,
         view.size2,
         view.stride0 // unit,
@@ -57,8 +61,10 @@ def walk_forward(
         view.stride2 // unit,
         UNIT=unit,
         BLOCK=plan.block,
+        VECTOR=16 // x.element_size(),
         MASK=view.kind,
         STEP=view.step,
+        SHARED=sharers > 1,
         CAUSAL=causal,
         num_warps=plan.warps,
         maxnreg=plan.registers,
@@ -91,20 +97,26 @@ def _num_programs(num_rows: int, causal: bool, queries: int) -> int:
 
 
 @triton.jit
-def _place(turn, keys, queries, UNIT: tl.constexpr, CAUSAL: tl.constexpr):
+def _place(
+    turn, keys, queries, sharers, UNIT: tl.constexpr, SHARED: tl.constexpr, CAUSAL: tl.constexpr
+):
     """(row, its last visible key, end of what is loaded) of this program's longer or shorter row.
 
     The middle row of an odd number of queries is both, and is computed twice.
     """
-    index = tl.program_id(0).to(tl.int64)
+    index = tl.program_id(0)
     row = index
     last = keys - 1
-    if CAUSAL:
-        half = (queries + 1) // 2
-        short = (index % half).to(tl.int32)
-        query = tl.where(turn == 0, queries - 1 - short, short)
-        row = index // half * queries + query
-        last = query + keys - queries
+    if SHARED or CAUSAL:
+        count = queries
+        if CAUSAL:
+            count = (queries + 1) // 2
+        query = index // sharers % count
+        matrix = index // sharers // count * sharers + index % sharers
+        if CAUSAL:
+            query = tl.where(turn == 0, queries - 1 - query, query)
+            last = query + keys - queries
+        row = matrix * queries + query
     end = tl.maximum(last // UNIT + 1, 0) * UNIT
     return row, last, end
 
@@ -118,7 +130,17 @@ def _store_zeros(y, end, keys, BLOCK: tl.constexpr):
         tl.store(y + columns, zero, mask=columns < keys)
 
 
-@triton.jit(do_not_specialize=["x_units", "key_units", "queries", "stride0", "stride1", "stride2"])
+@triton.jit(
+    do_not_specialize=[
+        "x_units",
+        "key_units",
+        "queries",
+        "sharers",
+        "stride0",
+        "stride1",
+        "stride2",
+    ]
+)
 def _forward(
     x,
     mask,
@@ -127,6 +149,7 @@ def _forward(
     x_units,
     key_units,
     queries,
+    sharers,
     size1,
     size2,
     stride0,
@@ -134,38 +157,42 @@ def _forward(
     stride2,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
     MASK: tl.constexpr,
     STEP: tl.constexpr,
+    SHARED: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     if MASK == "added":
         factor = LOG2E
     else:
         factor = scale * LOG2E
+    VECTORS: tl.constexpr = BLOCK // VECTOR
+    tile = tl.arange(0, VECTORS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     keys = key_units * UNIT
     for turn in tl.range(2 if CAUSAL else 1):
-        row, last, end = _place(turn, keys, queries, UNIT, CAUSAL)
-        x_row = x + row * x_units * UNIT
-        y_row = y + row * key_units * UNIT
+        row, last, end = _place(turn, keys, queries, sharers, UNIT, SHARED, CAUSAL)
+        x_row = x + row.to(tl.int64) * x_units * UNIT
+        y_row = y + row.to(tl.int64) * key_units * UNIT
         hides = mask
         if MASK != "none":
             hides = mask + mask_row(row, size1, size2, stride0, stride1, stride2) * UNIT
-        peak = tl.full([], -float("inf"), tl.float32)
-        total = tl.full([], 0.0, tl.float32)
+        peaks = tl.full([VECTORS], -float("inf"), tl.float32)
+        totals = tl.zeros([VECTORS], tl.float32)
         for start in tl.range(0, end, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
+            columns = start + tile
             scores = load_scores(
                 x_row, hides, columns, columns < end, last, scale, MASK, STEP, CAUSAL, "evict_last"
             )
-            higher = tl.maximum(peak, tl.max(scores, 0))
-            shift = shift_of(higher)
-            terms = tl.exp2((scores - shift) * factor)
-            total = total * tl.exp2((peak - shift) * factor) + tl.sum(terms, 0)
-            peak = higher
-        shift = shift_of(peak)
-        inverse = over_total(total)
-        for start in tl.range(0, end, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
+            higher = tl.maximum(peaks, tl.max(scores, 1))
+            shifts = shift_of(higher)
+            terms = tl.exp2((scores - shifts[:, None]) * factor)
+            totals = totals * tl.exp2((peaks - shifts) * factor) + tl.sum(terms, 1)
+            peaks = higher
+        shift = shift_of(tl.max(peaks, 0))
+        inverse = over_total(tl.sum(totals * tl.exp2((peaks - shift) * factor), 0))
+        for back in tl.range(0, end, BLOCK):
+            columns = tl.cdiv(end, BLOCK) * BLOCK - BLOCK - back + tile
             scores = load_scores(
                 x_row, hides, columns, columns < end, last, scale, MASK, STEP, CAUSAL, "evict_first"
             )
@@ -201,10 +228,10 @@ def _backward(
 ):
     keys = key_units * UNIT
     for turn in tl.range(2 if CAUSAL else 1):
-        row, last, end = _place(turn, keys, queries, UNIT, CAUSAL)
-        dy_row = dy + row * dy_units * UNIT
-        y_row = y + row * key_units * UNIT
-        dx_row = dx + row * key_units * UNIT
+        row, last, end = _place(turn, keys, queries, 1, UNIT, False, CAUSAL)
+        dy_row = dy + row.to(tl.int64) * dy_units * UNIT
+        y_row = y + row.to(tl.int64) * key_units * UNIT
+        dx_row = dx + row.to(tl.int64) * key_units * UNIT
         products = tl.zeros([BLOCK], dtype=tl.float32)
         for start in tl.range(0, end, BLOCK):
             columns = start + tl.arange(0, BLOCK)
