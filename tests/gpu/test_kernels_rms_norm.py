@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megalite_kernels import add_rms_norm, reference, rms_norm
+from megalite_kernels.fused.rms_norm import Backward, launch_backward
 
 EPS = 1e-5
 OPERATIONS = {
@@ -132,6 +133,42 @@ def test_every_run_gives_the_same_bits(name: str, hidden: int) -> None:
         poison(inputs)
         for a, b in zip(run(OPERATIONS[name][0], inputs, grads), first, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("hidden", [300, 2048, 16384])
+def test_a_column_sum_that_starts_early_waits(hidden: int) -> None:
+    x, dy = (normal(9000, hidden, dtype=torch.bfloat16) for _ in range(2))
+    weight, rstd, dx = normal(hidden), normal(9000).exp(), torch.empty_like(x)
+    plan = Backward(1, 16, 1, "ahead")
+    sums = []
+    for early in (False, True, True, True):
+        poison([x])
+        given = (dy, None, x, weight, rstd, dx, None, "fp32", plan._replace(early=early))
+        sums.append(launch_backward(*given))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sums.append(launch_backward(*given))
+    graph.replay()
+    assert all(torch.equal(sums[0], other) for other in sums[1:])
+
+
+def test_mixed_dtypes_of_wide_rows() -> None:
+    """A plan made for rows of one dtype has to hold them where another one is wider."""
+    for hidden in (4096, 16384):
+        for of_x, of_residual in [
+            (torch.float32, torch.bfloat16),
+            (torch.bfloat16, torch.float32),
+        ]:
+            inputs = [normal(400, hidden, dtype=of_x), normal(400, hidden, dtype=of_residual)]
+            inputs.append(normal(hidden))
+            leaves = [x.requires_grad_() for x in inputs]
+            doubles = [x.detach().double().requires_grad_() for x in inputs]
+            dy = normal(400, hidden, dtype=of_x)
+            got = torch.autograd.grad(add_rms_norm(*leaves, EPS)[0], leaves, dy)
+            exact = torch.autograd.grad(
+                reference.add_rms_norm(*doubles, EPS)[0], doubles, dy.double()
+            )
+            check_relative(list(got), list(exact), 2e-2)
 
 
 def layer(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from megalite_kernels import add_rms_norm, reference, rms_norm, use_backend
 from megalite_kernels.fused.rms_norm import (
+    BACKWARD,
+    BACKWARD_WIDER,
     CASTINGS,
     Backward,
     Forward,
+    _plan,
     launch_backward,
     launch_forward,
 )
@@ -156,11 +159,11 @@ def test_huge_and_tiny_values(size: float) -> None:
     check("rms_norm", [zeros, weight], [dy[:2]], 1e-5)
 
 
-FORWARDS = [Forward(rows, 4, walkers, 1 + walkers) for rows in (1, 4) for walkers in (0, 2)]
+FORWARDS = [Forward(1, 4), Forward(4, 4, ".cg", ".cs")]
 BACKWARDS = [
-    Backward(rows, 4, 1, 1 + strided, reads, strided, keeps_weight=strided)
-    for rows, reads, strided in product((1, 4), ("once", "ahead", "twice"), (False, True))
-]
+    Backward(rows, 4, 1, reads, keeps)
+    for rows, reads, keeps in product((1, 4), ("staged", "ahead", "twice"), (False, True))
+] + [Backward(4, 4, 2, early=True, loads=".cg", stores=".cs")]
 
 
 @pytest.mark.parametrize("shape", [(18, 20), (3, 16)])
@@ -183,6 +186,17 @@ def test_every_plan_is_right(shape: tuple[int, int]) -> None:
         dx, too = (torch.full(shape, torch.nan) for _ in range(2))
         dw = launch_backward(dy, dres, total, weight, rstd, dx, too, "gemma", plan)
         compare(plan, [dx, too, dw], exact[2:])
+
+
+def test_a_plan_is_chosen_by_the_widest_row_that_is_read() -> None:
+    """Shared memory that holds three tiles of bf16 doesn't hold them if one of two is of fp32."""
+    narrow, wide = (torch.empty(1, 16384, dtype=t) for t in (torch.bfloat16, torch.float32))
+    block = narrow.shape[1]
+    for x, dy in ((narrow, wide), (wide, narrow), (wide, wide)):
+        assert _plan(BACKWARD, block, x, dy, None, BACKWARD_WIDER) is BACKWARD_WIDER
+    plans = [_plan(BACKWARD, block, narrow, narrow, y, BACKWARD_WIDER) for y in (None, narrow)]
+    assert plans == list(BACKWARD[-1][1:])
+    assert _plan(BACKWARD, block // 2, narrow, narrow, narrow, None) == BACKWARD[-2][1]
 
 
 @pytest.mark.parametrize("casting", CASTINGS)

@@ -1,14 +1,17 @@
 """The Triton kernels of RMSNorm: forward with or without a residual's sum, and backward.
 
-Both work on tiles of ROWS whole rows, BLOCK (a power of two) columns wide. A program takes one tile
-or walks over many; the walks load ahead, because few programs per multiprocessor have to keep
-enough bytes in flight to cover the memory's latency.
+Both work on tiles of ROWS whole rows, BLOCK (a power of two) columns wide. A program of the forward
+takes one tile, for the next program's loads hide its latency better than loading ahead in a walk
+did. One of the backward walks over many tiles, so that few rows of the weight's gradient are left
+to sum; it takes every n-th one, so that all programs are in the same stretch of memory: 1 to 5%
+faster than a stretch for each.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -26,34 +29,37 @@ def forward_kernel(
     width: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    WALKS: tl.constexpr,
-    STAGES: tl.constexpr,
+    LOADS: tl.constexpr,
+    STORES: tl.constexpr,
     CASTING: tl.constexpr,
 ):
-    """y and rstd, and with a residual its sum with x; x and residual have a stride over rows."""
+    """y and rstd, and with a residual its sum with x; x and residual have a stride over rows.
+
+    LOADS and STORES are cache modifiers of what is read and written once.
+    """
     masked: tl.constexpr = ROWS > 1 or width != BLOCK
     columns = tl.arange(0, BLOCK)[None, :]
-    w = _load(weight + columns, columns < width, width != BLOCK, "").to(tl.float32)
+    w = _load(weight + columns, columns < width, width != BLOCK, "", "").to(tl.float32)
     if CASTING == "gemma":
         w += 1.0
-    first, count, stride = _walk(rows, ROWS, False, WALKS)
-    for step in tl.range(0, count, num_stages=STAGES):
-        row = (first + step * stride) * ROWS + tl.arange(0, ROWS)[:, None]
-        mask = (row < rows) & (columns < width)
-        start = ((first + step * stride) * ROWS).to(tl.int64)
-        value = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, "").to(tl.float32)
-        if residual is not None:
-            other = _load(_tile(residual, start, residual_stride, columns, ROWS), mask, masked, "")
-            total = (value + other.to(tl.float32)).to(new_residual.dtype.element_ty)
-            _store(_tile(new_residual, start, width, columns, ROWS), total, mask, masked)
-            value = total.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / width + eps)
-        tl.store(rstd + row, inverse, mask=row < rows)
-        normed = value * inverse
-        if CASTING == "llama":
-            normed = normed.to(y.dtype.element_ty).to(tl.float32)
-        normed = (normed * w).to(y.dtype.element_ty)
-        _store(_tile(y, start, width, columns, ROWS), normed, mask, masked)
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    row = start + tl.arange(0, ROWS)[:, None]
+    mask = (row < rows) & (columns < width)
+    from_x = _tile(x, start, x_stride, columns, ROWS)
+    value = _load(from_x, mask, masked, "", LOADS).to(tl.float32)
+    if residual is not None:
+        from_residual = _tile(residual, start, residual_stride, columns, ROWS)
+        other = _load(from_residual, mask, masked, "", LOADS)
+        total = (value + other.to(tl.float32)).to(new_residual.dtype.element_ty)
+        _store(_tile(new_residual, start, width, columns, ROWS), total, mask, masked, STORES)
+        value = total.to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / width + eps)
+    tl.store(rstd + row, inverse, mask=row < rows)
+    normed = value * inverse
+    if CASTING == "llama":
+        normed = normed.to(y.dtype.element_ty).to(tl.float32)
+    normed = (normed * w).to(y.dtype.element_ty)
+    _store(_tile(y, start, width, columns, ROWS), normed, mask, masked, STORES)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -73,67 +79,74 @@ def backward_kernel(
     width: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
     READS: tl.constexpr,
-    STRIDED: tl.constexpr,
     KEEPS_WEIGHT: tl.constexpr,
+    EARLY: tl.constexpr,
+    LOADS: tl.constexpr,
+    STORES: tl.constexpr,
     CASTING: tl.constexpr,
 ):
     """dx, and in `partials` each program's part of the weight's gradient.
 
     With xhat = x * rstd and g = dy * w:  dx = (g - xhat * mean(g * xhat)) * rstd + dresidual. The
     rounding of "llama" counts as identity, and the weight's gradient is of the unrounded xhat,
-    which is nearer to the exact one. READS says how a row comes: "once", "ahead" (the next row's
-    loads are issued before this row's arithmetic) or "twice" (again, from a cache, after the sum,
-    to need fewer registers).
+    which is nearer to the exact one. READS says how a tile comes: "staged" (through shared memory,
+    two tiles ahead), "ahead" (the next tile into registers before this tile's arithmetic) or
+    "twice" (again, from a cache, after the sum, to need fewer registers). EARLY lets the kernel
+    that sums `partials` start as soon as programs finish; it waits for all of them by itself.
     """
     masked: tl.constexpr = ROWS > 1 or width != BLOCK
     partly: tl.constexpr = width != BLOCK
+    stages: tl.constexpr = 3 if READS == "staged" else 1
     policy: tl.constexpr = "evict_last" if READS == "twice" else ""
     columns = tl.arange(0, BLOCK)[None, :]
     in_width = columns < width
     if KEEPS_WEIGHT:
-        w = _load(weight + columns, in_width, partly, "")
+        w = _load(weight + columns, in_width, partly, "", "")
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
-    first, count, stride = _walk(rows, ROWS, STRIDED, True)
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    tiles = tl.cdiv(rows, ROWS)
 
-    start = (first * ROWS).to(tl.int64)
+    start = program.to(tl.int64) * ROWS
     row = start + tl.arange(0, ROWS)[:, None]
     inverse_next = tl.load(rstd + row, mask=row < rows, other=0.0)
     if READS == "ahead":
         mask = (row < rows) & in_width
-        dy_next = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, "")
-        x_next = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, "")
+        dy_next = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, "", LOADS)
+        x_next = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, "", LOADS)
         if dresidual is not None:
             from_residual = _tile(dresidual, start, dresidual_stride, columns, ROWS)
-            dresidual_next = _load(from_residual, mask, masked, "")
+            dresidual_next = _load(from_residual, mask, masked, "", LOADS)
 
-    for step in tl.range(0, count, num_stages=STAGES):
-        start = ((first + step * stride) * ROWS).to(tl.int64)
+    for tile in tl.range(program, tiles, programs, num_stages=stages):
+        start = tl.full((), tile, tl.int64) * ROWS  # no `.to`: an int in the interpreter
         mask = (start + tl.arange(0, ROWS)[:, None] < rows) & in_width
         inverse = inverse_next
-        # The last step reads its own row again: cheaper than a condition on every load.
-        ahead = ((first + tl.minimum(step + 1, count - 1) * stride) * ROWS).to(tl.int64)
+        # The last step reads its own tile again: cheaper than a condition on every load.
+        ahead = tl.where(tile + programs < tiles, tile + programs, tile).to(tl.int64) * ROWS
         row_ahead = ahead + tl.arange(0, ROWS)[:, None]
         inverse_next = tl.load(rstd + row_ahead, mask=row_ahead < rows, other=0.0)
         if READS == "ahead":
             dy_now = dy_next
             x_now = x_next
             mask_ahead = (row_ahead < rows) & in_width
-            dy_next = _load(_tile(dy, ahead, dy_stride, columns, ROWS), mask_ahead, masked, "")
-            x_next = _load(_tile(x, ahead, x_stride, columns, ROWS), mask_ahead, masked, "")
+            dy_next = _load(
+                _tile(dy, ahead, dy_stride, columns, ROWS), mask_ahead, masked, "", LOADS
+            )
+            x_next = _load(_tile(x, ahead, x_stride, columns, ROWS), mask_ahead, masked, "", LOADS)
             if dresidual is not None:
                 more = dresidual_next
                 from_residual = _tile(dresidual, ahead, dresidual_stride, columns, ROWS)
-                dresidual_next = _load(from_residual, mask_ahead, masked, "")
+                dresidual_next = _load(from_residual, mask_ahead, masked, "", LOADS)
         else:
-            dy_now = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, policy)
-            x_now = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, policy)
+            dy_now = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, policy, LOADS)
+            x_now = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, policy, LOADS)
             if dresidual is not None:
                 from_residual = _tile(dresidual, start, dresidual_stride, columns, ROWS)
-                more = _load(from_residual, mask, masked, "")
+                more = _load(from_residual, mask, masked, "", LOADS)
         if not KEEPS_WEIGHT:
-            w = _load(weight + columns, in_width, partly, "")
+            w = _load(weight + columns, in_width, partly, "", "")
         scale = w.to(tl.float32)
         if CASTING == "gemma":
             scale += 1.0
@@ -143,8 +156,12 @@ def backward_kernel(
         mean = tl.sum(slope * scale * xhat, axis=1, keep_dims=True) / width
         if READS == "twice":
             # Another eviction policy keeps the compiler from taking these for the loads above.
-            dy_now = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, "evict_first")
-            x_now = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, "evict_first")
+            dy_now = _load(
+                _tile(dy, start, dy_stride, columns, ROWS), mask, masked, "evict_first", LOADS
+            )
+            x_now = _load(
+                _tile(x, start, x_stride, columns, ROWS), mask, masked, "evict_first", LOADS
+            )
             slope = dy_now.to(tl.float32)
             xhat = x_now.to(tl.float32) * inverse
         dw += slope * xhat
@@ -152,34 +169,16 @@ def backward_kernel(
         if dresidual is not None:
             gradient += more.to(tl.float32)
         into = _tile(dx, start, width, columns, ROWS)
-        _store(into, gradient.to(dx.dtype.element_ty), mask, masked)
+        _store(into, gradient.to(dx.dtype.element_ty), mask, masked, STORES)
         if dx_too is not None:
             into_too = _tile(dx_too, start, width, columns, ROWS)
-            _store(into_too, gradient.to(dx_too.dtype.element_ty), mask, masked)
+            _store(into_too, gradient.to(dx_too.dtype.element_ty), mask, masked, STORES)
 
+    if EARLY:
+        gdc_launch_dependents()
     total = tl.sum(dw, axis=0, keep_dims=True)
     part = partials + tl.program_id(0).to(tl.int64) * width + columns
-    _store(part, total, in_width, partly)
-
-
-@triton.jit
-def _walk(rows, ROWS: tl.constexpr, STRIDED: tl.constexpr, WALKS: tl.constexpr):
-    """(first tile, number of tiles, distance) of this program's walk; no program has none."""
-    program = tl.program_id(0)
-    first = program
-    count = program * 0 + 1
-    stride = program * 0 + 1
-    if WALKS:
-        programs = tl.num_programs(0)
-        tiles = tl.cdiv(rows, ROWS)
-        if STRIDED:
-            count = tl.cdiv(tiles - program, programs)
-            stride = programs
-        else:
-            extra = tiles % programs
-            first = program * (tiles // programs) + tl.minimum(program, extra)
-            count = tiles // programs + (program < extra).to(tl.int32)
-    return first, count, stride
+    _store(part, total, in_width, partly, "")
 
 
 @triton.jit
@@ -190,17 +189,19 @@ def _tile(base, start, stride, columns, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, mask, MASKED: tl.constexpr, EVICTION: tl.constexpr):
+def _load(pointers, mask, MASKED: tl.constexpr, EVICTION: tl.constexpr, CACHE: tl.constexpr):
     if MASKED:
-        value = tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICTION)
+        value = tl.load(
+            pointers, mask=mask, other=0.0, cache_modifier=CACHE, eviction_policy=EVICTION
+        )
     else:
-        value = tl.load(pointers, eviction_policy=EVICTION)
+        value = tl.load(pointers, cache_modifier=CACHE, eviction_policy=EVICTION)
     return value
 
 
 @triton.jit
-def _store(pointers, value, mask, MASKED: tl.constexpr):
+def _store(pointers, value, mask, MASKED: tl.constexpr, CACHE: tl.constexpr):
     if MASKED:
-        tl.store(pointers, value, mask=mask)
+        tl.store(pointers, value, mask=mask, cache_modifier=CACHE)
     else:
-        tl.store(pointers, value)
+        tl.store(pointers, value, cache_modifier=CACHE)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -12,6 +11,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from megalite_kernels.fused.launch import on_device, operator
+
+BLOCK, WARPS = 1024, 4
+"""Most elements of a program, and its warps; on an H200, at widths of 8192, 11008 and 14336, within
+0.6% of the best of each, forward and backward. Loads with evict_first are 3% slower."""
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -64,18 +67,17 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, width)
     if y.numel():
-        chosen = _launch_of(width, backwards=False)
-        tiles = -(-width // chosen.block)
+        block = _block(width)
+        tiles = -(-width // block)
         with on_device(gate_up):
             _forward_kernel[(rows * tiles,)](
                 gate_up,
                 y,
                 gate_up.stride(0),
                 WIDTH=width,
-                BLOCK=chosen.block,
+                BLOCK=block,
                 TILES=tiles,
-                EVICTION=chosen.eviction,
-                num_warps=chosen.warps,
+                num_warps=WARPS,
             )
     return y
 
@@ -90,8 +92,8 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     rows, width = dy.shape
     d_gate_up = gate_up.new_empty(gate_up.shape)
     if dy.numel():
-        chosen = _launch_of(width, backwards=True)
-        tiles = -(-width // chosen.block)
+        block = _block(width)
+        tiles = -(-width // block)
         with on_device(dy):
             _backward_kernel[(rows * tiles,)](
                 dy,
@@ -100,10 +102,9 @@ def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
                 dy.stride(0),
                 gate_up.stride(0),
                 WIDTH=width,
-                BLOCK=chosen.block,
+                BLOCK=block,
                 TILES=tiles,
-                EVICTION=chosen.eviction,
-                num_warps=chosen.warps,
+                num_warps=WARPS,
             )
     return d_gate_up
 
@@ -116,34 +117,9 @@ def _with_dense_rows(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-class _Launch(NamedTuple):
-    """Elements and warps of a program, for rows of up to `width` results."""
-
-    width: float
-    block: int
-    warps: int
-    eviction: str
-
-
-# Measured on an H100 at widths of 8192, 11008 and 14336.
-_FORWARD = (
-    _Launch(11008, 1024, 4, "evict_first"),
-    _Launch(float("inf"), 512, 2, ""),
-)
-_BACKWARD = (
-    _Launch(8192, 2048, 8, "evict_first"),
-    _Launch(11008, 1024, 4, "evict_first"),
-    _Launch(float("inf"), 4096, 8, ""),
-)
-
-
-@functools.cache
-def _launch_of(width: int, *, backwards: bool) -> _Launch:
-    table = _BACKWARD if backwards else _FORWARD
-    chosen = next(launch for launch in table if width <= launch.width)
-    if width < chosen.block:
-        return chosen._replace(block=max(triton.next_power_of_2(width), 32 * chosen.warps))
-    return chosen
+def _block(width: int) -> int:
+    """Elements of a program: narrow rows need no more than one power of two."""
+    return BLOCK if width >= BLOCK else max(triton.next_power_of_2(width), 32 * WARPS)
 
 
 @triton.jit
@@ -154,15 +130,14 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
-    EVICTION: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = (program // TILES).to(tl.int64)
     columns = program % TILES * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
     gate_ptr = gate_up_ptr + row * row_stride
-    gate = tl.load(gate_ptr + columns, mask=inside, eviction_policy=EVICTION).to(tl.float32)
-    up = tl.load(gate_ptr + WIDTH + columns, mask=inside, eviction_policy=EVICTION).to(tl.float32)
+    gate = tl.load(gate_ptr + columns, mask=inside).to(tl.float32)
+    up = tl.load(gate_ptr + WIDTH + columns, mask=inside).to(tl.float32)
     y = gate * tl.sigmoid(gate) * up
     tl.store(y_ptr + row * WIDTH + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -177,7 +152,6 @@ def _backward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
-    EVICTION: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = (program // TILES).to(tl.int64)
@@ -185,9 +159,9 @@ def _backward_kernel(
     inside = columns < WIDTH
     dy_ptr += row * dy_stride
     gate_ptr = gate_up_ptr + row * row_stride
-    dy = tl.load(dy_ptr + columns, mask=inside, eviction_policy=EVICTION).to(tl.float32)
-    gate = tl.load(gate_ptr + columns, mask=inside, eviction_policy=EVICTION).to(tl.float32)
-    up = tl.load(gate_ptr + WIDTH + columns, mask=inside, eviction_policy=EVICTION).to(tl.float32)
+    dy = tl.load(dy_ptr + columns, mask=inside).to(tl.float32)
+    gate = tl.load(gate_ptr + columns, mask=inside).to(tl.float32)
+    up = tl.load(gate_ptr + WIDTH + columns, mask=inside).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     d_gate = dy * up * (sigmoid + silu * (1.0 - sigmoid))
