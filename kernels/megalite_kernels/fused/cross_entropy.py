@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from megalite_kernels.fused.cross_entropy_kernels import (
     choose_pass,
+    choose_tile,
     choose_walk,
     gradient_kernel,
     loss_and_gradient_kernel,
@@ -236,7 +237,7 @@ def write_gradient(
     if logits.stride(1) != 1:
         assert out is not logits, "logits to be overwritten have contiguous rows"
         logits = logits.contiguous()
-    block, num_warps = choose_pass(width, logits.element_size())
+    block, num_warps = choose_tile(width, logits.element_size())
     if not rows or not width:
         return
     with on_device(logits):
@@ -328,6 +329,7 @@ def _walk_rows(
                 VECTOR=16 // itemsize,
                 SMOOTHED=label_smoothing > 0,
                 num_warps=walk.num_warps,
+                maxnreg=walk.registers,
             )
     return parts, losses
 

@@ -5,6 +5,10 @@ bytes. The running maximum and sum of exponentials are kept per lane, not per ro
 then needs no reduction across threads (no barrier, so loads run ahead) until its end, at the price
 of one more exponential in VECTOR.
 
+Instructions are nearly as scarce as bandwidth, so exponentials are `exp2`, which is three of them
+(subtract, scale, the unit's own) where `exp` is six for the sake of results below 1e-38, and a
+tile's columns are compared with the target only in the tile that holds it.
+
 Legend: T rows (tokens), V classes, W columns of the logits, V <= W; M maximum of a row, D sum of
 exp(z - M).
 """
@@ -16,8 +20,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
-"""Where a maximum starts: from -inf, lanes that saw only -inf would compute -inf - -inf."""
+LOWEST: tl.constexpr = tl.constexpr(-2e38)
+"""Where a maximum starts: from -inf, lanes that saw only -inf would compute -inf - -inf.
+
+Its product with LOG2E is still a number. A row whose logits are all lower counts as all -inf.
+"""
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 class Walk(NamedTuple):
@@ -29,21 +38,31 @@ class Walk(NamedTuple):
         num_warps: of a program.
         programs: per multiprocessor, each taking many rows, so that the rows in flight stay in the
             L2 cache; 0: one program per row.
+        registers: of a thread at most: fewer let more programs share a multiprocessor.
     """
 
     block: int
     kept: int
     num_warps: int
     programs: int
+    registers: int
 
 
 def choose_walk(columns: int, itemsize: int) -> Walk:
-    """By the bytes of a row: whole in registers if they fit, else mostly from the L2 cache."""
-    if columns * itemsize <= 65536:
+    """By the bytes of a row: whole in registers if it is short, else mostly from the L2 cache.
+
+    The longer the rows, the fewer may be in flight for the cache to hold what is read again.
+    """
+    size = columns * itemsize
+    if size <= 32768:
         kept = max(1024, triton.next_power_of_2(columns))
-        return Walk(1024, kept, max(4, min(16, kept * itemsize // 4096)), 0)
-    block = 32768 // itemsize
-    return Walk(block, 2 * block, 16, 1)
+        return Walk(1024, kept, max(4, kept * itemsize // 4096), 0, 128)
+    if size <= 65536:
+        return Walk(16384 // itemsize, 32768 // itemsize, 16, 2, 64)
+    if size <= 131072:
+        return Walk(16384 // itemsize, 16384 // itemsize, 8, 3, 80)
+    block = 65536 if size <= 262144 else 32768
+    return Walk(block // itemsize, 65536 // itemsize, 32, 1, 64)
 
 
 class Pass(NamedTuple):
@@ -54,9 +73,15 @@ class Pass(NamedTuple):
 
 
 def choose_pass(columns: int, itemsize: int) -> Pass:
-    """16 KiB tiles, or the whole row if it is smaller."""
+    """For statistics: 16 KiB tiles that a program walks, or the whole row if it is smaller."""
     block = max(256, min(16384 // itemsize, triton.next_power_of_2(columns)))
-    return Pass(block, max(1, min(8, block * itemsize // 2048)))
+    return Pass(block, max(1, block * itemsize // 4096))
+
+
+def choose_tile(columns: int, itemsize: int) -> Pass:
+    """For the gradient: 8 KiB tiles, a program each, or the whole row if it is smaller."""
+    block = max(256, min(8192 // itemsize, triton.next_power_of_2(columns)))
+    return Pass(block, max(1, block * itemsize // 1024))
 
 
 @triton.jit
@@ -65,11 +90,25 @@ def _tile(LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def _exp(x):
+    """Zero below 1e-38."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
 def _absorb(z, maximum, exponentials):
     """Online softmax per lane (Milakov and Gimelshein, arXiv:1805.02867)."""
     new = tl.maximum(maximum, tl.max(z, axis=1))
-    inside = tl.sum(tl.exp(z - new[:, None]), axis=1)
-    return new, exponentials * tl.exp(maximum - new) + inside
+    inside = tl.sum(_exp(z - new[:, None]), axis=1)
+    return new, exponentials * _exp(maximum - new) + inside
+
+
+@triton.jit
+def _less_hit(gradient, columns, start, LENGTH: tl.constexpr, target, at_hit):
+    """The gradient, in the target's column less `at_hit`, of a tile that begins at `start`."""
+    if (target >= start) & (target < start + LENGTH):
+        gradient = tl.where(columns == target.to(tl.int32), gradient - at_hit, gradient)
+    return gradient
 
 
 @triton.jit
@@ -106,7 +145,7 @@ def _statistics(
         if SUMMED:
             sums += tl.sum(tl.where(inside, z, 0.0), axis=1)
     M = tl.max(maximum, axis=0)
-    return M, tl.sum(exponentials * tl.exp(maximum - M), axis=0), tl.sum(sums, axis=0)
+    return M, tl.sum(exponentials * _exp(maximum - M), axis=0), tl.sum(sums, axis=0)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -186,7 +225,8 @@ def gradient_kernel(
     program = tl.program_id(0)
     blocks: tl.constexpr = (W + BLOCK - 1) // BLOCK
     row = (program // blocks).to(tl.int64)
-    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    start = (program % blocks) * BLOCK
+    columns = start + tl.arange(0, BLOCK)
     z = tl.load(logits_ptr + row * logits_stride + columns, mask=columns < V, other=-float("inf"))
     target = tl.load(target_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
@@ -196,9 +236,11 @@ def gradient_kernel(
     z_loss = tl.full([], z_loss, tl.float32)
     coarse = log_sum.to(tl.float32)
     fine = (log_sum - coarse.to(log_sum.dtype)).to(tl.float32)
-    p = tl.exp(z.to(tl.float32) - coarse - fine)
-    hit = tl.where(columns == target - first_column, 1 - smoothing, 0.0)
-    result = gradient * (p * (1 + 2 * z_loss * coarse) - smoothing / CLASSES - hit)
+    p = _exp(z.to(tl.float32) - coarse - fine)
+    result = p * (1 + 2 * z_loss * coarse) - smoothing / CLASSES
+    result = gradient * _less_hit(
+        result, columns, start, BLOCK, target - first_column, 1 - smoothing
+    )
     result = tl.where(columns < V, result, 0.0)
     tl.store(out_ptr + row * out_stride + columns, result, mask=columns < W)
 
@@ -261,10 +303,10 @@ def loss_and_gradient_kernel(
         M = tl.maximum(tl.max(tl.max(end, axis=1), axis=0), LOWEST)
         if HEAD:
             M = tl.maximum(M, tl.max(maximum, axis=0))
-        kept = tl.exp(end - M)
+        kept = _exp(end - M)
         D = tl.sum(tl.sum(kept, axis=1), axis=0)
         if HEAD:
-            D += tl.sum(exponentials * tl.exp(maximum - M), axis=0)
+            D += tl.sum(exponentials * _exp(maximum - M), axis=0)
         total = 0.0
         if SMOOTHED:
             total = tl.sum(tl.sum(tl.where(inside, end, 0.0), axis=1), axis=0) + tl.sum(
@@ -279,17 +321,21 @@ def loss_and_gradient_kernel(
         scale = weight / D * (1 + 2 * z_loss * lse)
         everywhere = weight * smoothing / V
         at_hit = weight * (1 - smoothing)
-        ending = kept * scale - tl.where(last == target, at_hit, 0.0)
+        ending = kept * scale
         if SMOOTHED:
             ending -= everywhere
-        ending = tl.where(inside, ending, 0.0)
+        ending = _less_hit(ending, last, HEAD, KEPT, target, at_hit)
+        if W > V:
+            ending = tl.where(inside, ending, 0.0)
         tl.store(out_row_ptr + last, ending, mask=last < W, eviction_policy="evict_first")
         for back in tl.range(BLOCK, HEAD + BLOCK, BLOCK):
-            columns = HEAD - back + offsets
+            start = HEAD - back
+            columns = start + offsets
             again = tl.load(row_ptr + columns, eviction_policy="evict_first").to(tl.float32)
-            g = tl.exp(again - M) * scale - tl.where(columns == target, at_hit, 0.0)
+            g = _exp(again - M) * scale
             if SMOOTHED:
                 g -= everywhere
+            g = _less_hit(g, columns, start, BLOCK, target, at_hit)
             tl.store(out_row_ptr + columns, g, eviction_policy="evict_first")
         for start in tl.range(HEAD + KEPT, W, KEPT):
             padding = start + _tile(KEPT_LANES, VECTOR)
