@@ -28,13 +28,10 @@ class Forward(NamedTuple):
     Attributes:
         rows: of a program.
         warps: of a program.
-        loads, stores: cache modifiers of x and residual, and of both results.
     """
 
     rows: int
     warps: int
-    loads: str = ""
-    stores: str = ""
 
 
 class Backward(NamedTuple):
@@ -46,8 +43,6 @@ class Backward(NamedTuple):
         walkers: programs per multiprocessor, each of which walks over tiles.
         reads: "staged", "ahead" or "twice", see `backward_kernel`.
         keeps_weight: hold the weight in registers in place of reading it for every tile.
-        early: start the column sum's launch before the last program has finished (Hopper on).
-        loads, stores: cache modifiers of both gradients and x, and of dx.
     """
 
     rows: int
@@ -55,9 +50,6 @@ class Backward(NamedTuple):
     walkers: int
     reads: str = "ahead"
     keeps_weight: bool = True
-    early: bool = False
-    loads: str = ""
-    stores: str = ""
 
 
 # Measured on an H200 in bf16, at 8192 and 32768 rows of 1024 to 16384; narrower ones go on in line.
@@ -65,9 +57,9 @@ FORWARD = (
     (256, Forward(rows=16, warps=4), None),
     (512, Forward(rows=8, warps=4), None),
     (1024, Forward(rows=4, warps=4), None),
-    (2048, Forward(rows=2, warps=4), None),
+    (2048, Forward(rows=2, warps=2), None),
     (4096, Forward(rows=1, warps=4), None),
-    (8192, Forward(rows=4, warps=16), None),
+    (8192, Forward(rows=1, warps=8), Forward(rows=1, warps=4)),
     (16384, Forward(rows=1, warps=16), None),
     (32768, Forward(rows=1, warps=16), Forward(rows=1, warps=32)),
 )
@@ -80,9 +72,21 @@ BACKWARD = (
     (512, Backward(rows=8, warps=4, walkers=4), None),
     (1024, Backward(rows=4, warps=4, walkers=4), None),
     (2048, Backward(rows=2, warps=4, walkers=4), None),
-    (4096, Backward(rows=1, warps=8, walkers=4), Backward(rows=1, warps=4, walkers=4)),
-    (8192, Backward(rows=2, warps=16, walkers=1, reads="staged"), None),
-    (16384, Backward(rows=1, warps=16, walkers=1), None),
+    (
+        4096,
+        Backward(rows=1, warps=4, walkers=4, reads="staged"),
+        Backward(rows=1, warps=4, walkers=3, reads="staged"),
+    ),
+    (
+        8192,
+        Backward(rows=1, warps=16, walkers=2, reads="staged"),
+        Backward(rows=2, warps=16, walkers=1),
+    ),
+    (
+        16384,
+        Backward(rows=1, warps=8, walkers=1, reads="staged"),
+        Backward(rows=1, warps=16, walkers=1),
+    ),
     (
         32768,
         Backward(rows=1, warps=16, walkers=1, reads="staged", keeps_weight=False),
@@ -291,8 +295,6 @@ def launch_forward(
             width=width,
             BLOCK=block,
             ROWS=plan.rows,
-            LOADS=plan.loads,
-            STORES=plan.stores,
             CASTING=casting,
             num_warps=plan.warps,
         )
@@ -315,7 +317,7 @@ def launch_backward(
         return weight.new_zeros(weight.shape)
     block = triton.next_power_of_2(width)
     plan = plan or _plan(BACKWARD, block, x, dy, dresidual, BACKWARD_WIDER)
-    early = plan.early and can_start_early(x)
+    early = can_start_early(x)
     dy, dy_stride = _as_rows(dy)
     dresidual, dresidual_stride = (None, 0) if dresidual is None else _as_rows(dresidual)
     x, x_stride = _as_rows(x)
@@ -341,8 +343,6 @@ def launch_backward(
             READS=plan.reads,
             KEEPS_WEIGHT=plan.keeps_weight,
             EARLY=early,
-            LOADS=plan.loads,
-            STORES=plan.stores,
             CASTING=casting,
             num_warps=plan.warps,
         )

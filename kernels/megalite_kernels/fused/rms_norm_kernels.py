@@ -29,29 +29,24 @@ def forward_kernel(
     width: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    LOADS: tl.constexpr,
-    STORES: tl.constexpr,
     CASTING: tl.constexpr,
 ):
-    """y and rstd, and with a residual its sum with x; x and residual have a stride over rows.
-
-    LOADS and STORES are cache modifiers of what is read and written once.
-    """
+    """y and rstd, and with a residual its sum with x; x and residual have a stride over rows."""
     masked: tl.constexpr = ROWS > 1 or width != BLOCK
     columns = tl.arange(0, BLOCK)[None, :]
-    w = _load(weight + columns, columns < width, width != BLOCK, "", "").to(tl.float32)
+    w = _load(weight + columns, columns < width, width != BLOCK, "").to(tl.float32)
     if CASTING == "gemma":
         w += 1.0
     start = tl.program_id(0).to(tl.int64) * ROWS
     row = start + tl.arange(0, ROWS)[:, None]
     mask = (row < rows) & (columns < width)
     from_x = _tile(x, start, x_stride, columns, ROWS)
-    value = _load(from_x, mask, masked, "", LOADS).to(tl.float32)
+    value = _load(from_x, mask, masked, "").to(tl.float32)
     if residual is not None:
         from_residual = _tile(residual, start, residual_stride, columns, ROWS)
-        other = _load(from_residual, mask, masked, "", LOADS)
+        other = _load(from_residual, mask, masked, "")
         total = (value + other.to(tl.float32)).to(new_residual.dtype.element_ty)
-        _store(_tile(new_residual, start, width, columns, ROWS), total, mask, masked, STORES)
+        _store(_tile(new_residual, start, width, columns, ROWS), total, mask, masked)
         value = total.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / width + eps)
     tl.store(rstd + row, inverse, mask=row < rows)
@@ -59,7 +54,7 @@ def forward_kernel(
     if CASTING == "llama":
         normed = normed.to(y.dtype.element_ty).to(tl.float32)
     normed = (normed * w).to(y.dtype.element_ty)
-    _store(_tile(y, start, width, columns, ROWS), normed, mask, masked, STORES)
+    _store(_tile(y, start, width, columns, ROWS), normed, mask, masked)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -82,8 +77,6 @@ def backward_kernel(
     READS: tl.constexpr,
     KEEPS_WEIGHT: tl.constexpr,
     EARLY: tl.constexpr,
-    LOADS: tl.constexpr,
-    STORES: tl.constexpr,
     CASTING: tl.constexpr,
 ):
     """dx, and in `partials` each program's part of the weight's gradient.
@@ -102,7 +95,7 @@ def backward_kernel(
     columns = tl.arange(0, BLOCK)[None, :]
     in_width = columns < width
     if KEEPS_WEIGHT:
-        w = _load(weight + columns, in_width, partly, "", "")
+        w = _load(weight + columns, in_width, partly, "")
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -113,11 +106,11 @@ def backward_kernel(
     inverse_next = tl.load(rstd + row, mask=row < rows, other=0.0)
     if READS == "ahead":
         mask = (row < rows) & in_width
-        dy_next = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, "", LOADS)
-        x_next = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, "", LOADS)
+        dy_next = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, "")
+        x_next = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, "")
         if dresidual is not None:
             from_residual = _tile(dresidual, start, dresidual_stride, columns, ROWS)
-            dresidual_next = _load(from_residual, mask, masked, "", LOADS)
+            dresidual_next = _load(from_residual, mask, masked, "")
 
     for tile in tl.range(program, tiles, programs, num_stages=stages):
         start = tl.full((), tile, tl.int64) * ROWS  # no `.to`: an int in the interpreter
@@ -131,22 +124,20 @@ def backward_kernel(
             dy_now = dy_next
             x_now = x_next
             mask_ahead = (row_ahead < rows) & in_width
-            dy_next = _load(
-                _tile(dy, ahead, dy_stride, columns, ROWS), mask_ahead, masked, "", LOADS
-            )
-            x_next = _load(_tile(x, ahead, x_stride, columns, ROWS), mask_ahead, masked, "", LOADS)
+            dy_next = _load(_tile(dy, ahead, dy_stride, columns, ROWS), mask_ahead, masked, "")
+            x_next = _load(_tile(x, ahead, x_stride, columns, ROWS), mask_ahead, masked, "")
             if dresidual is not None:
                 more = dresidual_next
                 from_residual = _tile(dresidual, ahead, dresidual_stride, columns, ROWS)
-                dresidual_next = _load(from_residual, mask_ahead, masked, "", LOADS)
+                dresidual_next = _load(from_residual, mask_ahead, masked, "")
         else:
-            dy_now = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, policy, LOADS)
-            x_now = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, policy, LOADS)
+            dy_now = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, policy)
+            x_now = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, policy)
             if dresidual is not None:
                 from_residual = _tile(dresidual, start, dresidual_stride, columns, ROWS)
-                more = _load(from_residual, mask, masked, "", LOADS)
+                more = _load(from_residual, mask, masked, "")
         if not KEEPS_WEIGHT:
-            w = _load(weight + columns, in_width, partly, "", "")
+            w = _load(weight + columns, in_width, partly, "")
         scale = w.to(tl.float32)
         if CASTING == "gemma":
             scale += 1.0
@@ -156,12 +147,8 @@ def backward_kernel(
         mean = tl.sum(slope * scale * xhat, axis=1, keep_dims=True) / width
         if READS == "twice":
             # Another eviction policy keeps the compiler from taking these for the loads above.
-            dy_now = _load(
-                _tile(dy, start, dy_stride, columns, ROWS), mask, masked, "evict_first", LOADS
-            )
-            x_now = _load(
-                _tile(x, start, x_stride, columns, ROWS), mask, masked, "evict_first", LOADS
-            )
+            dy_now = _load(_tile(dy, start, dy_stride, columns, ROWS), mask, masked, "evict_first")
+            x_now = _load(_tile(x, start, x_stride, columns, ROWS), mask, masked, "evict_first")
             slope = dy_now.to(tl.float32)
             xhat = x_now.to(tl.float32) * inverse
         dw += slope * xhat
@@ -169,16 +156,16 @@ def backward_kernel(
         if dresidual is not None:
             gradient += more.to(tl.float32)
         into = _tile(dx, start, width, columns, ROWS)
-        _store(into, gradient.to(dx.dtype.element_ty), mask, masked, STORES)
+        _store(into, gradient.to(dx.dtype.element_ty), mask, masked)
         if dx_too is not None:
             into_too = _tile(dx_too, start, width, columns, ROWS)
-            _store(into_too, gradient.to(dx_too.dtype.element_ty), mask, masked, STORES)
+            _store(into_too, gradient.to(dx_too.dtype.element_ty), mask, masked)
 
     if EARLY:
         gdc_launch_dependents()
     total = tl.sum(dw, axis=0, keep_dims=True)
     part = partials + tl.program_id(0).to(tl.int64) * width + columns
-    _store(part, total, in_width, partly, "")
+    _store(part, total, in_width, partly)
 
 
 @triton.jit
@@ -189,19 +176,17 @@ def _tile(base, start, stride, columns, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, mask, MASKED: tl.constexpr, EVICTION: tl.constexpr, CACHE: tl.constexpr):
+def _load(pointers, mask, MASKED: tl.constexpr, EVICTION: tl.constexpr):
     if MASKED:
-        value = tl.load(
-            pointers, mask=mask, other=0.0, cache_modifier=CACHE, eviction_policy=EVICTION
-        )
+        value = tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICTION)
     else:
-        value = tl.load(pointers, cache_modifier=CACHE, eviction_policy=EVICTION)
+        value = tl.load(pointers, eviction_policy=EVICTION)
     return value
 
 
 @triton.jit
-def _store(pointers, value, mask, MASKED: tl.constexpr, CACHE: tl.constexpr):
+def _store(pointers, value, mask, MASKED: tl.constexpr):
     if MASKED:
-        tl.store(pointers, value, mask=mask, cache_modifier=CACHE)
+        tl.store(pointers, value, mask=mask)
     else:
-        tl.store(pointers, value, cache_modifier=CACHE)
+        tl.store(pointers, value)
