@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megalite_kernels import cross_entropy, cross_entropy_with_grad, use_backend
 from megalite_kernels.fused import cross_entropy as fused
-from megalite_kernels.fused.cross_entropy_kernels import Walk
+from megalite_kernels.fused.cross_entropy_rows import Walk
 
 BOUND = {torch.float32: 1e-5, torch.float16: 2e-3}
 OPTIONS = ((0.0, 0.0), (0.1, 0.0), (0.0, 0.02), (0.2, 1e-3))
@@ -87,7 +87,7 @@ def test_options(options: tuple[float, float]) -> None:
 def test_rows_longer_than_the_registers(
     monkeypatch: pytest.MonkeyPatch, columns: int, smoothing: float, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(fused, "choose_walk", lambda *_: Walk(128, 256, 4, 1, 64))
+    monkeypatch.setattr(fused, "choose_walk", lambda *_: Walk(128, 4, 1, 64))
     check(*inputs(7, columns, dtype), smoothing, 0.01)
 
 
@@ -161,7 +161,7 @@ def test_leading_shape_and_strides() -> None:
 def test_padding(
     monkeypatch: pytest.MonkeyPatch, classes: int, columns: int, smoothing: float
 ) -> None:
-    monkeypatch.setattr(fused, "choose_walk", lambda *_: Walk(128, 256, 4, 1, 64))
+    monkeypatch.setattr(fused, "choose_walk", lambda *_: Walk(128, 4, 1, 64))
     logits, targets, weight = inputs(5, columns, classes=classes)
     logits[:, classes:] = 60.0
     want, want_gradient = exact(logits[:, :classes], targets, weight, smoothing)

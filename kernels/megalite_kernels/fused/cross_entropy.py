@@ -15,10 +15,13 @@ from torch.autograd import Function
 from megalite_kernels.fused.cross_entropy_kernels import (
     choose_pass,
     choose_tile,
-    choose_walk,
     gradient_kernel,
-    loss_and_gradient_kernel,
     loss_kernel,
+)
+from megalite_kernels.fused.cross_entropy_rows import (
+    choose_walk,
+    held_rows_kernel,
+    walked_rows_kernel,
 )
 from megalite_kernels.fused.launch import num_multiprocessors, on_device, operator
 from megalite_kernels.reference_cross_entropy import weighted
@@ -306,10 +309,11 @@ def _walk_rows(
     losses = torch.empty_like(parts)
     itemsize = logits.element_size()
     walk = choose_walk(vocab_size, itemsize)
-    programs = walk.programs * num_multiprocessors(logits) or rows
+    kernel = held_rows_kernel if walk.block >= vocab_size else walked_rows_kernel
+    programs = walk.programs * num_multiprocessors(logits)
     if rows:
         with on_device(logits):
-            loss_and_gradient_kernel[(min(rows, programs),)](
+            kernel[(min(rows, programs),)](
                 logits,
                 out,
                 targets.contiguous(),
@@ -325,7 +329,6 @@ def _walk_rows(
                 V=vocab_size,
                 W=width,
                 LANES=walk.block * itemsize // 16,
-                KEPT_LANES=walk.kept * itemsize // 16,
                 VECTOR=16 // itemsize,
                 SMOOTHED=label_smoothing > 0,
                 num_warps=walk.num_warps,

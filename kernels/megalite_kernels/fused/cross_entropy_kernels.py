@@ -1,6 +1,6 @@
-"""The Triton kernels of the cross-entropies, and how each is launched.
+"""The Triton kernels of the cross-entropies that read every logit once, and how each is launched.
 
-A row of logits is walked in tiles [LANES, VECTOR] of which a thread owns whole vectors of 16
+A row is walked in tiles [LANES, VECTOR] of which a thread owns whole vectors of 16
 bytes. The running maximum and sum of exponentials are kept per lane, not per row: the first walk
 then needs no reduction across threads (no barrier, so loads run ahead) until its end, at the price
 of one more exponential in VECTOR.
@@ -29,42 +29,6 @@ Its product with LOG2E is still a number. A row whose logits are all lower count
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
-class Walk(NamedTuple):
-    """How `loss_and_gradient` takes a row.
-
-    Attributes:
-        block: columns of a tile that is read twice, from memory and then from the L2 cache.
-        kept: columns at the row's end that stay in registers between the two walks.
-        num_warps: of a program.
-        programs: per multiprocessor, each taking many rows, so that the rows in flight stay in the
-            L2 cache; 0: one program per row.
-        registers: of a thread at most: fewer let more programs share a multiprocessor.
-    """
-
-    block: int
-    kept: int
-    num_warps: int
-    programs: int
-    registers: int
-
-
-def choose_walk(columns: int, itemsize: int) -> Walk:
-    """By the bytes of a row: whole in registers if it is short, else mostly from the L2 cache.
-
-    The longer the rows, the fewer may be in flight for the cache to hold what is read again.
-    """
-    size = columns * itemsize
-    if size <= 32768:
-        kept = max(1024, triton.next_power_of_2(columns))
-        return Walk(1024, kept, max(4, kept * itemsize // 4096), 0, 128)
-    if size <= 65536:
-        return Walk(16384 // itemsize, 32768 // itemsize, 16, 2, 64)
-    if size <= 131072:
-        return Walk(16384 // itemsize, 16384 // itemsize, 8, 3, 80)
-    block = 65536 if size <= 262144 else 32768
-    return Walk(block // itemsize, 65536 // itemsize, 32, 1, 64)
-
-
 class Pass(NamedTuple):
     """How the kernels that read every logit once take a row: columns of a tile, warps."""
 
@@ -85,26 +49,27 @@ def choose_tile(columns: int, itemsize: int) -> Pass:
 
 
 @triton.jit
-def _tile(LANES: tl.constexpr, VECTOR: tl.constexpr):
+def tile(LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns of a tile: a lane has VECTOR neighbours."""
     return tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
 
 @triton.jit
-def _exp(x):
+def exp(x):
     """Zero below 1e-38."""
     return tl.exp2(x * LOG2E)
 
 
 @triton.jit
-def _absorb(z, maximum, exponentials):
+def absorb(z, maximum, exponentials):
     """Online softmax per lane (Milakov and Gimelshein, arXiv:1805.02867)."""
     new = tl.maximum(maximum, tl.max(z, axis=1))
-    inside = tl.sum(_exp(z - new[:, None]), axis=1)
-    return new, exponentials * _exp(maximum - new) + inside
+    inside = tl.sum(exp(z - new[:, None]), axis=1)
+    return new, exponentials * exp(maximum - new) + inside
 
 
 @triton.jit
-def _less_hit(gradient, columns, start, LENGTH: tl.constexpr, target, at_hit):
+def less_hit(gradient, columns, start, LENGTH: tl.constexpr, target, at_hit):
     """The gradient, in the target's column less `at_hit`, of a tile that begins at `start`."""
     if (target >= start) & (target < start + LENGTH):
         gradient = tl.where(columns == target.to(tl.int32), gradient - at_hit, gradient)
@@ -112,7 +77,7 @@ def _less_hit(gradient, columns, start, LENGTH: tl.constexpr, target, at_hit):
 
 
 @triton.jit
-def _loss(M, D, at_target, total, V: tl.constexpr, smoothing, z_loss, SMOOTHED: tl.constexpr):
+def row_loss(M, D, at_target, total, V: tl.constexpr, smoothing, z_loss, SMOOTHED: tl.constexpr):
     """(loss, lse, and lse in fp64); (M - z) first: lse alone would round M and log D together."""
     log_d = tl.log(D)
     loss = (M - at_target) + log_d
@@ -128,24 +93,24 @@ def _statistics(
 ):
     """(M, D, sum of z) of one row, read once."""
     BLOCK: tl.constexpr = LANES * VECTOR
-    offsets = _tile(LANES, VECTOR)
+    offsets = tile(LANES, VECTOR)
     maximum = tl.full([LANES], LOWEST, tl.float32)
     exponentials = tl.zeros([LANES], tl.float32)
     sums = tl.zeros([LANES], tl.float32)
     for start in tl.range(0, V // BLOCK * BLOCK, BLOCK):
         z = tl.load(row_ptr + start + offsets, eviction_policy="evict_first").to(tl.float32)
-        maximum, exponentials = _absorb(z, maximum, exponentials)
+        maximum, exponentials = absorb(z, maximum, exponentials)
         if SUMMED:
             sums += tl.sum(z, axis=1)
     if V % BLOCK:
         columns = V // BLOCK * BLOCK + offsets
         inside = columns < V
         z = tl.load(row_ptr + columns, mask=inside, other=-float("inf")).to(tl.float32)
-        maximum, exponentials = _absorb(z, maximum, exponentials)
+        maximum, exponentials = absorb(z, maximum, exponentials)
         if SUMMED:
             sums += tl.sum(tl.where(inside, z, 0.0), axis=1)
     M = tl.max(maximum, axis=0)
-    return M, tl.sum(exponentials * _exp(maximum - M), axis=0), tl.sum(sums, axis=0)
+    return M, tl.sum(exponentials * exp(maximum - M), axis=0), tl.sum(sums, axis=0)
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -173,7 +138,7 @@ def loss_kernel(
     M, D, total = _statistics(row_ptr, V, LANES, VECTOR, SMOOTHED)
     smoothing = tl.full([], smoothing, tl.float32)
     z_loss = tl.full([], z_loss, tl.float32)
-    loss, _, log_sum = _loss(M, D, at_target, total, V, smoothing, z_loss, SMOOTHED)
+    loss, _, log_sum = row_loss(M, D, at_target, total, V, smoothing, z_loss, SMOOTHED)
     tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
     tl.store(log_sum_ptr + row, log_sum)
 
@@ -236,108 +201,10 @@ def gradient_kernel(
     z_loss = tl.full([], z_loss, tl.float32)
     coarse = log_sum.to(tl.float32)
     fine = (log_sum - coarse.to(log_sum.dtype)).to(tl.float32)
-    p = _exp(z.to(tl.float32) - coarse - fine)
+    p = exp(z.to(tl.float32) - coarse - fine)
     result = p * (1 + 2 * z_loss * coarse) - smoothing / CLASSES
-    result = gradient * _less_hit(
+    result = gradient * less_hit(
         result, columns, start, BLOCK, target - first_column, 1 - smoothing
     )
     result = tl.where(columns < V, result, 0.0)
     tl.store(out_ptr + row * out_stride + columns, result, mask=columns < W)
-
-
-@triton.jit(do_not_specialize=["rows", "ignore_index"])
-def loss_and_gradient_kernel(
-    logits_ptr,
-    out_ptr,
-    target_ptr,
-    weight_ptr,
-    part_ptr,
-    loss_ptr,
-    rows,
-    logits_stride,
-    out_stride,
-    ignore_index,
-    smoothing,
-    z_loss,
-    V: tl.constexpr,
-    W: tl.constexpr,
-    LANES: tl.constexpr,
-    KEPT_LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-):
-    """A row's loss and, over the row itself if `out` is `logits`, its weighted gradient.
-
-    Columns [HEAD, W) are read once and kept; [0, HEAD) are read twice, the second time from the
-    end, because what was read last is what the cache surely holds.
-    """
-    BLOCK: tl.constexpr = LANES * VECTOR
-    KEPT: tl.constexpr = KEPT_LANES * VECTOR
-    HEAD: tl.constexpr = (V - KEPT + BLOCK - 1) // BLOCK * BLOCK if V > KEPT else 0
-    offsets = _tile(LANES, VECTOR)
-    last = HEAD + _tile(KEPT_LANES, VECTOR)
-    smoothing = tl.full([], smoothing, tl.float32)
-    z_loss = tl.full([], z_loss, tl.float32)
-    for index in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = tl.cast(index, tl.int64)
-        row_ptr = logits_ptr + row * logits_stride
-        out_row_ptr = out_ptr + row * out_stride
-        target = tl.load(target_ptr + row)
-        counts = target != ignore_index
-        exists = (target >= 0) & (target < V)
-        # Before any store to the row: the reductions' barriers lie between.
-        at_target = tl.load(row_ptr + target, mask=exists, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + row).to(tl.float32)
-        maximum = tl.full([LANES], LOWEST, tl.float32)
-        exponentials = tl.zeros([LANES], tl.float32)
-        sums = tl.zeros([LANES], tl.float32)
-        for start in tl.range(0, HEAD, BLOCK):
-            z = tl.load(row_ptr + start + offsets, eviction_policy="evict_last").to(tl.float32)
-            maximum, exponentials = _absorb(z, maximum, exponentials)
-            if SMOOTHED:
-                sums += tl.sum(z, axis=1)
-        inside = last < V
-        end = tl.load(
-            row_ptr + last, mask=inside, other=-float("inf"), eviction_policy="evict_first"
-        ).to(tl.float32)
-        M = tl.maximum(tl.max(tl.max(end, axis=1), axis=0), LOWEST)
-        if HEAD:
-            M = tl.maximum(M, tl.max(maximum, axis=0))
-        kept = _exp(end - M)
-        D = tl.sum(tl.sum(kept, axis=1), axis=0)
-        if HEAD:
-            D += tl.sum(exponentials * _exp(maximum - M), axis=0)
-        total = 0.0
-        if SMOOTHED:
-            total = tl.sum(tl.sum(tl.where(inside, end, 0.0), axis=1), axis=0) + tl.sum(
-                sums, axis=0
-            )
-        loss, lse, _ = _loss(M, D, at_target, total, V, smoothing, z_loss, SMOOTHED)
-        loss = tl.where(counts, loss, 0.0)
-        weight = tl.where(counts, weight, 0.0)
-        tl.store(loss_ptr + row, loss)
-        tl.store(part_ptr + row, weight * tl.where(weight == 0.0, 0.0, loss))
-
-        scale = weight / D * (1 + 2 * z_loss * lse)
-        everywhere = weight * smoothing / V
-        at_hit = weight * (1 - smoothing)
-        ending = kept * scale
-        if SMOOTHED:
-            ending -= everywhere
-        ending = _less_hit(ending, last, HEAD, KEPT, target, at_hit)
-        if W > V:
-            ending = tl.where(inside, ending, 0.0)
-        tl.store(out_row_ptr + last, ending, mask=last < W, eviction_policy="evict_first")
-        for back in tl.range(BLOCK, HEAD + BLOCK, BLOCK):
-            start = HEAD - back
-            columns = start + offsets
-            again = tl.load(row_ptr + columns, eviction_policy="evict_first").to(tl.float32)
-            g = _exp(again - M) * scale
-            if SMOOTHED:
-                g -= everywhere
-            g = _less_hit(g, columns, start, BLOCK, target, at_hit)
-            tl.store(out_row_ptr + columns, g, eviction_policy="evict_first")
-        for start in tl.range(HEAD + KEPT, W, KEPT):
-            padding = start + _tile(KEPT_LANES, VECTOR)
-            zeros = tl.zeros([KEPT_LANES, VECTOR], tl.float32)
-            tl.store(out_row_ptr + padding, zeros, mask=padding < W)
