@@ -88,10 +88,22 @@ def _operations() -> list[tuple[str, Operation, Operation, list[Tensor]]]:
             [normal(SEQUENCE, BATCH, HIDDEN), normal(HIDDEN)],
         ),
         (
+            "add_rms_norm",
+            lambda x, r, w: torch.cat(megalite_kernels.add_rms_norm(x, r, w, EPSILON)),
+            lambda x, r, w: torch.cat(reference.add_rms_norm(x, r, w, EPSILON)),
+            [*(normal(SEQUENCE, BATCH, HIDDEN) for _ in range(2)), normal(HIDDEN)],
+        ),
+        (
             "rope",
             turned(megalite_kernels.rope_packed),
             turned(reference.rope_packed),
             [normal(SEQUENCE, BATCH, (HEADS + 2 * KV_HEADS) * HEAD_DIM)],
+        ),
+        (
+            "softmax",
+            lambda x: megalite_kernels.softmax(x, 0.5, causal=True),
+            lambda x: reference.softmax(x, 0.5, causal=True),
+            [normal(BATCH, HEADS, SEQUENCE, SEQUENCE)],
         ),
         (
             "swiglu",
@@ -113,7 +125,37 @@ def _operations() -> list[tuple[str, Operation, Operation, list[Tensor]]]:
             ),
             [normal(SEQUENCE, BATCH, VOCABULARY)],
         ),
+        (
+            "cross_entropy with its gradient",
+            lambda z: _weighted_loss(z * 1.0, labels),
+            lambda z: F.cross_entropy(z.flatten(0, 1), labels.flatten()),
+            [normal(SEQUENCE, BATCH, VOCABULARY)],
+        ),
+        (
+            "adamw",
+            lambda w: _updated(megalite_kernels.adamw_, w),
+            lambda w: _updated(reference.adamw_, w),
+            [normal(HIDDEN)],
+        ),
     ]
+
+
+def _weighted_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss; takes the logits over."""
+    labels = labels.to(logits.device)
+    weights = torch.full(labels.shape, 1 / labels.numel(), device=logits.device)
+    return megalite_kernels.cross_entropy_with_grad(logits, labels, weights)[0]
+
+
+def _updated(step: Callable[..., None], weights: Tensor) -> Tensor:
+    """The weights after one AdamW step, differentiable as if they were moved by a constant."""
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    master = weights.detach().to(dtype, copy=True)
+    slope, moments = master.cos(), (torch.zeros_like(master), torch.ones_like(master))
+    count = torch.full((), 3.0, dtype=dtype, device=master.device)
+    rates = dict(lr=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+    step(master, slope, *moments, count, **rates)
+    return master + (weights - weights.detach()).to(dtype)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
