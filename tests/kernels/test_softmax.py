@@ -15,10 +15,9 @@ from megalite_kernels.fused.softmax_walk import Walk
 SCALE = 0.7
 PLANS = {
     "held": Held(4),
-    "two classes": Held(4, classes=2),
-    "three classes": Held(4, classes=3),
     "walked": Walk(8, 4, 64),
 }
+TABLES = (fused.PLAIN, fused.MASKED, fused.CAUSAL, fused.PLAIN_BACKWARD, fused.CAUSAL_BACKWARD)
 
 
 def masks(kind: str, shape: tuple[int, ...]) -> Tensor | None:
@@ -188,26 +187,21 @@ def test_what_lies_above_the_diagonal_has_no_effect(plan: fused.Plan) -> None:
     assert y[:, above].eq(0).all() and dx[:, above].eq(0).all()
 
 
-@pytest.mark.parametrize("keys", [1, 5, 8, 9, 16, 40])
-@pytest.mark.parametrize("queries", [1, 7, 16, 50])
-@pytest.mark.parametrize("classes", [1, 2, 3])
-def test_classes_hold_every_query_once_and_all_that_it_sees(
-    keys: int, queries: int, classes: int
-) -> None:
-    from megalite_kernels.fused.softmax_held import _classes
-
-    served = []
-    for block, first, count, tail in _classes(keys, True, queries, classes):
-        seen = first + count + keys - queries
-        assert block >= min(seen, keys) and tail == (block < keys)
-        served += range(first, first + count)
-    assert sorted(served) == [*range(queries)]
-
-
 @pytest.mark.parametrize(
-    "table",
-    [fused.PLAIN, fused.MASKED, fused.CAUSAL, fused.PLAIN_BACKWARD, fused.CAUSAL_BACKWARD],
+    "keys", sorted({min(most, 33000) - 4 for table in TABLES for most, _ in table})
 )
+@pytest.mark.parametrize(
+    ("causal", "kind"), [(False, "none"), (False, "bool"), (True, "none"), (True, "added")]
+)
+def test_every_plan_of_the_tables_at_a_length_it_serves(causal: bool, kind: str, keys: int) -> None:
+    shape = (1, 2, 2, keys)
+    x, dy = torch.randn(shape), torch.randn(shape)
+    y, dx, want, want_dx = both(x, dy, SCALE, masks(kind, shape), causal)
+    assert_close(y, want)
+    assert_gradient_close(dx, want_dx)
+
+
+@pytest.mark.parametrize("table", TABLES)
 def test_tables_serve_every_length(table: fused.Table) -> None:
     bounds = [most for most, _ in table]
     assert bounds == sorted(bounds) and bounds[-1] == fused.ANY

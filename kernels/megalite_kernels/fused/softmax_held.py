@@ -1,12 +1,10 @@
 """Softmax whose rows lie whole in registers: each number is read once and written once.
 
-A program takes one row, or several short ones. Rows of a causal matrix are launched by classes of
-length, as a program's registers are for the longest row of its launch.
+A program takes one row, or several short ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import triton
@@ -17,15 +15,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Held(NamedTuple):
-    """How rows held in registers are launched.
-
-    Attributes:
-        warps: of a program.
-        classes: causal rows are launched in so many groups, of at most 1, 1/2, 1/4 ... of a block.
-    """
+    """How rows held in registers are launched: by programs of so many warps."""
 
     warps: int
-    classes: int = 1
 
 
 class MaskView(NamedTuple):
@@ -65,36 +57,32 @@ def held_forward(
     """Write the softmax of x's rows, [rows, keys] with keys side by side, to a contiguous y."""
     keys, unit = x.shape[1], unit_of(x, x.shape[1], x.stride(0), *view[4:7])
     queries, sharers = view.order(causal, queries)
-    for block, first, count, tail in _classes(keys, causal, queries, plan.classes):
-        num_rows = x.shape[0] // queries * count
-        rows = rows_per_program(block)
-        _forward[(triton.cdiv(num_rows, rows),)](
-            x,
-            view.mask,
-            y,
-            scale,
-            x.stride(0) // unit,
-            keys // unit,
-            num_rows,
-            queries,
-            first,
-            count,
-            sharers,
-            view.size1,
-            view.size2,
-            view.stride0 // unit,
-            view.stride1 // unit,
-            view.stride2 // unit,
-            UNIT=unit,
-            BLOCK=block,
-            ROWS=rows,
-            MASK=view.kind,
-            STEP=view.step,
-            SHARED=sharers > 1,
-            CAUSAL=causal,
-            TAIL=tail,
-            num_warps=plan.warps,
-        )
+    block = triton.next_power_of_2(keys)
+    rows = rows_per_program(block)
+    _forward[(triton.cdiv(x.shape[0], rows),)](
+        x,
+        view.mask,
+        y,
+        scale,
+        x.stride(0) // unit,
+        keys // unit,
+        x.shape[0],
+        queries,
+        sharers,
+        view.size1,
+        view.size2,
+        view.stride0 // unit,
+        view.stride1 // unit,
+        view.stride2 // unit,
+        UNIT=unit,
+        BLOCK=block,
+        ROWS=rows,
+        MASK=view.kind,
+        STEP=view.step,
+        SHARED=sharers > 1,
+        CAUSAL=causal,
+        num_warps=plan.warps,
+    )
 
 
 def held_backward(
@@ -102,27 +90,23 @@ def held_backward(
 ) -> None:
     """Write scale * y * (dy - sum(dy * y)) to a contiguous dx; y is contiguous, dy like the x."""
     keys, unit = y.shape[1], unit_of(y, y.shape[1], dy.stride(0))
-    for block, first, count, tail in _classes(keys, causal, queries, plan.classes):
-        num_rows = y.shape[0] // queries * count
-        rows = rows_per_program(block)
-        _backward[(triton.cdiv(num_rows, rows),)](
-            dy,
-            y,
-            dx,
-            scale,
-            dy.stride(0) // unit,
-            keys // unit,
-            num_rows,
-            queries,
-            first,
-            count,
-            UNIT=unit,
-            BLOCK=block,
-            ROWS=rows,
-            CAUSAL=causal,
-            TAIL=tail,
-            num_warps=plan.warps,
-        )
+    block = triton.next_power_of_2(keys)
+    rows = rows_per_program(block)
+    _backward[(triton.cdiv(y.shape[0], rows),)](
+        dy,
+        y,
+        dx,
+        scale,
+        dy.stride(0) // unit,
+        keys // unit,
+        y.shape[0],
+        queries,
+        UNIT=unit,
+        BLOCK=block,
+        ROWS=rows,
+        CAUSAL=causal,
+        num_warps=plan.warps,
+    )
 
 
 def unit_of(x: Tensor, *lengths: int) -> int:
@@ -140,22 +124,6 @@ def unit_of(x: Tensor, *lengths: int) -> int:
 def rows_per_program(block: int) -> int:
     """Short rows share a program, so that it has enough to read."""
     return max(1, 1024 // block)
-
-
-def _classes(
-    keys: int, causal: bool, queries: int, classes: int
-) -> Iterator[tuple[int, int, int, bool]]:
-    """(block, first query, number of queries, whether keys lie beyond the block) of each launch.
-
-    Every query is in one of them, longest rows first.
-    """
-    block, end = triton.next_power_of_2(keys), queries
-    for left in reversed(range(classes if causal else 1)):
-        # Queries before `first` see no more than half the block.
-        first = min(end, max(0, block // 2 + queries - keys)) if left else 0
-        if end > first:
-            yield block, first, end - first, block < keys
-        block, end = max(1, block // 2), first
 
 
 @triton.jit
@@ -214,8 +182,6 @@ def shift_of(peak):
 def _place(
     num_rows,
     queries,
-    first,
-    count,
     sharers,
     ROWS: tl.constexpr,
     SHARED: tl.constexpr,
@@ -232,19 +198,11 @@ def _place(
     row, query = index, index
     if SHARED or CAUSAL:
         turn = index // sharers
-        query = turn % count
+        query = turn % queries
         if CAUSAL:
-            query = first + count - 1 - query
-        row = (turn // count * sharers + index % sharers) * queries + query
+            query = queries - 1 - query
+        row = (turn // queries * sharers + index % sharers) * queries + query
     return row, query, index < num_rows
-
-
-@triton.jit
-def _store_zeros(y, keys, exists, columns, BLOCK: tl.constexpr):
-    """In the columns from BLOCK on."""
-    zero = tl.zeros([1, BLOCK], dtype=y.dtype.element_ty)
-    for start in tl.range(BLOCK, keys, BLOCK):
-        tl.store(y + start + columns, zero, mask=exists & (start + columns < keys))
 
 
 @triton.jit(
@@ -253,8 +211,6 @@ def _store_zeros(y, keys, exists, columns, BLOCK: tl.constexpr):
         "key_units",
         "num_rows",
         "queries",
-        "first",
-        "count",
         "sharers",
         "stride0",
         "stride1",
@@ -270,8 +226,6 @@ def _forward(
     key_units,
     num_rows,
     queries,
-    first,
-    count,
     sharers,
     size1,
     size2,
@@ -285,10 +239,9 @@ def _forward(
     STEP: tl.constexpr,
     SHARED: tl.constexpr,
     CAUSAL: tl.constexpr,
-    TAIL: tl.constexpr,
 ):
     keys = key_units * UNIT
-    row, query, exists = _place(num_rows, queries, first, count, sharers, ROWS, SHARED, CAUSAL)
+    row, query, exists = _place(num_rows, queries, sharers, ROWS, SHARED, CAUSAL)
     columns = tl.arange(0, BLOCK)[None, :]
     within = exists & (columns < keys)
     last, loaded = query, within
@@ -308,11 +261,9 @@ def _forward(
     terms = tl.exp2((scores - shift_of(tl.max(scores, 1, keep_dims=True))) * factor)
     terms *= over_total(tl.sum(terms, 1, keep_dims=True))
     tl.store(y + columns, terms.to(y.dtype.element_ty), mask=within)
-    if TAIL:
-        _store_zeros(y, keys, exists, columns, BLOCK)
 
 
-@triton.jit(do_not_specialize=["dy_units", "key_units", "num_rows", "queries", "first", "count"])
+@triton.jit(do_not_specialize=["dy_units", "key_units", "num_rows", "queries"])
 def _backward(
     dy,
     y,
@@ -322,16 +273,13 @@ def _backward(
     key_units,
     num_rows,
     queries,
-    first,
-    count,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
-    TAIL: tl.constexpr,
 ):
     keys = key_units * UNIT
-    row, query, exists = _place(num_rows, queries, first, count, 1, ROWS, False, CAUSAL)
+    row, query, exists = _place(num_rows, queries, 1, ROWS, False, CAUSAL)
     columns = tl.arange(0, BLOCK)[None, :]
     within = exists & (columns < keys)
     seen, loaded = within, within
@@ -350,5 +298,3 @@ def _backward(
     mean = tl.sum(slope * weight, 1, keep_dims=True)
     result = scale * weight * (slope - mean)
     tl.store(dx + columns, result.to(dx.dtype.element_ty), mask=within)
-    if TAIL:
-        _store_zeros(dx, keys, exists, columns, BLOCK)
