@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from interpreted import define_interpreted_kernels
 from pool import RankPool
 
 FULL = "full"
@@ -19,6 +20,7 @@ FULL = "full"
 def pytest_configure(config: pytest.Config) -> None:
     # In the background of a script SIGINT is ignored, also in all that a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    define_interpreted_kernels()
     config.addinivalue_line("markers", "full: every figure, not a sample; run with -m full")
 
 
