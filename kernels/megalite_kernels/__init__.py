@@ -2,7 +2,8 @@
 
 This is the one dispatch page. Each call is served by the Triton kernel of `fused/` or by the plain
 torch definition of `reference.py`, decided by `backend.py` from the device of its first tensor;
-`use_backend()` and the environment variable MEGALITE_KERNELS override that.
+`use_backend()` and the environment variable MEGALITE_KERNELS override that. Before it, `check.py`
+refuses with a ValueError, alike for both, arguments that are not as described.
 
 Legend: S sequence, B micro-batch, H hidden, N query heads, K key/value heads, D head dim, R rotated
 features of a head, F ffn, V vocabulary, T tokens.
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megalite_kernels import reference, reference_cross_entropy
+from megalite_kernels import check, reference, reference_cross_entropy
 from megalite_kernels.backend import BackendError, describe_backend, runs_fused, use_backend
 
 __all__ = [
@@ -55,6 +56,7 @@ def back_ends(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, casting: Casting = "fp32") -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim; see `reference.rms_norm`."""
+    check.check_rms_norm("rms_norm", x, weight, eps, casting)
     if runs_fused(x):
         from megalite_kernels.fused.rms_norm import rms_norm as fused
 
@@ -66,6 +68,7 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, casting: Casting = "fp32"
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual); see `reference.add_rms_norm`."""
+    check.check_add_rms_norm(x, residual, weight, eps, casting)
     if runs_fused(x):
         from megalite_kernels.fused.rms_norm import add_rms_norm as fused
 
@@ -77,6 +80,7 @@ def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: Layout = "half"
 ) -> tuple[Tensor, Tensor]:
     """Queries and keys turned by their positions' angles; see `reference.rope`."""
+    check.check_rope(q, k, cos, sin, layout)
     if runs_fused(q):
         from megalite_kernels.fused.rope import rope as fused
 
@@ -97,7 +101,11 @@ def rope_packed(
 
     With `inplace` the kernel turns the heads where they lie, and the results are views of `qkv`,
     which the caller must not need again; plain torch makes a new tensor either way.
+
+    Raises:
+        RuntimeError: `inplace`, and `qkv` is a leaf that requires a gradient, or a view of one.
     """
+    check.check_rope_packed(qkv, cos, sin, num_heads, num_kv_heads, layout, inplace)
     if runs_fused(qkv):
         from megalite_kernels.fused.rope import rope_packed as fused
 
@@ -109,6 +117,7 @@ def softmax(
     x: Tensor, scale: float = 1.0, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
     """Softmax of scale * x, masked, over the last dim; see `reference.softmax`."""
+    check.check_softmax(x, scale, mask, causal)
     if runs_fused(x):
         from megalite_kernels.fused.softmax import softmax as fused
 
@@ -118,6 +127,7 @@ def softmax(
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of the packed projection; see `reference.swiglu`."""
+    check.check_swiglu(gate_up)
     if runs_fused(gate_up):
         from megalite_kernels.fused.swiglu import swiglu as fused
 
@@ -132,7 +142,12 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Negative log likelihood of each target; see `reference_cross_entropy.cross_entropy`."""
+    """Negative log likelihood of each target; see `reference_cross_entropy.cross_entropy`.
+
+    The loss of a target that is neither a class nor `ignore_index` is NaN: looking for one before
+    would wait for the GPU.
+    """
+    check.check_cross_entropy("cross_entropy", logits, targets, None, None, label_smoothing, z_loss)
     if runs_fused(logits):
         from megalite_kernels.fused.cross_entropy import cross_entropy as fused
 
@@ -153,10 +168,12 @@ def cross_entropy_with_grad(
 ) -> tuple[Tensor, Tensor]:
     """(sum of token_weight * loss, losses), the gradient in the logits' place.
 
-    See `reference_cross_entropy.cross_entropy_with_grad`.
+    A target that does not exist has the loss NaN, as in `cross_entropy`. See
+    `reference_cross_entropy.cross_entropy_with_grad`.
     """
     arguments = (logits, targets, token_weight, vocab_size)
     options = (ignore_index, label_smoothing, z_loss)
+    check.check_cross_entropy("cross_entropy_with_grad", *arguments, label_smoothing, z_loss)
     if runs_fused(logits):
         from megalite_kernels.fused.cross_entropy import cross_entropy_with_grad as fused
 
@@ -171,6 +188,7 @@ def vocab_parallel_statistics(
 
     See `reference_cross_entropy.vocab_parallel_statistics`.
     """
+    check.check_vocab_parallel_statistics(logits, targets, first_column, columns)
     if runs_fused(logits):
         from megalite_kernels.fused.vocab_parallel import vocab_parallel_statistics as fused
 
@@ -194,6 +212,7 @@ def vocab_parallel_gradient_(
     See `reference_cross_entropy.vocab_parallel_gradient_`.
     """
     arguments = (logits, targets, log_sum, gradient, first_column, columns, vocab_size)
+    check.check_vocab_parallel_gradient(*arguments, label_smoothing, z_loss)
     if runs_fused(logits):
         from megalite_kernels.fused.vocab_parallel import vocab_parallel_gradient_ as fused
 
@@ -222,6 +241,7 @@ def linear_cross_entropy(
     from megalite_kernels.fused.linear_cross_entropy import linear_cross_entropy as chunked
 
     arguments = (hidden, weight, targets, token_weight, main_grad, chunk_rows, vocab_size)
+    check.check_linear_cross_entropy(*arguments, label_smoothing, z_loss)
     return chunked(*arguments, ignore_index, label_smoothing, z_loss)
 
 
@@ -244,6 +264,7 @@ def adamw_(
     """One AdamW step over flat buffers, in place; see `reference.adamw_`."""
     buffers = (master, gradient, exp_avg, exp_avg_sq, step)
     numbers = (lr, beta1, beta2, eps, weight_decay)
+    check.check_adamw(*buffers, *numbers, scale, skip, copy)
     if runs_fused(master):
         from megalite_kernels.fused.adamw import adamw_ as fused
 

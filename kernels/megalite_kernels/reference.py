@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.optim.adamw import adamw
 
 ADAMW_BLOCK = 1 << 24
@@ -67,9 +68,8 @@ def _rms_norm_to(dtype: torch.dtype, x: Tensor, weight: Tensor, eps: float, cast
         return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(dtype)
     if casting == "gemma":
         return F.rms_norm(x.to(wide), weight.shape, 1 + weight.to(wide), eps).to(dtype)
-    if casting == "llama":
-        return (F.rms_norm(x.to(wide), weight.shape, None, eps).to(dtype) * weight).to(dtype)
-    raise ValueError(f"rms_norm: {casting!r} is not a casting; choose fp32, llama or gemma")
+    assert casting == "llama", casting
+    return (F.rms_norm(x.to(wide), weight.shape, None, eps).to(dtype) * weight).to(dtype)
 
 
 def rope(
@@ -131,25 +131,7 @@ def softmax(
     Returns:
         Shape and dtype of `x`.
     """
-    check_softmax(x, scale, mask, causal)
     return _Softmax.apply(x, scale, mask, causal)
-
-
-def check_softmax(x: Tensor, scale: float, mask: Tensor | None, causal: bool) -> None:
-    """Raise ValueError unless the arguments are those that `softmax` describes."""
-    if not scale > 0:
-        raise ValueError(f"softmax: the scale must be above 0, not {scale}")
-    if x.dim() < 1 + causal:
-        raise ValueError(f"softmax: scores have {1 + causal} dimensions at least, not {x.dim()}")
-    if mask is None:
-        return
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(f"softmax: a mask is bool or floating, not {mask.dtype}")
-    if mask.requires_grad:
-        raise ValueError("softmax: a mask has no gradient; detach it")
-    sizes = zip(reversed(mask.shape), reversed(x.shape), strict=False)
-    if mask.dim() > x.dim() or any(m not in (1, n) for m, n in sizes):
-        raise ValueError(f"softmax: a mask {[*mask.shape]} does not broadcast to {[*x.shape]}")
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -199,6 +181,8 @@ def adamw_(
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101, as
     torch.optim.AdamW computes it.
     """
+    # torch's function does not, so a backward that saved one of them would be silently wrong.
+    torch.autograd.graph.increment_version((master, exp_avg, exp_avg_sq))
     # torch's function counts the step itself, and doesn't count one that is skipped.
     step = step.float().view(()) - 1.0
     skip = None if skip is None else (skip != 0).float().view(())  # it asks for 1 exactly
@@ -237,6 +221,7 @@ class _Rope(Function):
         return _turn(q, cos, sin, layout), _turn(k, cos, sin, layout)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _turn(dq, cos, -sin, ctx.layout), _turn(dk, cos, -sin, ctx.layout), None, None, None
@@ -254,6 +239,7 @@ class _RopePacked(Function):
         return packed.split(heads, dim=2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         turned = _turn(dq, cos, -sin, ctx.layout), _turn(dk, cos, -sin, ctx.layout)
@@ -295,6 +281,7 @@ class _Softmax(Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (y,) = ctx.saved_tensors
         dy, weights = _at_least_fp32(dy), _at_least_fp32(y)
@@ -312,6 +299,7 @@ class _Swiglu(Function):
         return (F.silu(gate) * up).to(gate_up.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = _at_least_fp32(gate_up).chunk(2, dim=-1)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 
 def cross_entropy(
@@ -37,7 +38,8 @@ def cross_entropy(
 
     Args:
         logits: [..., V]; left as they are.
-        targets: int64 [...], below V or `ignore_index`.
+        targets: int64 [...], from 0 to below V or `ignore_index`. The loss of any other is NaN, so
+            that the sum tells (asking before would wait for the GPU); its gradient says nothing.
         ignore_index: tokens with this target have loss 0 and no gradient.
         label_smoothing: s.
         z_loss: factor of lse^2.
@@ -46,17 +48,19 @@ def cross_entropy(
         [...], at least fp32.
     """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    ignored = targets == ignore_index
+    missing = ~ignored & ((targets < 0) | (targets >= z.shape[-1]))
     losses = F.cross_entropy(
         z.reshape(-1, z.shape[-1]),
-        targets.reshape(-1),
+        targets.masked_fill(missing, ignore_index).reshape(-1),
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         reduction="none",
     ).view(targets.shape)
     if z_loss:
         square = z.logsumexp(-1).square()
-        losses = losses + z_loss * square.masked_fill(targets == ignore_index, 0.0)
-    return losses
+        losses = losses + z_loss * square.masked_fill(ignored, 0.0)
+    return losses.masked_fill(missing, torch.nan)
 
 
 def cross_entropy_with_grad(
@@ -79,7 +83,7 @@ def cross_entropy_with_grad(
 
     Args:
         logits: [..., W].
-        targets: int64 [...], below `vocab_size` or `ignore_index`.
+        targets: int64 [...], below `vocab_size` or `ignore_index`; see `cross_entropy`.
         token_weight: fp32 [...]: what each loss counts. A weight of 0 gives 0, even times inf.
         vocab_size: classes V; the columns from there on are padding, which enters neither the sum
             nor any gradient (theirs is 0). None: all W.
@@ -112,6 +116,7 @@ class _WithGrad(Function):
         return parts.sum(), losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient, *[None] * 6

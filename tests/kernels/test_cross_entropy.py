@@ -17,9 +17,9 @@ IGNORED = -100
 
 
 @pytest.fixture(params=["triton", "torch"], autouse=True)
-def _backend(request: pytest.FixtureRequest):
+def back_end(request: pytest.FixtureRequest):
     with use_backend(request.param):
-        yield
+        yield request.param
 
 
 def inputs(rows: int, columns: int, dtype=torch.float32, scale=3.0, seed=0, classes=None):
@@ -234,6 +234,32 @@ def test_a_backward_that_needs_the_logits_is_noticed() -> None:
         total.backward()
 
 
+@pytest.mark.parametrize("columns", [40, 300])
+def test_a_target_that_does_not_exist_has_the_loss_nan(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    """Padding, too, is no class; a weight of 0 silences such a target like any other."""
+    monkeypatch.setattr(fused, "choose_walk", lambda *_: Walk(128, 4, 1, 64))
+    logits, targets, weight = inputs(8, columns, classes=30)
+    targets[:] = torch.tensor([3, -1, 30, columns, 2**40, -(2**40), IGNORED, 29])
+    missing = torch.tensor([False, True, True, True, True, True, False, False])
+    want, _ = exact(logits[:, :30], targets.masked_fill(missing, IGNORED), weight, 0.1)
+
+    def losses_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+        arguments = (targets, weight, 30, IGNORED, 0.1)
+        return cross_entropy_with_grad(logits.clone().requires_grad_() * 1, *arguments)
+
+    with torch.no_grad():
+        plain = cross_entropy(logits[:, :30], targets, IGNORED, 0.1)
+        without = losses_of(weight)
+    for losses in (plain, without[1], losses_of(weight)[1]):
+        assert torch.equal(losses.isnan(), missing)
+        close(losses.nan_to_num(0.0)[None], want[None], 1e-5)
+    for total in (without[0], losses_of(weight)[0]):
+        assert total.isnan()
+    close(losses_of(weight.masked_fill(missing, 0.0))[0][None], (want * weight).sum()[None], 1e-5)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradcheck(options: tuple[float, float]) -> None:
     logits, targets, weight = inputs(3, 9)
@@ -249,7 +275,8 @@ def test_gradcheck(options: tuple[float, float]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled() -> None:
+def test_compiled(back_end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGALITE_KERNELS", back_end)
     logits, targets, weight = inputs(6, 130)
     source = logits.clone().requires_grad_()
 
@@ -257,7 +284,12 @@ def test_compiled() -> None:
         total, losses = cross_entropy_with_grad(z * 2, targets, weight)
         return total + 0 * losses.sum() + (cross_entropy(z, targets) * weight).sum()
 
-    torch.compile(loss, fullgraph=True, backend="aot_eager")(source).backward()
+    with torch.profiler.profile() as profile:
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(source).backward()
     got, source.grad = source.grad, None
     loss(source).backward()
     close(got, source.grad.double(), 1e-6)
+    called = {event.key for event in profile.key_averages()}
+    names = ("loss_and_new_gradient", "losses_and_log_sums", "gradient_of_losses")
+    wanted = {f"megalite::{name}" for name in names}
+    assert wanted & called == (wanted if back_end == "triton" else set())

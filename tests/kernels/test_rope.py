@@ -211,13 +211,6 @@ def test_huge_and_tiny(size: float) -> None:
         assert error < 1e-6 * size * 10
 
 
-def test_tables_of_another_shape_are_refused() -> None:
-    q = torch.randn(3, 2, 4, 8)
-    for shape in ((2, 1, 4), (3, 3, 4), (3, 1, 5)):
-        with use_backend("triton"), pytest.raises(AssertionError, match="cos and sin"):
-            rope(q, q, torch.ones(shape), torch.ones(shape))
-
-
 @pytest.mark.parametrize("operation", ["rope", "rope_packed", "in place"])
 def test_compiled_without_breaks(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGALITE_KERNELS", "triton")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -87,10 +88,11 @@ def adamw_update(
 ) -> None:
     """`adamw_` with the numbers that the kernel takes, in its order.
 
-    A Python float is fp32 in a kernel, and no value of it is compiled in.
+    A Python float is fp32 in a kernel, and no value of it is compiled in. All buffers are
+    contiguous.
     """
-    buffers = (master, gradient, exp_avg, exp_avg_sq, copy)
-    assert all(x is None or x.is_contiguous() for x in buffers), "adamw_ needs contiguous buffers"
+    written = (master, exp_avg, exp_avg_sq)
+    torch.autograd.graph.increment_version(written if copy is None else (*written, copy))
     count = master.numel()
     if count:
         with on_device(master):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megalite_kernels.fused.cross_entropy_kernels import (
     choose_pass,
@@ -82,6 +83,7 @@ class _CrossEntropy(Function):
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, log_sum = ctx.saved_tensors
         gradient = gradient_of_losses(logits, targets, log_sum, dloss, *ctx.options)
@@ -107,6 +109,7 @@ class _WithGrad(Function):
         return parts.sum(), losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient, None, None, None, None, None, None
@@ -238,7 +241,6 @@ def write_gradient(
     """Launch the gradient's kernel; `out` is contiguous, or `logits` itself."""
     rows, width = logits.shape
     if logits.stride(1) != 1:
-        assert out is not logits, "logits to be overwritten have contiguous rows"
         logits = logits.contiguous()
     block, num_warps = choose_tile(width, logits.element_size())
     if not rows or not width:

@@ -128,13 +128,13 @@ def loss_kernel(
     VECTOR: tl.constexpr,
     SMOOTHED: tl.constexpr,
 ):
-    """A row's loss and lse."""
+    """A row's loss, NaN if its target is no class and not ignored, and lse."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
     target = tl.load(target_ptr + row)
     counts = target != ignore_index
     exists = (target >= 0) & (target < V)
-    at_target = tl.load(row_ptr + target, mask=exists, other=0.0).to(tl.float32)
+    at_target = tl.load(row_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
     M, D, total = _statistics(row_ptr, V, LANES, VECTOR, SMOOTHED)
     smoothing = tl.full([], smoothing, tl.float32)
     z_loss = tl.full([], z_loss, tl.float32)

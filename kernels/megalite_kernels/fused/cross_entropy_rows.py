@@ -108,6 +108,8 @@ def held_rows_kernel(
 ):
     """Losses, weighted losses and, in `out`, which may be `logits`, their gradient.
 
+    A target that is no class and not ignored makes its loss NaN.
+
     A row is read once; each exponential is made once. `LANES * VECTOR >= V`.
     """
     BLOCK: tl.constexpr = LANES * VECTOR
@@ -128,7 +130,9 @@ def held_rows_kernel(
         target = tl.load(target_ptr + row)
         # Before any store to the row: the reductions' barriers lie between.
         exists = (target >= 0) & (target < V)
-        at_target = tl.load(logits_ptr + row * logits_stride + target, mask=exists, other=0.0)
+        at_target = tl.load(
+            logits_ptr + row * logits_stride + target, mask=exists, other=float("nan")
+        )
         weight = tl.load(weight_ptr + row).to(tl.float32)
         after = tl.cast(index + tl.num_programs(0), tl.int64)
         ahead = tl.load(
@@ -212,7 +216,7 @@ def walked_rows_kernel(
         target = tl.load(target_ptr + row)
         exists = (target >= 0) & (target < V)
         # Before any store to the row: the reductions' barriers lie between.
-        at_target = tl.load(row_ptr + target, mask=exists, other=0.0).to(tl.float32)
+        at_target = tl.load(row_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
         weight = tl.load(weight_ptr + row).to(tl.float32)
         maximum = tl.full([LANES], LOWEST, tl.float32)
         exponentials = tl.zeros([LANES], tl.float32)

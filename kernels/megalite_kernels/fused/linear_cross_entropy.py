@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megalite_kernels import reference_cross_entropy
 from megalite_kernels.backend import runs_fused
@@ -132,6 +133,7 @@ class _LinearCrossEntropy(Function):
         return parts.sum(), losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.wants

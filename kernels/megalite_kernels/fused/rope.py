@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megalite_kernels.fused.launch import on_device, operator
 from megalite_kernels.fused.rope_kernels import turn_kernel
@@ -87,6 +88,7 @@ class _Rope(Function):
         return rope_turn(q, k, cos, sin, layout == "interleaved", False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         dq, dk = rope_turn(dq, dk, cos, sin, ctx.layout == "interleaved", True)
@@ -121,6 +123,7 @@ class _RopePacked(Function):
         return _heads(rope_turn_packed(q, k, v, cos, sin, *options), heads)
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -226,8 +229,6 @@ def _launch(
         x if x is None or x.stride(3) == 1 or dim == 1 else x.contiguous() for x in (q, k, v)
     )
     half = cos.shape[2]
-    assert cos.shape == sin.shape == (length, cos.shape[1], half), "cos and sin are not [S, B, R/2]"
-    assert cos.shape[1] in (1, batch) and 2 * half <= dim, "cos and sin have another batch or width"
     if cos.stride() != sin.stride() or cos.stride(2) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     blocks, constants = _plan(num_heads, num_kv_heads, dim, half, interleaved)

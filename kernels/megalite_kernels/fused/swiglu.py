@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megalite_kernels.fused.launch import on_device, operator
 
@@ -52,6 +53,7 @@ class _Swiglu(Function):
         return swiglu_forward(gate_up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         return swiglu_backward(_with_dense_rows(dy), gate_up)
