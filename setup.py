@@ -41,7 +41,8 @@ setup(
         "sentencepiece>=0.2.1",
         "regex",
         "safetensors>=0.4.3",
-        "triton; platform_system == 'Linux'",
+        # The first in which a kernel can start before the one it waits for has ended.
+        "triton>=3.4; platform_system == 'Linux'",
     ],
     extras_require={
         "test": [

@@ -21,6 +21,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from settings import words_and_settings
+
 WARM_UP_STEPS = 4
 DEFAULT_FLAGS = (
     "--model 1b --mock-data --global-batch-size 32 --eval-steps 0 --sample-length 0 "
@@ -40,9 +42,7 @@ def main() -> None:
     print(f"device: {device_name()}\nflags: {options.flags} --steps {options.steps}")
     print(f"{'layout':<24s} {'tok/s':>9s} {'ms/step':>9s} {'spread':>7s} {'MFU %':>6s} {'GiB':>6s}")
     for layout in options.layouts:
-        words = layout.split()
-        settings = dict(w.split("=", 1) for w in words if "=" in w and not w.startswith("-"))
-        words = [w for w in words if w.startswith("-") or "=" not in w]
+        words, settings = words_and_settings(layout)
         flags = [*options.flags.split(), "--steps", str(options.steps), *words]
         print(f"{layout or '1 rank':<24s} {measure(flags, settings)}", flush=True)
 

@@ -32,6 +32,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from settings import words_and_settings
+
 DEFAULT_FLAGS = (
     "--model 1b --global-batch-size 8 --lr-decay-steps 1000 --eval-steps 0 --sample-length 0"
 )
@@ -94,13 +96,6 @@ def gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def words_and_settings(layout: str) -> tuple[list[str], dict[str, str]]:
-    """The flags of a layout, and what it sets in the environment."""
-    words = layout.split()
-    settings = dict(w.split("=", 1) for w in words if "=" in w and not w.startswith("-"))
-    return [w for w in words if w.startswith("-") or "=" not in w], settings
 
 
 def sharing_ranks(layout: str) -> list[dict[str, str]]:

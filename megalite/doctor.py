@@ -27,7 +27,7 @@ import megalite
 from megalite.config import Config, resolve, resolve_device
 from megalite.diagnosis.row import ABSENT, BROKEN, OK, Row, table
 from megalite.errors import ConfigError
-from megalite.parallel.environment import World, detect_world
+from megalite.parallel.environment import World, detect_world, wrong_variables
 from megalite.program import end
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(words)
     try:
         world = detect_world(os.environ)
+        if wrong := list(wrong_variables(os.environ)):
+            raise ConfigError(wrong)
         from megalite.parallel.devices import own_machine
         from megalite.parallel.launch import join, launch
 
@@ -154,12 +156,17 @@ def _self_test(rank: Rank, *, rows: tuple[Row, ...], why: str, report: Path | No
 
     from megalite.diagnosis.collectives import measure_collectives
     from megalite.diagnosis.operations import compare_operations
+    from megalite_kernels import BackendError
 
     size, number = rank.config.world_size, rank.groups.world_rank
     measured = measure_collectives(rank.config, rank.groups, rank.device) if size > 1 else []
     rank.groups.activity.begin("self-test: operations")
-    compared = compare_operations(rank.device)
     problems = _broken(rows)
+    try:
+        compared = compare_operations(rank.device)
+    except BackendError as error:
+        compared = []
+        problems.append(f"kernels: {error}")
     problems += [f"rank {number}: {m.verb}: {m.problem}" for m in measured if m.problem]
     problems += [
         f"rank {number}: {c.operation} in {c.dtype}: error {c.error:.1e}, rounding explains "
@@ -171,7 +178,8 @@ def _self_test(rank: Rank, *, rows: tuple[Row, ...], why: str, report: Path | No
     if size > 1:
         everyone = [None] * size
         dist.all_gather_object(everyone, (problems, socket.gethostname(), rows))
-    found = [problem for told, _, _ in everyone for problem in told]
+    # Ranks may all say the same of the kernels.
+    found = list(dict.fromkeys(problem for told, _, _ in everyone for problem in told))
     others = [
         replace(row, component=f"{host}: {row.component}")
         for _, host, theirs in everyone[1:]

@@ -92,7 +92,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     from megalite.data.mixture import prepare_mixture
     from megalite.data.record import record_of
     from megalite.data.splits import of_epochs, open_samples
-    from megalite.parallel.devices import choose_device
+    from megalite.parallel.devices import choose_device, require_kernels
     from megalite.parallel.launch import Prepared
     from megalite.tokenizer.choose import open_tokenizer
 
@@ -100,6 +100,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     device, why = config.parallel.device, ""
     try:
         device, why = choose_device(config, machine)
+        require_kernels(device, [resolve_device(config, device).train.precision], machine)
     except ConfigError as error:
         problems += error.violations
     folder = Path(config.run.runs) / config.run.name
@@ -195,20 +196,13 @@ def _open_run(
 ) -> None:
     import json
 
-    from megalite.layers.sdpa import attention_back_end
-    from megalite.trainer import DTYPES
-    from megalite_kernels import back_ends
-
     (folder / "config.json").write_text(json.dumps(config.to_saved(), indent=2), encoding="utf-8")
     print(
         report.opening(
             config,
             version=megalite.__version__,
             device=device_line,
-            back_ends={
-                "attention": attention_back_end(config, device),
-                **back_ends(device, DTYPES[config.train.precision]),
-            },
+            back_ends=_back_ends(config, device),
             data=data,
             folder=str(folder),
             notes=told,
@@ -216,6 +210,18 @@ def _open_run(
         + "\n",
         flush=True,
     )
+
+
+def _back_ends(config: Config, device: torch.device) -> dict[str, str]:
+    """Operation to what serves it, of the operations of this run."""
+    from megalite.layers.sdpa import attention_back_end, has_softmax
+    from megalite.trainer import DTYPES
+    from megalite_kernels import back_ends
+
+    served = back_ends(device, DTYPES[config.train.precision])
+    if not has_softmax(config):
+        del served["softmax"]
+    return {"attention": attention_back_end(config, device), **served}
 
 
 def _sample(trainer: Trainer) -> tuple[str, str] | None:

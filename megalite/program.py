@@ -17,7 +17,7 @@ from megalite import cli
 from megalite.check import check
 from megalite.config import Config, resolve
 from megalite.errors import ConfigError
-from megalite.parallel.environment import World, detect_world
+from megalite.parallel.environment import World, detect_world, wrong_variables
 
 if TYPE_CHECKING:
     from megalite.parallel.launch import Prepared
@@ -105,8 +105,9 @@ def checked(command: cli.Command, world: World | None) -> Config:
         world: ranks that a launcher has started, if any.
 
     Raises:
-        ConfigError: all that is wrong with the words and the values.
+        ConfigError: all that is wrong with environment variables, words and values.
     """
     config = resolve(command.config, world.size if world else None)
-    check(config, world, command.problems, command.unread, command.given)
+    problems = [*wrong_variables(os.environ), *command.problems]
+    check(config, world, problems, command.unread, command.given)
     return config

@@ -42,7 +42,7 @@ def opening(
         config: resolved; a precision of `auto` is estimated as bf16 and said to be open.
         version: of megalite.
         device: what the ranks run on, and why.
-        back_ends: implementation of each operation; None if they are chosen at start.
+        back_ends: operation to what serves it; None if that is chosen at start.
         data: what the model reads.
         folder: where the run is written.
         notes: sentences about flags.
@@ -54,16 +54,11 @@ def opening(
         f"ffn {model.ffn_hidden_size}, vocabulary {model.vocab_size}"
         f" (padded to {model.padded_vocab_size(parallel.tp)})"
     )
-    kernels = (
-        ", ".join(f"{op}: {name}" for op, name in back_ends.items())
-        if back_ends
-        else "chosen at start"
-    )
     rows = [
         ("model", f"{model.model}: {_si(whole_parameters(config))} parameters; {shape}"),
         ("layout", _layout(config)),
         ("device", device),
-        ("kernels", kernels),
+        ("kernels", _kernels(back_ends) if back_ends else "chosen at start"),
         ("batch", _batch(config)),
         (
             "training",
@@ -112,6 +107,19 @@ def _layout(config: Config) -> str:
     if parallel.pp > 1:
         text += f", {parallel.schedule}"
     return text
+
+
+def _kernels(back_ends: Mapping[str, str]) -> str:
+    """The operations by what serves them."""
+    served: dict[str, list[str]] = {}
+    for operation, back_end in back_ends.items():
+        served.setdefault(back_end, []).append(operation)
+    return "; ".join(
+        f"{operations[0]}: {back_end}"
+        if len(operations) == 1
+        else f"{back_end}: {', '.join(operations)}"
+        for back_end, operations in served.items()
+    )
 
 
 def _length(config: Config) -> str:

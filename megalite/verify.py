@@ -90,11 +90,12 @@ def _machine(command: cli.Command) -> Machine:
 def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Prepared:
     """The small configuration, and the comparison as a job."""
     small = _small(command, world)
-    from megalite.parallel.devices import choose_device
+    from megalite.parallel.devices import choose_device, require_kernels
     from megalite.parallel.launch import Prepared
 
     device, _ = choose_device(small.config, machine)
     precisions = _precisions(command.config.train.precision, device)
+    require_kernels(device, precisions, machine)
     job = partial(
         _compare,
         name=command.config.model.model,

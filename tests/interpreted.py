@@ -13,22 +13,28 @@ import os
 import pkgutil
 import sys
 
+import pytest
 import torch
 
 INTERPRETED = not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="Triton's interpreter: it takes triton, and a machine without a GPU"
+)
+"""Of a test that runs kernels in it."""
 
 
 def define_interpreted_kernels() -> None:
     """Import every kernel as an interpreted one; nothing where they are not `INTERPRETED`."""
     if not INTERPRETED:
         return
-    from megalite_kernels import backend, fused
-
     before = os.environ.get("TRITON_INTERPRET")
     assert before == "1" or "triton" not in sys.modules, "triton was imported before its variable"
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        assert backend.interpreting(), "asked before its variable was set"
+        from megalite_kernels import backend, fused
+
+        assert backend.INTERPRETING, "imported before its variable was set"
         for module in pkgutil.iter_modules(fused.__path__, f"{fused.__name__}."):
             importlib.import_module(module.name)
         # From 3.9 on the first launch imports it, and it must be interpreted too.

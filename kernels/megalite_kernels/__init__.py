@@ -38,8 +38,16 @@ __all__ = [
     "vocab_parallel_statistics",
 ]
 
-OPERATIONS = ("rms_norm", "rope", "softmax", "swiglu", "cross_entropy", "adamw")
-"""What a run names at its start with the back end of each."""
+OPERATIONS = (
+    "rms_norm",
+    "add_rms_norm",
+    "rope",
+    "softmax",
+    "swiglu",
+    "cross_entropy",
+    "adamw",
+)
+"""What a run names at its start with the back end of each, if it uses them."""
 
 Casting = Literal["fp32", "llama", "gemma"]
 Layout = Literal["half", "interleaved"]

@@ -13,10 +13,11 @@ import torch
 
 import megalite
 from megalite.config import Config, resolve, resolve_device
-from megalite.diagnosis.row import ABSENT, OK, SLOWER, WARNING, Row
+from megalite.diagnosis.row import ABSENT, BROKEN, OK, SLOWER, WARNING, Row
 from megalite.layers.sdpa import attention_back_end, fastest_attention
 from megalite.presets import PRESETS
 from megalite_kernels import OPERATIONS, BackendError, back_ends
+from megalite_kernels.backend import interpreter_asked
 
 APEX_SOURCE = (
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation "
@@ -52,8 +53,9 @@ def _triton() -> Row:
         if sys.platform != "linux":
             return Row("triton", ABSENT, "none: it exists on Linux only; torch's operations run")
         return Row("triton", ABSENT, "none: torch's operations run", "", "pip install triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        why = "TRITON_INTERPRET=1: kernels run in Python, thousands of times slower"
+    if interpreter_asked():
+        asked = os.environ["TRITON_INTERPRET"]
+        why = f"TRITON_INTERPRET={asked}: kernels run in Python, thousands of times slower"
         return Row("triton", SLOWER, version, why, "unset TRITON_INTERPRET")
     if not torch.cuda.is_available():
         return Row("triton", OK, f"{version}; idle, as there is no GPU to compile for")
@@ -67,9 +69,8 @@ def _operations() -> list[Row]:
     try:
         served = back_ends(device, torch.bfloat16)
     except BackendError as error:
-        return [Row("kernels", WARNING, "none can run on the GPU", "", str(error))]
-    except ValueError as error:
-        return [Row("kernels", WARNING, str(error))]
+        where = "GPU" if has_gpu else "CPU"
+        return [Row("kernels", BROKEN, f"none can run on the {where}", str(error))]
     names = ", ".join(OPERATIONS)
     if "torch" in served.values() and has_gpu:
         why = "MEGALITE_KERNELS=torch: several passes over memory for each"

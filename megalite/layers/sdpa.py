@@ -81,12 +81,16 @@ def fastest_attention(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(order, set_priority=True)
 
 
+def has_softmax(config: Config) -> bool:
+    """Whether this run's attention is matrix products with a softmax of its own between them."""
+    return config.train.attention == "fused-softmax" or config.model.attention_dropout > 0
+
+
 def attention_back_end(config: Config, device: torch.device) -> str:
     """Name of the kernel that serves this run's attention, for its opening lines."""
-    if config.train.attention == "fused-softmax":
-        return "matrix products and fused softmax"
-    if config.model.attention_dropout:
-        return "matrix products and fused softmax (dropout)"
+    if has_softmax(config):
+        dropout = " (dropout)" if config.train.attention != "fused-softmax" else ""
+        return f"matrix products and softmax{dropout}"
     if device.type != "cuda":
         return "torch SDPA"
     model, tp = config.model, config.parallel.tp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.parallel.machine import Machine
+from megalite_kernels.backend import BackendError, fused_on
 
 
 def own_machine(config: Config) -> Machine:
@@ -38,6 +40,25 @@ def choose_device(config: Config, machine: Machine) -> tuple[str, str]:
         back_end = "NCCL" if config.world_size > 1 else "one rank"
         return "cuda", f"{torch.cuda.get_device_name(machine.gpu)} ({back_end}): {found}"
     return "cpu", f"CPU (gloo): {found}; {_cores(local_ranks)}"
+
+
+def require_kernels(device: str, precisions: Iterable[str], machine: Machine) -> None:
+    """Make sure that what has to serve the operations between the matrix products can.
+
+    Args:
+        device: `cpu` or `cuda`, as chosen for the ranks of this machine.
+        precisions: of the run; kernels serve all but fp64.
+        machine: this one.
+
+    Raises:
+        ConfigError: they can't run here, with the remedies.
+    """
+    if set(precisions) == {"fp64"}:
+        return
+    try:
+        fused_on(torch.device(device, machine.gpu or 0), torch.float32)
+    except BackendError as error:
+        raise ConfigError(str(error)) from None
 
 
 def rank_device(config: Config, machine: Machine) -> torch.device:

@@ -1,13 +1,19 @@
-"""Who started us: nobody, torchrun or srun, read from environment variables. No torch import."""
+"""Who started us: nobody, torchrun or srun, and what else environment variables ask for.
+
+No torch import.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from zlib import crc32
 
 from megalite.errors import ConfigError
+
+KERNEL_BACK_ENDS = ("auto", "triton", "torch")
+"""Values of MEGALITE_KERNELS, which `megalite_kernels` reads; naming them there takes torch."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,14 @@ def detect_world(env: Mapping[str, str]) -> World | None:
             )
         )
     return None
+
+
+def wrong_variables(env: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with the variables that are not about ranks; an empty one counts as unset."""
+    asked = env.get("MEGALITE_KERNELS")
+    if asked and asked not in KERNEL_BACK_ENDS:
+        choices = ", ".join(KERNEL_BACK_ENDS)
+        yield f"MEGALITE_KERNELS={asked} is not a back end of the kernels; choose one of {choices}"
 
 
 def _checked(world: World) -> World:

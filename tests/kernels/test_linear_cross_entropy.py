@@ -93,19 +93,6 @@ def test_half(back_end: str, dtype: torch.dtype) -> None:
     close(main_grad, dw, 0.02)
 
 
-def test_double_of_the_plain_path() -> None:
-    hidden, weight, targets, weights = (
-        x.double() if x.is_floating_point() else x for x in inputs(9)
-    )
-    total_, losses_, dx, dw = exact(hidden, weight, targets, weights)
-    total, losses = linear_cross_entropy(
-        hidden.requires_grad_(), weight.requires_grad_(), targets, weights, chunk_rows=4
-    )
-    total.backward()
-    for got, want in ((total, total_), (losses, losses_), (hidden.grad, dx), (weight.grad, dw)):
-        close(got, want, 1e-12)
-
-
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "main_grad", "none"])
 def test_only_what_is_wanted(wanted: str) -> None:
     hidden, weight, targets, weights = inputs(8)

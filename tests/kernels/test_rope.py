@@ -54,31 +54,6 @@ def turned_by_complex_numbers(x: Tensor, cos: Tensor, sin: Tensor, layout: str) 
     return torch.cat([turned.flatten(-2), rest], -1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_definition(shape: tuple[int, ...], layout: str) -> None:
-    length, batch, heads, kv_heads, dim, rotated = shape
-    q = torch.randn(length, batch, heads, dim, dtype=torch.float64)
-    k = torch.randn(length, batch, kv_heads, dim, dtype=torch.float64)
-    cos, sin = tables(length, batch, rotated)
-    for got, x in zip(reference.rope(q, k, cos, sin, layout), (q, k), strict=True):
-        torch.testing.assert_close(got, turned_by_complex_numbers(x, cos, sin, layout))
-        assert got.is_contiguous()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_of_the_definition(layout: str) -> None:
-    cos, sin = (table.double() for table in tables(3, 1, 4))
-    q, k, qkv = (
-        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-        for shape in ((3, 2, 4, 6), (3, 2, 2, 6), (3, 2, 8 * 6))
-    )
-    assert torch.autograd.gradcheck(lambda q, k: reference.rope(q, k, cos, sin, layout), (q, k))
-    assert torch.autograd.gradcheck(
-        lambda x: reference.rope_packed(x, cos, sin, 4, 2, layout), (qkv,)
-    )
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

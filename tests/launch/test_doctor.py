@@ -35,6 +35,23 @@ def test_table() -> None:
     assert wanted | VERBS - {"all_reduce (maximum)"} <= components
 
 
+def test_kernels_that_cannot_run_here(monkeypatch) -> None:
+    monkeypatch.setenv("MEGALITE_KERNELS", "triton")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = run(*DOCTOR, "--json")
+    assert (result.returncode, result.stderr) == (1, "")
+    told = json.loads(result.stdout)
+    (row,) = [one for one in told["components"] if one["component"] == "kernels"]
+    assert (row["state"], row["runs"]) == ("BROKEN", "none can run on the CPU")
+    assert row["why"].startswith("MEGALITE_KERNELS=triton: ")
+    assert told["problems"] == [f"kernels: {row['why']}"]
+    assert told["collectives"] and not told["operations"]
+    monkeypatch.setenv("MEGALITE_KERNELS", "foo")
+    result = run(*DOCTOR)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("megalite: MEGALITE_KERNELS=foo is not a back end")
+
+
 def test_json_under_torchrun_with_three_ranks() -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
     result = run(*launcher, *DOCTOR[1:], "--json")

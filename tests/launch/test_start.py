@@ -117,7 +117,8 @@ def test_the_opening_says_what_runs(one_rank: Run) -> None:
     for words in (
         "tp 1 x pp 1 x dp 1 = 1 rank",
         "device      CPU (gloo)",
-        "attention: torch SDPA",
+        "\n  kernels     attention: torch SDPA; "
+        "torch: rms_norm, add_rms_norm, rope, swiglu, cross_entropy, adamw\n",
         "parameters  memory per rank",
         "source text of Python's standard library",
         "entropy",
@@ -144,6 +145,47 @@ def test_bad_input_is_one_message_and_exit_code_2(flags: list[str], words: list[
     assert result.stdout == ""
     for word in words:
         assert word in result.stderr
+
+
+def test_a_wrong_choice_of_kernels_is_told_with_all_else() -> None:
+    result = launch(pretrain_command("--tp", "3"), env={"MEGALITE_KERNELS": "foo"})
+    assert (result.returncode, result.stdout) == (2, "")
+    first, second, *_ = result.stderr.splitlines()[1:]
+    assert first == (
+        "  - MEGALITE_KERNELS=foo is not a back end of the kernels; "
+        "choose one of auto, triton, torch"
+    )
+    assert "--tp 3" in second
+    assert launch(pretrain_command("--print-config"), env={"MEGALITE_KERNELS": ""}).returncode == 0
+
+
+@pytest.mark.parametrize("program", ["pretrain", "verify"])
+@pytest.mark.parametrize("launcher", ["", "torchrun"])
+def test_kernels_that_cannot_run_here_are_told_before_a_rank_starts(
+    program: str, launcher: str, tmp_path: Path
+) -> None:
+    started = "torch.distributed.run --nproc-per-node 2 -m".split() if launcher else []
+    where = ["--runs", str(tmp_path / "runs")] if program == "pretrain" else []
+    command = [sys.executable, "-m", *started, f"megalite.{program}", *SMALL, *where]
+    environment = {"MEGALITE_KERNELS": "triton", "TRITON_INTERPRET": "0"}
+    result = launch([*command, "--dp", "2", "--device", "cpu"], env=environment)
+    assert result.returncode == (1 if launcher else 2), "torchrun has exit codes of its own"
+    ours = [line for line in result.stderr.splitlines() if "MEGALITE_KERNELS" in line]
+    assert ours == [
+        "megalite: MEGALITE_KERNELS=triton: on a CPU the kernels need Triton's interpreter; "
+        "set TRITON_INTERPRET=1 before the start, or MEGALITE_KERNELS to auto or torch"
+    ]
+    assert launcher or result.stderr == ours[0] + "\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_softmax_of_its_own_is_named_too(tmp_path: Path) -> None:
+    flags = [*SMALL, "--steps", "1", "--attention", "fused-softmax", "--lr-warmup-steps", "0"]
+    result = launch(pretrain_command(*flags, "--runs", str(tmp_path), "--device", "cpu"))
+    assert (
+        "  kernels     attention: matrix products and softmax; "
+        "torch: rms_norm, add_rms_norm, rope, softmax, swiglu, cross_entropy, adamw\n"
+    ) in result.stdout
 
 
 def test_explicit_cuda_without_gpus_is_refused(tmp_path: Path) -> None:

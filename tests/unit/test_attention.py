@@ -104,8 +104,8 @@ def test_the_flag_reaches_every_layer(recompute: str) -> None:
     [
         (dict(), "torch SDPA"),
         (dict(attention="sdpa"), "torch SDPA"),
-        (dict(attention="fused-softmax"), "matrix products and fused softmax"),
-        (dict(attention_dropout=0.1), "matrix products and fused softmax (dropout)"),
+        (dict(attention="fused-softmax"), "matrix products and softmax"),
+        (dict(attention_dropout=0.1), "matrix products and softmax (dropout)"),
     ],
 )
 def test_the_opening_names_it(values: dict[str, object], name: str) -> None:
