@@ -190,18 +190,21 @@ def cross_entropy_with_grad(
 
 
 def vocab_parallel_statistics(
-    logits: Tensor, targets: Tensor, first_column: int, columns: int
+    logits: Tensor, targets: Tensor, first_column: int, columns: int, summed: bool = True
 ) -> Tensor:
     """Each token's (maximum, sum of exponentials, target's logit, sum of logits) on these columns.
 
-    See `reference_cross_entropy.vocab_parallel_statistics`.
+    The last is 0 unless `summed`: label smoothing alone needs it. See
+    `reference_cross_entropy.vocab_parallel_statistics`.
     """
     check.check_vocab_parallel_statistics(logits, targets, first_column, columns)
     if runs_fused(logits):
         from megalite_kernels.fused.vocab_parallel import vocab_parallel_statistics as fused
 
-        return fused(logits, targets, first_column, columns)
-    return reference_cross_entropy.vocab_parallel_statistics(logits, targets, first_column, columns)
+        return fused(logits, targets, first_column, columns, summed)
+    return reference_cross_entropy.vocab_parallel_statistics(
+        logits, targets, first_column, columns, summed
+    )
 
 
 def vocab_parallel_gradient_(

@@ -84,7 +84,8 @@ def cross_entropy_with_grad(
     Args:
         logits: [..., W].
         targets: int64 [...], below `vocab_size` or `ignore_index`; see `cross_entropy`.
-        token_weight: fp32 [...]: what each loss counts. A weight of 0 gives 0, even times inf.
+        token_weight: fp32 [...]: what each loss counts. A weight of 0 adds 0 to the sum and makes
+            the row's gradient 0, whatever its logits are: inf and NaN too.
         vocab_size: classes V; the columns from there on are padding, which enters neither the sum
             nor any gradient (theirs is 0). None: all W.
         ignore_index, label_smoothing, z_loss: see `cross_entropy`.
@@ -99,6 +100,27 @@ def cross_entropy_with_grad(
     rows = logits.detach().reshape(-1, logits.shape[-1])
     losses = token_losses(rows, targets.reshape(-1), *options)
     return weighted(losses, token_weight.reshape(-1)).sum(), losses.view(targets.shape)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weight: Tensor,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy_with_grad` of the logits hidden @ weight^T, which are made whole, in fp32.
+
+    What `fused.linear_cross_entropy` computes a chunk of tokens at a time; arguments and results
+    are described there. Both gradients come from autograd: the incoming one must be 1 here too.
+    """
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    logits = F.linear(hidden.to(precise), weight.to(precise))
+    options = (vocab_size, ignore_index, label_smoothing, z_loss)
+    return cross_entropy_with_grad(logits, targets, token_weight, *options)
 
 
 class _WithGrad(Function):
@@ -161,7 +183,7 @@ def weighted(losses: Tensor, token_weight: Tensor) -> Tensor:
 
 
 def vocab_parallel_statistics(
-    logits: Tensor, targets: Tensor, first_column: int, columns: int
+    logits: Tensor, targets: Tensor, first_column: int, columns: int, summed: bool = True
 ) -> Tensor:
     """What a rank's part of the vocabulary adds to each token's loss.
 
@@ -170,6 +192,7 @@ def vocab_parallel_statistics(
         targets: int64 [T], of the whole vocabulary.
         first_column: the whole vocabulary's index of column 0.
         columns: the first of the W columns that exist; the rest are padding. May be 0.
+        summed: compute the sum of z, which label smoothing needs; else its place holds 0.
 
     Returns:
         [T, 4], at least fp32: maximum of z, sum of exp(z - maximum), the target's logit (0 if it
@@ -187,7 +210,9 @@ def vocab_parallel_statistics(
     # A rank's logits may all be -inf where another's aren't.
     finite = maximum.clamp_min(torch.finfo(z.dtype).min)
     exponentials = (z - finite[:, None]).exp().sum(1)
-    return torch.stack([maximum, exponentials, at_target.masked_fill(elsewhere, 0.0), z.sum(1)], 1)
+    at_target = at_target.masked_fill(elsewhere, 0.0)
+    total = z.sum(1) if summed else torch.zeros_like(maximum)
+    return torch.stack([maximum, exponentials, at_target, total], 1)
 
 
 def vocab_parallel_gradient_(
@@ -208,7 +233,8 @@ def vocab_parallel_gradient_(
         targets: int64 [T], of the whole vocabulary.
         log_sum: [T], lse over all ranks' columns. In fp64, which costs nothing, it also serves
             logits so large that fp32 would round lse too coarsely for exp(z - lse).
-        gradient: [T], the gradient that comes into each loss; 0 for a token that is ignored.
+        gradient: [T], the gradient that comes into each loss; 0 for a token that is ignored, whose
+            row becomes 0 whatever it holds.
         first_column, columns: see `vocab_parallel_statistics`.
         vocab_size: classes over all ranks, V.
         label_smoothing, z_loss: see `cross_entropy`.
@@ -224,5 +250,7 @@ def vocab_parallel_gradient_(
     if columns:
         confidence = here.to(z.dtype) * (1 - label_smoothing)
         result.scatter_add_(1, local.masked_fill(~here, 0)[:, None], -confidence[:, None])
-    logits[:, :columns] = result.mul_(gradient[:, None])
+    result = result.mul_(gradient[:, None])
+    # Not a product by zero: what is masked may be NaN.
+    logits[:, :columns] = result.masked_fill_((gradient == 0)[:, None], 0.0)
     logits[:, columns:] = 0

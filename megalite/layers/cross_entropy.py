@@ -1,7 +1,8 @@
 """Cross-entropy over a vocabulary that is cut over the tensor ranks.
 
 The kernels' statistics of a rank's columns (maximum, sum of exponentials, label's logit) travel in
-one all-gather of 4 floats per token; all else is local.
+one all-gather of 4 floats per token; all else is local. The fourth, the sum of the logits, is
+computed for label smoothing only.
 
 Legend: S sequence, B micro-batch, H hidden, V vocabulary (padded), T = S B tokens.
 """
@@ -13,19 +14,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megalite.parallel.tensor import TensorGroup
 from megalite_kernels import (
     cross_entropy_with_grad,
+    linear_cross_entropy,
     vocab_parallel_gradient_,
     vocab_parallel_statistics,
 )
-from megalite_kernels.fused.linear_cross_entropy import CHUNK_ROWS, accumulate_product_, even_chunks
+from megalite_kernels.fused.linear_cross_entropy import CHUNK_ROWS, chunked_loss_and_gradients
 from megalite_kernels.reference_cross_entropy import weighted
 
 
 def vocab_parallel_cross_entropy(
-    logits: Tensor, labels: Tensor, vocab_size: int, tp: TensorGroup, *, overwrite: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    tp: TensorGroup,
+    *,
+    overwrite: bool = False,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Negative log likelihood of each label: log sum_v exp(z_v) - z_label.
 
@@ -33,11 +44,13 @@ def vocab_parallel_cross_entropy(
 
     Args:
         logits: [S, B, V/tp], this rank's columns `[tp.rank V/tp, ...)`.
-        labels: int64 [S, B], below `vocab_size`.
+        labels: int64 [S, B], below `vocab_size` or `ignore_index`.
         vocab_size: columns that exist, over all ranks.
         tp: the tensor group.
         overwrite: the caller gives the logits away, and the backward, which can then run once
             only, writes their gradient in their place.
+        ignore_index: tokens with this label have loss 0 and no gradient.
+        label_smoothing, z_loss: see `megalite_kernels.reference_cross_entropy`.
 
     Returns:
         [S, B], fp32 (fp64 for fp64 logits), equal on all ranks.
@@ -47,11 +60,20 @@ def vocab_parallel_cross_entropy(
 
     Source: Shoeybi et al., "Megatron-LM", arXiv:1909.08053, section 3.
     """
-    return _VocabParallelCrossEntropy.apply(logits, labels, vocab_size, tp, overwrite)
+    options = _Options(ignore_index, label_smoothing, z_loss)
+    return _VocabParallelCrossEntropy.apply(logits, labels, vocab_size, tp, overwrite, options)
 
 
 def vocab_parallel_loss_with_grad(
-    logits: Tensor, labels: Tensor, token_weight: Tensor, vocab_size: int, tp: TensorGroup
+    logits: Tensor,
+    labels: Tensor,
+    token_weight: Tensor,
+    vocab_size: int,
+    tp: TensorGroup,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the weighted losses, with its gradient made at once in the logits' place.
 
@@ -62,6 +84,7 @@ def vocab_parallel_loss_with_grad(
     Args:
         logits, labels, vocab_size, tp: see `vocab_parallel_cross_entropy`.
         token_weight: [S, B], what each loss counts; 0 gives 0.
+        ignore_index, label_smoothing, z_loss: see `vocab_parallel_cross_entropy`.
 
     Returns:
         (scalar, differentiable by the logits; losses [S, B], not differentiable), at least fp32,
@@ -69,12 +92,14 @@ def vocab_parallel_loss_with_grad(
 
     Forward: all-gather of the statistics, none on one rank. Backward: none.
     """
+    options = _Options(ignore_index, label_smoothing, z_loss)
     if tp.size == 1:
-        return cross_entropy_with_grad(logits, labels, token_weight, vocab_size)
+        return cross_entropy_with_grad(logits, labels, token_weight, vocab_size, *options)
     if torch.is_grad_enabled() and logits.requires_grad:
-        return _VocabParallelLossWithGrad.apply(logits, labels, token_weight, vocab_size, tp)
+        arguments = (logits, labels, token_weight, vocab_size, tp, options)
+        return _VocabParallelLossWithGrad.apply(*arguments)
     share = _Share.of(logits.shape[-1], vocab_size, tp)
-    losses, _ = _losses(logits.detach().flatten(0, -2), labels.flatten(), share, tp)
+    losses, _ = _losses(logits.detach().flatten(0, -2), labels.flatten(), share, options, tp)
     losses = losses.view(labels.shape)
     return weighted(losses, token_weight).sum(), losses
 
@@ -88,18 +113,25 @@ def vocab_parallel_linear_loss_with_grad(
     tp: TensorGroup,
     main_grad: Tensor | None = None,
     chunk_rows: int = CHUNK_ROWS,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`vocab_parallel_loss_with_grad` of a column-parallel projection, logits never whole.
 
     Both gradients are made in the forward: THE GRADIENT THAT COMES INTO THE TOTAL MUST BE 1.
+    THE FORWARD ADDS TO `main_grad`, so call it outside of regions that are recomputed. What does
+    not require a gradient, alike on all ranks, gets none, and none is computed.
 
     Args:
         hidden: [S/tp, B, H] with sequence parallelism, else [S, B, H].
-        weight: [V/tp, H].
+        weight: [V/tp, H], same dtype.
         labels, token_weight, vocab_size, tp: see `vocab_parallel_loss_with_grad`.
-        main_grad: fp32 [V/tp, H] that the weight's gradient is added to in the forward; the weight
-            then gets none from autograd. None: autograd gets it.
+        main_grad: fp32 [V/tp, H] that the weight's gradient is added to in the forward, if the
+            weight requires one; it then gets none from autograd. None: autograd gets it.
         chunk_rows: tokens whose logits are in memory at a time, at most.
+        ignore_index, label_smoothing, z_loss: see `vocab_parallel_cross_entropy`.
 
     Returns:
         (scalar, differentiable by hidden and weight; losses [S, B], not differentiable).
@@ -109,8 +141,20 @@ def vocab_parallel_linear_loss_with_grad(
     parallelism); after it, dx is summed over the ranks: reduce-scatter, else all-reduce.
     Backward: none.
     """
-    arguments = (hidden, weight, labels, token_weight, vocab_size, tp, main_grad, chunk_rows)
+    options = _Options(ignore_index, label_smoothing, z_loss)
+    tensors = (hidden, weight, labels, token_weight)
+    if tp.size == 1:
+        return linear_cross_entropy(*tensors, main_grad, chunk_rows, vocab_size, *options)
+    arguments = (*tensors, vocab_size, tp, main_grad, chunk_rows, options)
     return _VocabParallelLinear.apply(*arguments, torch.is_grad_enabled())
+
+
+class _Options(NamedTuple):
+    """Of the loss, as the kernels take them."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
 
 
 class _Share(NamedTuple):
@@ -135,20 +179,24 @@ class _VocabParallelCrossEntropy(Function):
         vocab_size: int,
         tp: TensorGroup,
         overwrite: bool,
+        options: _Options,
     ) -> Tensor:
         ctx.share = _Share.of(logits.shape[-1], vocab_size, tp)
-        ctx.overwrite = overwrite
-        losses, log_sum = _losses(logits.flatten(0, -2), labels.flatten(), ctx.share, tp)
+        ctx.overwrite, ctx.loss_options = overwrite, options
+        rows = logits.flatten(0, -2)
+        losses, log_sum = _losses(rows, labels.flatten(), ctx.share, options, tp)
         ctx.save_for_backward(logits, labels, log_sum)
         return losses.view(labels.shape)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, log_sum = ctx.saved_tensors
         rows = logits.detach().flatten(0, -2)
         gradient = rows if ctx.overwrite else rows.clone()
-        vocab_parallel_gradient_(gradient, labels.flatten(), log_sum, dloss.flatten(), *ctx.share)
-        return gradient.view(logits.shape), None, None, None, None
+        incoming = (labels.flatten(), log_sum, dloss.flatten())
+        _gradient_(gradient, *incoming, ctx.share, ctx.loss_options)
+        return gradient.view(logits.shape), *[None] * 5
 
 
 class _VocabParallelLossWithGrad(Function):
@@ -160,19 +208,23 @@ class _VocabParallelLossWithGrad(Function):
         token_weight: Tensor,
         vocab_size: int,
         tp: TensorGroup,
+        options: _Options,
     ) -> tuple[Tensor, Tensor]:
         share = _Share.of(logits.shape[-1], vocab_size, tp)
         rows = logits.detach().flatten(0, -2)
-        losses = _losses_and_gradient_(rows, labels.flatten(), token_weight.flatten(), share, tp)
+        labels_, weights = labels.flatten(), token_weight.flatten()
+        losses, log_sum = _losses(rows, labels_, share, options, tp)
+        _gradient_(rows, labels_, log_sum, weights, share, options)
         losses = losses.view(labels.shape)
         ctx.save_for_backward(rows.view(logits.shape))
         ctx.mark_non_differentiable(losses)
         return weighted(losses, token_weight).sum(), losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient, None, None, None, None
+        return gradient, *[None] * 5
 
 
 class _VocabParallelLinear(Function):
@@ -187,68 +239,85 @@ class _VocabParallelLinear(Function):
         tp: TensorGroup,
         main_grad: Tensor | None,
         chunk_rows: int,
+        options: _Options,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         share = _Share.of(weight.shape[0], vocab_size, tp)
         whole = tp.start_all_gather(hidden).wait() if tp.sequence_parallel else hidden
-        rows, labels_, weights = whole.flatten(0, -2), labels.flatten(), token_weight.flatten()
-        precise = torch.promote_types(hidden.dtype, torch.float32)
-        losses = rows.new_empty(rows.shape[0], dtype=precise)
-        target = main_grad
-        if target is None and grad_enabled:
-            target = torch.zeros(weight.shape, dtype=precise, device=weight.device)
-        length = even_chunks(rows.shape[0], chunk_rows)
-        workspace = rows.new_empty(length, weight.shape[0])
-        dhidden = torch.empty_like(rows) if grad_enabled else None
-        for start in range(0, rows.shape[0], length):
-            chunk = slice(start, min(start + length, rows.shape[0]))
-            x = rows[chunk]
-            z = torch.mm(x, weight.t(), out=workspace[: x.shape[0]])
-            if dhidden is None or target is None:
-                losses[chunk], _ = _losses(z, labels_[chunk], share, tp)
-                continue
-            losses[chunk] = _losses_and_gradient_(z, labels_[chunk], weights[chunk], share, tp)
-            torch.mm(z, weight, out=dhidden[chunk])
-            accumulate_product_(target, z.t(), x)
+        labels_, weights = labels.flatten(), token_weight.flatten()
+
+        def loss_of(logits: Tensor, chunk: slice, backward: bool) -> tuple[Tensor, Tensor]:
+            losses, log_sum = _losses(logits, labels_[chunk], share, options, tp)
+            if backward:
+                _gradient_(logits, labels_[chunk], log_sum, weights[chunk], share, options)
+            return weighted(losses, weights[chunk]), losses
+
+        wants_hidden = grad_enabled and hidden.requires_grad
+        wants_weight = grad_enabled and weight.requires_grad
+        returns_weight = wants_weight and main_grad is None
+        parts, losses, dhidden, dweight = chunked_loss_and_gradients(
+            whole.flatten(0, -2),
+            weight,
+            main_grad if wants_weight else None,
+            wants_hidden,
+            returns_weight,
+            chunk_rows,
+            loss_of,
+        )
         losses = losses.view(labels.shape)
-        if dhidden is not None and target is not None:
-            dhidden = dhidden.view(whole.shape)
+        if wants_hidden:
             summed = tp.start_reduce_scatter if tp.sequence_parallel else tp.start_all_reduce
-            dhidden = summed(dhidden).wait()
-            dweight = target.to(weight.dtype) if main_grad is None else None
-            ctx.save_for_backward(dhidden, dweight)
+            dhidden = summed(dhidden.view(whole.shape)).wait()
+        kept = (dhidden if wants_hidden else None, dweight if returns_weight else None)
+        ctx.save_for_backward(*kept)
         ctx.mark_non_differentiable(losses)
-        return weighted(losses, token_weight).sum(), losses
+        return parts.sum(), losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
-        return dhidden, dweight, *[None] * 7
+        return *ctx.saved_tensors, *[None] * 8
 
 
 def _losses(
-    logits: Tensor, labels: Tensor, share: _Share, tp: TensorGroup
+    logits: Tensor, labels: Tensor, share: _Share, options: _Options, tp: TensorGroup
 ) -> tuple[Tensor, Tensor]:
     """(losses, log sum of exponentials in fp64) [T] of this rank's logits [T, V/tp]."""
-    statistics = vocab_parallel_statistics(logits, labels, share.first_column, share.columns)
+    smoothing = options.label_smoothing
+    columns = (share.first_column, share.columns)
+    statistics = vocab_parallel_statistics(logits, labels, *columns, smoothing > 0)
     parts = tp.start_all_gather(statistics).wait()
-    maximum, exponentials, label_z = _combine(parts.view(tp.size, *statistics.shape))
+    maximum, exponentials, label_z, total = _combine(parts.view(tp.size, *statistics.shape))
     log_d = exponentials.log()
     # The maximum may be so large that it and the logarithm don't fit one fp32 together.
-    return (maximum - label_z) + log_d, maximum.double() + log_d
+    losses = (maximum - label_z) + log_d
+    if smoothing:
+        everywhere = (maximum - total / share.vocab_size) + log_d
+        losses = (1 - smoothing) * losses + smoothing * everywhere
+    if options.z_loss:
+        losses = losses + options.z_loss * (maximum + log_d).square()
+    exists = (labels >= 0) & (labels < share.vocab_size)
+    losses = losses.masked_fill(~exists, torch.nan)
+    losses = losses.masked_fill(labels == options.ignore_index, 0.0)
+    return losses, maximum.double() + log_d
 
 
-def _losses_and_gradient_(
-    logits: Tensor, labels: Tensor, token_weight: Tensor, share: _Share, tp: TensorGroup
-) -> Tensor:
-    """Losses [T]; this rank's logits [T, V/tp] become the gradient of the weighted losses."""
-    losses, log_sum = _losses(logits, labels, share, tp)
-    vocab_parallel_gradient_(logits, labels, log_sum, token_weight, *share)
-    return losses
+def _gradient_(
+    logits: Tensor,
+    labels: Tensor,
+    log_sum: Tensor,
+    gradient: Tensor,
+    share: _Share,
+    options: _Options,
+) -> None:
+    """This rank's logits [T, V/tp] become the gradient; `gradient` [T] comes into the losses."""
+    gradient = gradient.masked_fill(labels == options.ignore_index, 0.0)
+    numbers = (options.label_smoothing, options.z_loss)
+    vocab_parallel_gradient_(logits, labels, log_sum, gradient, *share, *numbers)
 
 
-def _combine(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The ranks' statistics [tp, T, 4] as the whole row's: maximum, sum, label's logit. [T]"""
+def _combine(parts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The ranks' statistics [tp, T, 4] as the whole row's, each [T]."""
     maximum = parts[..., 0].amax(0)
     exponentials = (parts[..., 1] * (parts[..., 0] - maximum).exp()).sum(0)
-    return maximum, exponentials, parts[..., 2].sum(0)
+    return maximum, exponentials, parts[..., 2].sum(0), parts[..., 3].sum(0)

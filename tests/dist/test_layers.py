@@ -243,6 +243,94 @@ def cross_entropy_job(tp_size: int) -> None:
     assert torch.equal(leaf, local)
 
 
+def loss_options_job(tp_size: int) -> None:
+    """Ignored labels, smoothing and z-loss, of the three forms of the loss, on parts of a row."""
+    tp = make_groups(tp=tp_size, sequence_parallel=False).tp
+    vocab, padded, features = 13, 24, 8
+    x = random_like((S, B, features), 1, torch.float32)
+    w = random_like((padded, features), 2, torch.float32)
+    labels = torch.randint(0, vocab, (S, B), generator=torch.Generator().manual_seed(3))
+    weights = random_like((S, B), 4, torch.float32)
+    weights[::3] = 0
+    for ignored in (-100, 7):
+        labels[1::4] = ignored
+        for smoothing, z_loss in ((0.0, 0.0), (0.1, 0.0), (0.0, 0.05), (0.2, 0.02)):
+            whole_x, whole_w = (t.double().requires_grad_() for t in (x, w))
+            logits = whole_x @ whole_w.t()
+            logits.retain_grad()
+            z = logits[..., :vocab].reshape(-1, vocab)
+            want = nn.functional.cross_entropy(
+                *(z, labels.reshape(-1)),
+                ignore_index=ignored,
+                label_smoothing=smoothing,
+                reduction="none",
+            ).view(S, B)
+            square = z.logsumexp(1).square().view(S, B)
+            want = want + z_loss * square.masked_fill(labels == ignored, 0)
+            (want * weights).sum().backward()
+
+            def near(got: Tensor | None, want: Tensor | None) -> None:
+                assert got is not None and want is not None
+                assert (got - want).abs().max() <= BOUND * want.abs().max()
+
+            options = {"ignore_index": ignored, "label_smoothing": smoothing, "z_loss": z_loss}
+            assert logits.grad is not None and whole_w.grad is not None
+            want_dz = logits.grad.chunk(tp.size, dim=-1)[tp.rank]
+            local = logits.detach().float().chunk(tp.size, dim=-1)[tp.rank]
+            local = local.clone().requires_grad_()
+            losses = vocab_parallel_cross_entropy(local, labels, vocab, tp, **options)
+            near(losses, want)
+            (gradient,) = torch.autograd.grad((losses * weights).sum(), local)
+            assert (gradient - want_dz).abs().max() <= BOUND * logits.grad.abs().max()
+            assert not losses[labels == ignored].any() and not gradient[labels == ignored].any()
+            with torch.no_grad():
+                total, losses = vocab_parallel_loss_with_grad(
+                    local, labels, weights, vocab, tp, **options
+                )
+            near(total, (want * weights).sum())
+            near(losses, want)
+            total, losses = vocab_parallel_loss_with_grad(
+                local, labels, weights, vocab, tp, **options
+            )
+            near(losses, want)
+            (gradient,) = torch.autograd.grad(total, local)
+            assert (gradient - want_dz).abs().max() <= BOUND * logits.grad.abs().max()
+            local_x = x.clone().requires_grad_()
+            local_w = w.chunk(tp.size)[tp.rank].clone().requires_grad_()
+            total, losses = vocab_parallel_linear_loss_with_grad(
+                local_x, local_w, labels, weights, vocab, tp, chunk_rows=7, **options
+            )
+            near(losses, want)
+            total.backward()
+            near(local_x.grad, whole_x.grad)
+            got = local_w.grad - whole_w.grad.chunk(tp.size)[tp.rank]
+            assert got.abs().max() <= BOUND * whole_w.grad.abs().max()
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_cross_entropy_options(pool: RankPool, tp_size: int) -> None:
+    pool.run(tp_size, loss_options_job, tp_size)
+
+
+def bad_labels_job(tp_size: int) -> None:
+    tp = make_groups(tp=tp_size).tp
+    logits = random_like((6, 1, 8), 1, torch.float32).chunk(tp.size, dim=-1)[tp.rank].clone()
+    labels = torch.tensor([[3], [-1], [-100], [7], [8], [2**40]])
+    weights = torch.ones(6, 1)
+    missing = [False, True, False, True, True, True]
+    for losses in (
+        vocab_parallel_cross_entropy(logits, labels, 7, tp),
+        vocab_parallel_loss_with_grad(logits, labels, weights, 7, tp)[1],
+    ):
+        assert losses[:, 0].isnan().tolist() == missing
+        assert losses[2] == 0
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_cross_entropy_of_a_label_that_does_not_exist_is_nan(pool: RankPool, tp_size: int) -> None:
+    pool.run(tp_size, bad_labels_job, tp_size)
+
+
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_cross_entropy(pool: RankPool, tp_size: int) -> None:
     pool.run(tp_size, cross_entropy_job, tp_size)
@@ -280,6 +368,22 @@ def linear_cross_entropy_job(tp_size: int, sequence_parallel: bool, chunk_rows: 
             assert local_w.grad is None
             got = main_grad - 1
         assert (got - want_dw).abs().max() <= BOUND * whole_w.grad.abs().max()
+    for frozen in ("hidden", "weight"):
+        local_x = local_x.detach().requires_grad_(frozen != "hidden")
+        local_w = local_w.detach().requires_grad_(frozen != "weight")
+        for main_grad in (None, torch.zeros_like(want_dw)):
+            local_x.grad = local_w.grad = None
+            total, _ = vocab_parallel_linear_loss_with_grad(
+                local_x, local_w, labels, weights, vocab, tp, main_grad, chunk_rows
+            )
+            total.backward()
+            if frozen == "weight":
+                assert local_w.grad is None and (main_grad is None or not main_grad.any())
+                close(local_x.grad, want_dx, "the gradient of the hidden states alone")
+            else:
+                assert local_x.grad is None
+                got = local_w.grad if main_grad is None else main_grad
+                assert (got - want_dw).abs().max() <= BOUND * whole_w.grad.abs().max()
     with torch.no_grad():
         total, _ = vocab_parallel_linear_loss_with_grad(
             local_x, local_w, labels, weights, vocab, tp, None, chunk_rows

@@ -122,6 +122,30 @@ def test_a_weight_of_zero_silences_an_infinite_loss() -> None:
     assert not logits.grad[0].any()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("walked", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_masked_row_gets_no_gradient_whatever_it_holds(
+    monkeypatch: pytest.MonkeyPatch, walked: bool, smoothing: float, bad: float
+) -> None:
+    if walked:
+        monkeypatch.setattr(fused, "choose_walk", lambda *_: Walk(128, 4, 1, 64))
+    logits, targets, weight = inputs(6, 300, classes=290)
+    _, want = exact(logits[:, :290], targets, weight, smoothing, 0.01)
+    weight[0] = 0
+    want[0] = 0
+    logits[:2, 3::7] = bad  # the second token is ignored
+    source = logits.requires_grad_()
+    total, _ = cross_entropy_with_grad(
+        source * 1, targets, weight, 290, label_smoothing=smoothing, z_loss=0.01
+    )
+    total.backward()
+    assert total.isfinite()
+    assert not source.grad[:2].any()
+    close(source.grad[:, :290], want, 1e-5)
+
+
 def test_all_ignored() -> None:
     logits, targets, weight = inputs(4, 50)
     check(logits, targets.fill_(IGNORED), weight, 0.1, 0.1)
@@ -205,6 +229,20 @@ def test_a_leaf_gets_the_same_gradient_from_a_kept_graph() -> None:
     total.backward(retain_graph=True)
     total.backward()
     close(leaf.grad, 3 * once.double(), 1e-6)
+
+
+@pytest.mark.parametrize("zero", [Tensor.zero_, lambda grad: grad.data.zero_()])
+def test_a_kept_graph_does_not_see_what_becomes_of_a_gradient(zero) -> None:
+    logits, targets, weight = inputs(6, 60)
+    leaf = logits.view(3, 2, 60).requires_grad_()
+    total, _ = cross_entropy_with_grad(leaf, targets.view(3, 2), weight.view(3, 2))
+    total.backward(retain_graph=True)
+    once = leaf.grad.clone()
+    torch.nn.utils.clip_grad_norm_([leaf], 1e-3)
+    zero(leaf.grad)
+    for times in (1, 2, 3):
+        total.backward(retain_graph=True)
+        close(leaf.grad.view(6, 60), times * once.view(6, 60).double(), 1e-6)
 
 
 def test_without_gradients_the_logits_stay() -> None:

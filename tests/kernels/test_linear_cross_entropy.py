@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite_kernels import linear_cross_entropy, use_backend
+from megalite_kernels import linear_cross_entropy, reference_cross_entropy, use_backend
 from megalite_kernels.fused.linear_cross_entropy import accumulate_product_, even_chunks
 
 IGNORED = -100
@@ -91,6 +91,56 @@ def test_half(back_end: str, dtype: torch.dtype) -> None:
     close(losses, losses_, 0.02)
     close(hidden.grad, dx, 0.02)
     close(main_grad, dw, 0.02)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 5])
+@pytest.mark.parametrize("options", [(), (41, IGNORED, 0.1, 0.01)])
+def test_it_is_its_definition(chunk_rows: int | None, options: tuple) -> None:
+    *inputs_, targets, weights = inputs(13, classes=41)
+    results = []
+    for run in (
+        reference_cross_entropy.linear_cross_entropy,
+        lambda *given: linear_cross_entropy(*given[:4], None, chunk_rows, *given[4:]),
+    ):
+        x, w = (tensor.clone().requires_grad_() for tensor in inputs_)
+        total, losses = run(x, w, targets, weights, *options)
+        total.backward()
+        results.append((total.detach(), losses, x.grad, w.grad))
+    for got, want in zip(*reversed(results), strict=True):
+        close(got, want.double())
+
+
+@pytest.mark.parametrize("zero", [Tensor.zero_, lambda grad: grad.data.zero_()])
+@pytest.mark.parametrize("chunk_rows", [None, 5])
+def test_a_kept_graph_does_not_see_what_becomes_of_a_gradient(chunk_rows: int | None, zero) -> None:
+    hidden, weight, targets, weights = inputs(12)
+    leaves = [hidden.view(3, 4, 12).requires_grad_(), weight.requires_grad_()]
+    tokens = (targets.view(3, 4), weights.view(3, 4))
+    total, _ = linear_cross_entropy(*leaves, *tokens, chunk_rows=chunk_rows)
+    total.backward(retain_graph=True)
+    once = [leaf.grad.clone().double() for leaf in leaves]
+    torch.nn.utils.clip_grad_norm_(leaves, 1e-3)
+    for leaf in leaves:
+        zero(leaf.grad)
+    for times in (1, 2, 3):
+        total.backward(retain_graph=True)
+        for leaf, want in zip(leaves, once, strict=True):
+            close(leaf.grad, times * want, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("chunk_rows", [None, 3])
+def test_a_masked_token_whose_logits_overflow_adds_nothing(chunk_rows: int | None) -> None:
+    hidden, weight, targets, weights = inputs(8)
+    hidden[0] = 1e38
+    weights[0] = 0
+    _, _, dx, dw = exact(hidden[1:], weight, targets[1:], weights[1:])
+    x, w = hidden.requires_grad_(), weight.requires_grad_()
+    total, _ = linear_cross_entropy(x, w, targets, weights, chunk_rows=chunk_rows)
+    total.backward()
+    assert total.isfinite() and not x.grad[0].any()
+    close(x.grad[1:], dx)
+    close(w.grad, dw)
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "main_grad", "none"])

@@ -102,6 +102,25 @@ def test_minus_infinity_and_no_columns() -> None:
     assert torch.equal(none, torch.tensor([[-torch.inf, 0.0, 0.0, 0.0]]).expand(4, 4))
 
 
+def test_the_sum_of_logits_may_be_left_out() -> None:
+    logits, targets, _ = inputs(5, 600, 600, 2.0, torch.float32)
+    want = vocab_parallel_statistics(logits, targets, 0, 590)
+    assert want[:, 3].all()
+    want[:, 3] = 0
+    assert torch.equal(vocab_parallel_statistics(logits, targets, 0, 590, False), want)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_token_without_a_gradient_gets_zeros_whatever_it_holds(smoothing: float) -> None:
+    logits, targets, dloss = inputs(5, 70, 70, 2.0, torch.float32)
+    logits[0, ::2], logits[1, 3], dloss[:2] = torch.nan, torch.inf, 0
+    log_sum = logits.double().logsumexp(1)
+    vocab_parallel_gradient_(logits, targets, log_sum, dloss, 0, 60, 70, smoothing, 0.01)
+    assert not logits[:2].any()
+    assert logits[2:, :60].all() and logits.isfinite().all()
+
+
 def test_zero_rows_and_strided_rows() -> None:
     logits, targets, dloss = inputs(6, 70, 70, 2.0, torch.float32)
     empty = vocab_parallel_statistics(logits[:0], targets[:0], 0, 70)

@@ -190,6 +190,7 @@ def losses_and_log_sums(
                 LANES=block * itemsize // 16,
                 VECTOR=16 // itemsize,
                 SMOOTHED=label_smoothing > 0,
+                SQUARED=z_loss != 0,
                 num_warps=num_warps,
             )
     return losses, log_sum
@@ -333,6 +334,7 @@ def _walk_rows(
                 LANES=walk.block * itemsize // 16,
                 VECTOR=16 // itemsize,
                 SMOOTHED=label_smoothing > 0,
+                SQUARED=z_loss != 0,
                 num_warps=walk.num_warps,
                 maxnreg=walk.registers,
             )

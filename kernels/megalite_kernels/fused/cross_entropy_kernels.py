@@ -77,14 +77,26 @@ def less_hit(gradient, columns, start, LENGTH: tl.constexpr, target, at_hit):
 
 
 @triton.jit
-def row_loss(M, D, at_target, total, V: tl.constexpr, smoothing, z_loss, SMOOTHED: tl.constexpr):
+def row_loss(
+    M,
+    D,
+    at_target,
+    total,
+    V: tl.constexpr,
+    smoothing,
+    z_loss,
+    SMOOTHED: tl.constexpr,
+    SQUARED: tl.constexpr,
+):
     """(loss, lse, and lse in fp64); (M - z) first: lse alone would round M and log D together."""
     log_d = tl.log(D)
     loss = (M - at_target) + log_d
     if SMOOTHED:
         loss = (1 - smoothing) * loss + smoothing * ((M - total / V) + log_d)
     lse = M + log_d
-    return loss + z_loss * lse * lse, lse, M.to(tl.float64) + log_d.to(tl.float64)
+    if SQUARED:
+        loss += z_loss * lse * lse
+    return loss, lse, M.to(tl.float64) + log_d.to(tl.float64)
 
 
 @triton.jit
@@ -127,6 +139,7 @@ def loss_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    SQUARED: tl.constexpr,
 ):
     """A row's loss, NaN if its target is no class and not ignored, and lse."""
     row = tl.program_id(0).to(tl.int64)
@@ -138,7 +151,8 @@ def loss_kernel(
     M, D, total = _statistics(row_ptr, V, LANES, VECTOR, SMOOTHED)
     smoothing = tl.full([], smoothing, tl.float32)
     z_loss = tl.full([], z_loss, tl.float32)
-    loss, _, log_sum = row_loss(M, D, at_target, total, V, smoothing, z_loss, SMOOTHED)
+    arguments = (M, D, at_target, total, V, smoothing, z_loss, SMOOTHED, SQUARED)
+    loss, _, log_sum = row_loss(*arguments)
     tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
     tl.store(log_sum_ptr + row, log_sum)
 
@@ -153,14 +167,15 @@ def statistics_kernel(
     V: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    SUMMED: tl.constexpr,
 ):
-    """A row's (M, D, target's logit, sum of logits) on these columns."""
+    """A row's (M, D, target's logit, sum of logits, or 0) on these columns."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
     target = tl.load(target_ptr + row) - first_column
     here = (target >= 0) & (target < V)
     at_target = tl.load(row_ptr + target, mask=here, other=0.0).to(tl.float32)
-    M, D, total = _statistics(row_ptr, V, LANES, VECTOR, True)
+    M, D, total = _statistics(row_ptr, V, LANES, VECTOR, SUMMED)
     out_ptr = statistics_ptr + row * 4
     tl.store(out_ptr, M)
     tl.store(out_ptr + 1, D)
@@ -207,4 +222,6 @@ def gradient_kernel(
         result, columns, start, BLOCK, target - first_column, 1 - smoothing
     )
     result = tl.where(columns < V, result, 0.0)
+    # Not a product by zero: what is masked may be NaN.
+    result = tl.where(gradient == 0.0, 0.0, result)
     tl.store(out_ptr + row * out_stride + columns, result, mask=columns < W)

@@ -72,18 +72,37 @@ def _finish(
     z_loss,
     V: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    SQUARED: tl.constexpr,
 ):
     """Store a row's losses; (factor of exp(z - M), what is taken everywhere, what of the target).
 
     These three make the gradient.
     """
-    loss, lse, _ = row_loss(M, D, at_target, total, V, smoothing, z_loss, SMOOTHED)
+    loss, lse, _ = row_loss(M, D, at_target, total, V, smoothing, z_loss, SMOOTHED, SQUARED)
     loss = tl.where(counts, loss, 0.0)
-    weight = tl.where(counts, weight, 0.0)
     tl.store(loss_ptr + row, loss)
     tl.store(part_ptr + row, weight * tl.where(weight == 0.0, 0.0, loss))
-    scale = weight / D * (1 + 2 * z_loss * lse)
-    return scale, weight * smoothing / V, weight * (1 - smoothing)
+    scale = weight / D
+    if SQUARED:
+        scale *= 1 + 2 * z_loss * lse
+    at_hit = weight
+    if SMOOTHED:
+        at_hit *= 1 - smoothing
+    return scale, weight * smoothing / V, at_hit
+
+
+@triton.jit
+def _store_zeros(row_ptr, first, W: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Zeros from column `first` on.
+
+    In half tiles: the compiler unrolls a loop of few steps, and holds its addresses all along.
+    """
+    PART: tl.constexpr = LANES // 2
+    columns = tile(PART, VECTOR)
+    for start in tl.range(first, W, PART * VECTOR):
+        zeros = tl.zeros([PART, VECTOR], tl.float32)
+        mask = start + columns < W
+        tl.store(row_ptr + start + columns, zeros, mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
@@ -105,6 +124,7 @@ def held_rows_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    SQUARED: tl.constexpr,
 ):
     """Losses, weighted losses and, in `out`, which may be `logits`, their gradient.
 
@@ -133,11 +153,14 @@ def held_rows_kernel(
         at_target = tl.load(
             logits_ptr + row * logits_stride + target, mask=exists, other=float("nan")
         )
-        weight = tl.load(weight_ptr + row).to(tl.float32)
+        counts = target != ignore_index
+        weight = tl.where(counts, tl.load(weight_ptr + row).to(tl.float32), 0.0)
+        # Half the registers of an int64, through two reductions that leave none to spare.
+        hit = target.to(tl.int32)
         after = tl.cast(index + tl.num_programs(0), tl.int64)
         ahead = tl.load(
             logits_ptr + after * logits_stride + columns,
-            mask=columns < tl.where(after < rows, V, 0),
+            mask=tl.where(after < rows, inside, False),
             other=-float("inf"),
             eviction_policy="evict_first",
         )
@@ -151,7 +174,7 @@ def held_rows_kernel(
             row,
             loss_ptr,
             part_ptr,
-            target != ignore_index,
+            counts,
             weight,
             M,
             D,
@@ -161,20 +184,24 @@ def held_rows_kernel(
             z_loss,
             V,
             SMOOTHED,
+            SQUARED,
         )
-        # A product of two vectors: comparing every column with the target is dearer.
-        lane = tl.where(tl.arange(0, LANES) == (target // VECTOR).to(tl.int32), -at_hit, 0.0)
-        place = tl.where(tl.arange(0, VECTOR) == (target % VECTOR).to(tl.int32), 1.0, 0.0)
-        gradient = powers * scale + lane[:, None] * place[None, :]
-        if SMOOTHED:
-            gradient -= everywhere
-        if W > V:
-            gradient = tl.where(inside, gradient, 0.0)
         out_row_ptr = out_ptr + row * out_stride
-        tl.store(out_row_ptr + columns, gradient, mask=columns < W, eviction_policy="evict_first")
-        for start in tl.range(BLOCK, W, BLOCK):
-            zeros = tl.zeros([LANES, VECTOR], tl.float32)
-            tl.store(out_row_ptr + start + columns, zeros, mask=start + columns < W)
+        if weight == 0.0:
+            # Not products by zero: what is masked may be NaN.
+            _store_zeros(out_row_ptr, 0, W, LANES, VECTOR)
+        else:
+            # A product of two vectors: comparing every column with the target is dearer.
+            lane = tl.where(tl.arange(0, LANES) == hit // VECTOR, -at_hit, 0.0)
+            place = tl.where(tl.arange(0, VECTOR) == hit % VECTOR, 1.0, 0.0)
+            gradient = powers * scale + lane[:, None] * place[None, :]
+            if SMOOTHED:
+                gradient -= everywhere
+            if W > V:
+                gradient = tl.where(inside, gradient, 0.0)
+            mask = columns < W
+            tl.store(out_row_ptr + columns, gradient, mask=mask, eviction_policy="evict_first")
+            _store_zeros(out_row_ptr, BLOCK, W, LANES, VECTOR)
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
@@ -196,6 +223,7 @@ def walked_rows_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     SMOOTHED: tl.constexpr,
+    SQUARED: tl.constexpr,
 ):
     """As `held_rows_kernel`, of rows longer than a tile: `LANES * VECTOR < V`.
 
@@ -217,7 +245,8 @@ def walked_rows_kernel(
         exists = (target >= 0) & (target < V)
         # Before any store to the row: the reductions' barriers lie between.
         at_target = tl.load(row_ptr + target, mask=exists, other=float("nan")).to(tl.float32)
-        weight = tl.load(weight_ptr + row).to(tl.float32)
+        counts = target != ignore_index
+        weight = tl.where(counts, tl.load(weight_ptr + row).to(tl.float32), 0.0)
         maximum = tl.full([LANES], LOWEST, tl.float32)
         exponentials = tl.zeros([LANES], tl.float32)
         sums = tl.zeros([LANES], tl.float32)
@@ -245,7 +274,7 @@ def walked_rows_kernel(
             row,
             loss_ptr,
             part_ptr,
-            target != ignore_index,
+            counts,
             weight,
             M,
             D,
@@ -255,27 +284,30 @@ def walked_rows_kernel(
             z_loss,
             V,
             SMOOTHED,
+            SQUARED,
         )
-        ahead = tl.load(row_ptr + HEAD - BLOCK + offsets, eviction_policy="evict_first")
-        ending = kept * scale
-        if SMOOTHED:
-            ending -= everywhere
-        ending = less_hit(ending, last, HEAD, BLOCK, target, at_hit)
-        if W > V:
-            ending = tl.where(inside, ending, 0.0)
-        tl.store(out_row_ptr + last, ending, mask=last < W, eviction_policy="evict_first")
-        for back in tl.range(BLOCK, HEAD + BLOCK, BLOCK):
-            start = HEAD - back
-            again = ahead.to(tl.float32)
-            # The last step reads its own tile again: cheaper than a condition on every load.
-            before = tl.maximum(start - BLOCK, 0)
-            ahead = tl.load(row_ptr + before + offsets, eviction_policy="evict_first")
-            gradient = exp(again - M) * scale
+        if weight == 0.0:
+            # Not products by zero: what is masked may be NaN.
+            _store_zeros(out_row_ptr, 0, W, LANES, VECTOR)
+        else:
+            ahead = tl.load(row_ptr + HEAD - BLOCK + offsets, eviction_policy="evict_first")
+            ending = kept * scale
             if SMOOTHED:
-                gradient -= everywhere
-            columns = start + offsets
-            gradient = less_hit(gradient, columns, start, BLOCK, target, at_hit)
-            tl.store(out_row_ptr + columns, gradient, eviction_policy="evict_first")
-        for start in tl.range(HEAD + BLOCK, W, BLOCK):
-            zeros = tl.zeros([LANES, VECTOR], tl.float32)
-            tl.store(out_row_ptr + start + offsets, zeros, mask=start + offsets < W)
+                ending -= everywhere
+            ending = less_hit(ending, last, HEAD, BLOCK, target, at_hit)
+            if W > V:
+                ending = tl.where(inside, ending, 0.0)
+            tl.store(out_row_ptr + last, ending, mask=last < W, eviction_policy="evict_first")
+            for back in tl.range(BLOCK, HEAD + BLOCK, BLOCK):
+                start = HEAD - back
+                again = ahead.to(tl.float32)
+                # The last step reads its own tile again: cheaper than a condition on every load.
+                before = tl.maximum(start - BLOCK, 0)
+                ahead = tl.load(row_ptr + before + offsets, eviction_policy="evict_first")
+                gradient = exp(again - M) * scale
+                if SMOOTHED:
+                    gradient -= everywhere
+                columns = start + offsets
+                gradient = less_hit(gradient, columns, start, BLOCK, target, at_hit)
+                tl.store(out_row_ptr + columns, gradient, eviction_policy="evict_first")
+            _store_zeros(out_row_ptr, HEAD + BLOCK, W, LANES, VECTOR)

@@ -8,6 +8,7 @@ Legend: T tokens (any leading shape where it says [...]), H hidden, V rows of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,12 @@ from megalite_kernels.fused.launch import operator
 
 CHUNK_ROWS = 8192
 """Tokens of a chunk: fewer starve the products (2048: 4 to 9% slower), more only take memory."""
+
+LossOfChunk = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor]]
+"""(logits [t, V], their tokens, whether a backward follows) to (weighted losses, losses) [t].
+
+If a backward follows, the logits are overwritten with the gradient of the weighted losses.
+"""
 
 
 def linear_cross_entropy(
@@ -39,15 +46,21 @@ def linear_cross_entropy(
 
     Both gradients are made in the forward, so THE GRADIENT THAT COMES INTO THE TOTAL MUST BE 1, as
     for `cross_entropy_with_grad`. Per chunk: z = x W^T; z becomes dz in place; dx = dz W;
-    dW += dz^T x, in fp32.
+    dW += dz^T x, in fp32. Definition: `reference_cross_entropy.linear_cross_entropy`.
+
+    THE FORWARD ADDS TO `main_grad`, so call it outside of regions that are recomputed
+    (`torch.utils.checkpoint`), whose forward runs twice. Autocast is not looked at: hidden and
+    weight share a dtype, which the products are made in.
 
     Args:
         hidden: [..., H].
         weight: [V, H], same dtype.
         targets: int64 [...], below `vocab_size` or `ignore_index`.
-        token_weight: fp32 [...]: what each loss counts.
-        main_grad: fp32 [V, H] that the weight's gradient is added to, as soon as the forward; the
-            weight then gets none from autograd. None: autograd gets it, in the weight's dtype.
+        token_weight: fp32 [...]: what each loss counts; 0 silences logits of inf and NaN, but not
+            such hidden states: the weight's gradient is a product with them.
+        main_grad: fp32 [V, H] that the weight's gradient is added to, as soon as the forward, if
+            the weight requires one; it then gets none from autograd. None: autograd gets it, in the
+            weight's dtype.
         chunk_rows: tokens of a chunk at most (the chunks are even); None: CHUNK_ROWS.
         vocab_size, ignore_index, label_smoothing, z_loss: see `cross_entropy_with_grad`.
 
@@ -61,11 +74,8 @@ def linear_cross_entropy(
     Sources: Liger-Kernel (chunks over tokens, the gradient in the logits' place; its weight
     gradient accumulated by the product itself), QuACK.
     """
-    columns = hidden.shape[-1]
-    rows = hidden.reshape(-1, columns)
-    arguments = (rows, weight, targets.reshape(-1), token_weight.reshape(-1), main_grad)
-    total, losses = _LinearCrossEntropy.apply(
-        *arguments,
+    return _LinearCrossEntropy.apply(
+        *(hidden, weight, targets, token_weight, main_grad),
         chunk_rows or CHUNK_ROWS,
         vocab_size or weight.shape[0],
         ignore_index,
@@ -73,7 +83,6 @@ def linear_cross_entropy(
         float(z_loss),
         torch.is_grad_enabled(),
     )
-    return total, losses.view(targets.shape)
 
 
 def accumulate_product_(target: Tensor, a: Tensor, b: Tensor) -> None:
@@ -115,10 +124,10 @@ class _LinearCrossEntropy(Function):
         wants_weight = grad_enabled and weight.requires_grad
         ctx.wants = (grad_enabled and hidden.requires_grad, wants_weight and main_grad is None)
         parts, losses, dhidden, dweight = linear_loss_and_gradients(
-            hidden.detach(),
+            hidden.detach().reshape(-1, hidden.shape[-1]),
             weight.detach(),
-            targets,
-            token_weight,
+            targets.reshape(-1),
+            token_weight.reshape(-1),
             main_grad if wants_weight else None,
             ctx.wants[0],
             ctx.wants[1],
@@ -128,20 +137,20 @@ class _LinearCrossEntropy(Function):
             label_smoothing,
             z_loss,
         )
-        ctx.save_for_backward(dhidden, dweight)
+        # In their last shape: a view that autograd made of one could become a leaf's `grad`, and
+        # what is added to that would be added to what a kept graph returns next.
+        ctx.save_for_backward(
+            dhidden.view(hidden.shape) if ctx.wants[0] else None,
+            dweight if ctx.wants[1] else None,
+        )
+        losses = losses.view(targets.shape)
         ctx.mark_non_differentiable(losses)
         return parts.sum(), losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
-        wants_hidden, wants_weight = ctx.wants
-        return (
-            dhidden if wants_hidden else None,
-            dweight if wants_weight else None,
-            *[None] * 9,
-        )
+        return *ctx.saved_tensors, *[None] * 9
 
 
 def _fake(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -169,6 +178,37 @@ def linear_loss_and_gradients(
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(token_weight * losses, losses, dhidden, dweight); empty what isn't wanted."""
+    options = (vocab_size, ignore_index, label_smoothing, z_loss)
+
+    def loss_of(logits: Tensor, chunk: slice, backward: bool) -> tuple[Tensor, Tensor]:
+        if backward:
+            return _loss_and_gradient_(logits, targets[chunk], token_weight[chunk], *options)
+        losses = _losses(logits, targets[chunk], *options)
+        return reference_cross_entropy.weighted(losses, token_weight[chunk]), losses
+
+    wanted = (main_grad, wants_hidden, wants_weight)
+    return chunked_loss_and_gradients(hidden, weight, *wanted, chunk_rows, loss_of)
+
+
+def chunked_loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    main_grad: Tensor | None,
+    wants_hidden: bool,
+    wants_weight: bool,
+    chunk_rows: int,
+    loss_of: LossOfChunk,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(weighted losses, losses, dhidden, dweight), logits chunk by chunk; empty what isn't wanted.
+
+    Args:
+        hidden: [T, H].
+        weight: [V, H].
+        main_grad: fp32 [V, H], which the weight's gradient is added to.
+        wants_hidden, wants_weight: whether to return each gradient, in its tensor's dtype.
+        chunk_rows: tokens of a chunk at most.
+        loss_of: what makes the losses.
+    """
     rows, features = hidden.shape
     length = even_chunks(rows, chunk_rows)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -181,17 +221,12 @@ def linear_loss_and_gradients(
         target = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
     dweight = weight.new_empty(weight.shape if one_chunk else (0,))
     workspace = hidden.new_empty(length, weight.shape[0])
-    options = (vocab_size, ignore_index, label_smoothing, z_loss)
-    backward_is_needed = wants_hidden or wants_weight or main_grad is not None
+    backward = wants_hidden or wants_weight or main_grad is not None
     for start in range(0, rows, length):
         chunk = slice(start, min(start + length, rows))
         x = hidden[chunk]
         z = torch.mm(x, weight.t(), out=workspace[: x.shape[0]])
-        if not backward_is_needed:
-            losses[chunk] = _losses(z, targets[chunk], *options)
-            continue
-        made = _loss_and_gradient_(z, targets[chunk], token_weight[chunk], *options)
-        parts[chunk], losses[chunk] = made
+        parts[chunk], losses[chunk] = loss_of(z, chunk, backward)
         if wants_hidden:
             torch.mm(z, weight, out=dhidden[chunk])
         if one_chunk:
@@ -199,8 +234,6 @@ def linear_loss_and_gradients(
             torch.mm(z.t(), x, out=dweight)
         elif target is not None:
             accumulate_product_(target, z.t(), x)
-    if not backward_is_needed:
-        parts = reference_cross_entropy.weighted(losses, token_weight)
     if wants_weight and not one_chunk:
         assert target is not None
         dweight = target.to(weight.dtype)

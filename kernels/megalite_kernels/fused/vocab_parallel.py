@@ -17,17 +17,20 @@ NEVER = -(2**62)
 """A target that no token has: tokens to be ignored come with the gradient 0."""
 
 
-def _statistics_fake(logits: Tensor, targets: Tensor, first_column: int, columns: int) -> Tensor:
+def _statistics_fake(
+    logits: Tensor, targets: Tensor, first_column: int, columns: int, summed: bool = True
+) -> Tensor:
     return logits.new_empty((logits.shape[0], 4), dtype=torch.float32)
 
 
 @operator(fake=_statistics_fake)
 def vocab_parallel_statistics(
-    logits: Tensor, targets: Tensor, first_column: int, columns: int
+    logits: Tensor, targets: Tensor, first_column: int, columns: int, summed: bool = True
 ) -> Tensor:
     """`reference_cross_entropy.vocab_parallel_statistics`: arguments and result.
 
-    [T, W] in fp32, fp16 or bf16 -> fp32 [T, 4]. Floor: 2 B/logit in bf16, each read once.
+    [T, W] in fp32, fp16 or bf16 -> fp32 [T, 4], the last 0 unless `summed`. Floor: 2 B/logit in
+    bf16, each read once.
     """
     rows = logits.shape[0]
     statistics = torch.empty((rows, 4), dtype=torch.float32, device=logits.device)
@@ -48,6 +51,7 @@ def vocab_parallel_statistics(
                 V=columns,
                 LANES=block * itemsize // 16,
                 VECTOR=16 // itemsize,
+                SUMMED=summed,
                 num_warps=num_warps,
             )
     return statistics
