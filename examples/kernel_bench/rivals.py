@@ -62,7 +62,7 @@ def _module(package: str, module: str, builder: str, name: str) -> Rival:
 def _ours(name: str) -> Rival:
     from kernel_bench import rivals_ours
 
-    return Rival(name, "", rivals_ours.build)
+    return Rival(name, "", rivals_ours.BUILDERS[name])
 
 
 def _torch(name: str) -> Rival:
@@ -92,6 +92,8 @@ def _apex(name: str) -> Rival:
 _LOOKUPS: Mapping[str, Callable[[str], Rival]] = MappingProxyType(
     {
         "ours": _ours,
+        "ours-main": _ours,
+        "ours-unfused": _ours,
         "torch": _torch,
         "torch-step": _step_only,
         "compile": _compiled,

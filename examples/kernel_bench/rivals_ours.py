@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import megalite_kernels as kernels
 from kernel_bench.problem import (
     FORWARD,
+    Builder,
     Outputs,
     Prepared,
     Problem,
@@ -17,9 +20,9 @@ from kernel_bench.problem import (
     call,
     in_place,
 )
-from megalite_kernels import linear_cross_entropy
 
 Tensors = Mapping[str, Tensor]
+LINEAR = "linear_cross_entropy"
 
 
 def build(problem: Problem) -> Prepared:
@@ -31,8 +34,8 @@ def build(problem: Problem) -> Prepared:
     if problem.op == "cross_entropy":
         problem, restore = in_place(problem, ["logits"])
         return Prepared(call(problem, _loss), restore, "gradient in the logits' place")
-    if problem.op == "linear_cross_entropy":
-        return _linear(problem)
+    if problem.op == LINEAR:
+        return Prepared(call(problem, _linear), note="both gradients in the forward")
     if problem.op == "adamw":
         return _adamw(problem)
     return Prepared(call(problem, function(problem)))
@@ -68,14 +71,34 @@ def _loss(tensors: Tensors) -> tuple[Tensor, ...]:
     return (total,)
 
 
-def _linear(problem: Problem) -> Prepared:
+def _linear(tensors: Tensors) -> tuple[Tensor, ...]:
+    total, _ = kernels.linear_cross_entropy(
+        tensors["hidden"], tensors["weight"], tensors["targets"], tensors["token_weight"]
+    )
+    return (total,)
+
+
+def _unfused(tensors: Tensors) -> tuple[Tensor, ...]:
+    logits = F.linear(tensors["hidden"], tensors["weight"])
+    total, _ = kernels.cross_entropy_with_grad(logits, tensors["targets"], tensors["token_weight"])
+    return (total,)
+
+
+def build_unfused(problem: Problem) -> Prepared:
+    """The projection with whole logits, and the loss with its gradient in their place."""
+    _linear_only(problem)
+    return Prepared(call(problem, _unfused), note="whole logits")
+
+
+def build_main(problem: Problem) -> Prepared:
     """The weight's gradient goes into an fp32 buffer that training keeps."""
+    _linear_only(problem)
     tensors = problem.tensors
     main_grad = torch.zeros_like(tensors["weight"], dtype=torch.float32)
     hidden, weight = (tensors[name].detach().requires_grad_() for name in problem.leaves)
 
     def run() -> tuple[Tensor, ...]:
-        total, _ = linear_cross_entropy(
+        total, _ = kernels.linear_cross_entropy(
             hidden, weight, tensors["targets"], tensors["token_weight"], main_grad
         )
         (gradient,) = torch.autograd.grad(total, [hidden])
@@ -84,7 +107,12 @@ def _linear(problem: Problem) -> Prepared:
     def restore() -> None:
         main_grad.zero_()
 
-    return Prepared(run, restore, "adds to an fp32 main_grad")
+    return Prepared(run, restore, "adds to an fp32 main_grad, which the peak leaves out")
+
+
+def _linear_only(problem: Problem) -> None:
+    if problem.op != LINEAR:
+        raise UnsupportedError(f"of {LINEAR} only")
 
 
 def _adamw(problem: Problem) -> Prepared:
@@ -100,3 +128,9 @@ def _adamw(problem: Problem) -> Prepared:
         return results
 
     return Prepared(run)
+
+
+BUILDERS: Mapping[str, Builder] = MappingProxyType(
+    {"ours": build, "ours-main": build_main, "ours-unfused": build_unfused}
+)
+"""By contestant. The goals judge the first, whose gradients are what the rivals' are."""

@@ -71,6 +71,15 @@ def test_ours_is_right_by_the_reference(op: Op, direction: str):
     assert error_of(rivals_ours.build, op, direction) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["ours-main", "ours-unfused"])
+def test_our_other_forms_of_one_op_are_right_by_the_reference(name: str):
+    (rival,), _ = rivals.found([name])
+    op = bench_kernels.op_named("linear_cross_entropy")
+    assert error_of(rival.build, op, BOTH) < 1e-4
+    with pytest.raises(UnsupportedError, match="linear_cross_entropy only"):
+        error_of(rival.build, bench_kernels.op_named("swiglu"), BOTH)
+
+
 def test_a_wrong_contestant_is_found():
     op = bench_kernels.op_named("rms_norm")
     given = op.make((8, 64), BOTH, CPU, torch.float32)
