@@ -131,6 +131,44 @@ def test_the_gradient_takes_no_memory(columns: int) -> None:
     del total
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("columns", [32000, 50257, 128256, 151936])
+def test_a_masked_row_gets_no_gradient_whatever_it_holds(
+    columns: int, bad: float, options: tuple[float, float]
+) -> None:
+    logits, targets, weight = inputs(600, columns)
+    masked = torch.zeros(600, dtype=torch.bool, device="cuda")
+    masked[::3] = True
+    weight[masked] = 0
+    clean = logits.clone()
+    logits[masked, 5::77] = bad
+    logits[1::5, -1] = bad  # these are ignored
+    _, want = ours(clean, targets, weight, *options)
+    _, want_at_once = ours_at_once(clean, targets, weight, *options)
+    given = logits.clone().requires_grad_()
+    total, _ = cross_entropy_with_grad(given, targets, weight, None, IGNORED, *options)
+    (gradient,) = torch.autograd.grad(total, given)
+    assert total.isfinite() and torch.equal(gradient, want_at_once)
+    assert torch.equal(ours(logits, targets, weight, *options)[1], want)
+    assert not gradient[masked].any() and not want[masked].any()
+
+
+@pytest.mark.parametrize("columns", [32000, 128256])
+def test_a_kept_graph_does_not_see_what_becomes_of_a_gradient(columns: int) -> None:
+    logits, targets, weight = inputs(64, columns)
+    leaf = logits.requires_grad_()
+    total, _ = cross_entropy_with_grad(leaf, targets, weight)
+    total.backward(retain_graph=True)
+    once = leaf.grad.clone()
+    torch.nn.utils.clip_grad_norm_([leaf], 1e-3)
+    leaf.grad.data.zero_()
+    total.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, once)
+    total.backward()
+    assert torch.equal(leaf.grad, 2 * once)
+
+
 @pytest.mark.parametrize("columns", [32000, 128256])
 def test_minus_infinity(columns: int) -> None:
     logits, targets, weight = inputs(64, columns)
@@ -176,6 +214,9 @@ def test_a_cut_vocabulary(ranks: int, options: tuple[float, float]) -> None:
         part, first = part.contiguous(), rank * part.shape[1]
         real = part.shape[1]
         statistics.append(vocab_parallel_statistics(part, targets, first, real))
+        without = vocab_parallel_statistics(part, targets, first, real, False)
+        assert torch.allclose(without[:, :3], statistics[-1][:, :3], rtol=1e-6, atol=0)
+        assert not without[:, 3].any()
         vocab_parallel_gradient_(
             part, targets, log_sum, weight, first, real, logits.shape[1], *options
         )

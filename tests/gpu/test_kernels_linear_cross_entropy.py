@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite_kernels import linear_cross_entropy
+from megalite_kernels import linear_cross_entropy, reference_cross_entropy
 from megalite_kernels.fused.linear_cross_entropy import accumulate_product_
 
 
@@ -68,6 +68,37 @@ def test_fp32(chunk: int | None) -> None:
     exact = apart(hidden.double(), weight.double(), *rest)
     for got, want in zip(ours(*arguments, chunk), exact, strict=True):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_it_is_its_definition() -> None:
+    hidden, weight, targets, weights = inputs(333, 256, 5000, torch.float32)
+    results = []
+    for run, chunk in (
+        (linear_cross_entropy, (None, 100)),
+        (reference_cross_entropy.linear_cross_entropy, ()),
+    ):
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        total, losses = run(x, w, targets, weights, *chunk, 4990, -100, 0.1, 1e-3)
+        total.backward()
+        results.append((total.detach(), losses, x.grad, w.grad))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+def test_a_kept_graph_does_not_see_what_becomes_of_a_gradient() -> None:
+    hidden, weight, targets, weights = inputs(600, 512, 8000)
+    leaves = [hidden.view(20, 30, 512).requires_grad_(), weight.requires_grad_()]
+    tokens = (targets.view(20, 30), weights.view(20, 30))
+    total, _ = linear_cross_entropy(*leaves, *tokens, chunk_rows=256)
+    total.backward(retain_graph=True)
+    once = [leaf.grad.clone() for leaf in leaves]
+    torch.nn.utils.clip_grad_norm_(leaves, 1e-3)
+    for leaf in leaves:
+        leaf.grad.data.zero_()
+    total.backward(retain_graph=True)
+    assert all(torch.equal(leaf.grad, want) for leaf, want in zip(leaves, once, strict=True))
+    total.backward()
+    assert all(torch.equal(leaf.grad, 2 * want) for leaf, want in zip(leaves, once, strict=True))
 
 
 def test_the_weight_gradient_is_added_in_fp32() -> None:
