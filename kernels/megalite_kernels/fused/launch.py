@@ -1,8 +1,8 @@
 """How every kernel is launched: raw in eager mode, as an opaque operator under torch.compile.
 
-An eager call of a registered operator costs 10 us more of host time than the launch itself, and a
-compiled graph needs one to know shapes without running the kernel; so each launching function is
-both, chosen by whether a compiler is tracing.
+An eager call of a registered operator adds host time to the launch (about 10 us, as reported in
+PyTorch's issue 177109; not measured here), and a compiled graph needs an operator to know shapes
+without running the kernel; so each launching function is both, chosen by whether a compiler traces.
 """
 
 from __future__ import annotations
