@@ -40,7 +40,18 @@ class ParallelConfig:
     pp_layers: tuple[int, ...] = option(
         (), "Layers of each pipeline stage. Default: balanced.", metavar="N,N,..."
     )
-    schedule: str = option("1f1b", "Pipeline schedule.", choices=("1f1b", "gpipe"))
+    schedule: str = option(
+        "1f1b",
+        "Pipeline schedule: gpipe, 1f1b, interleaved, zb-h1, zb-h2, zb-v, v-half, v-min, "
+        "dualpipe-v, or a file of actions as tools/draw_schedule.py prints it.",
+        metavar="NAME|FILE",
+    )
+    chunks: int = option(
+        0,
+        "Stages of each pipeline rank. 0: the schedule's own number, 2 for interleaved and the "
+        "V-shaped ones, else 1.",
+        metavar="STAGES",
+    )
     device: str = option(
         "auto",
         "Where to train. auto: one GPU per rank if there are enough, else the CPU.",

@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from megalite.config import Config
 from megalite.models.stage import StageSpec, stage_specs
-from megalite.pipeline.schedules import SCHEDULES
+from megalite.pipeline.actions import GIVES_WEIGHT_GRADIENT, Op, Order
+from megalite.run_plan import run_plan
 
 WEIGHT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp32": 4, "fp64": 8})
 
 
 @dataclass(frozen=True)
 class RankEstimate:
-    """Memory of the ranks of one pipeline stage [bytes unless said].
+    """Memory of the ranks at one place of the pipeline [bytes unless said].
 
     Attributes:
         parameters: number of parameters held, padding and copies included.
@@ -50,8 +51,8 @@ def whole_parameters(config: Config) -> int:
     )
 
 
-def rank_parameters(config: Config, spec: StageSpec) -> int:
-    """Parameters held by each rank of a stage, padding and copies included."""
+def stage_parameters(config: Config, spec: StageSpec) -> int:
+    """Parameters of a stage on each of its ranks, padding and copies included."""
     model, tp = config.model, config.parallel.tp
     count = spec.num_layers * (_layer_matrices(config, tp) + 2 * model.hidden_size)
     table = model.padded_vocab_size(tp) // tp * model.hidden_size
@@ -63,25 +64,39 @@ def rank_parameters(config: Config, spec: StageSpec) -> int:
     return count
 
 
-def stage_estimates(config: Config) -> tuple[RankEstimate, ...]:
-    """Memory of each rank of each stage, for a precision other than `auto`."""
-    plan = SCHEDULES[config.parallel.schedule](config.parallel.pp, config.num_micro_batches)
+def rank_estimates(config: Config) -> tuple[RankEstimate, ...]:
+    """Memory of the ranks at each place of the pipeline, for a precision other than `auto`."""
+    plan, specs = run_plan(config), stage_specs(config)
     return tuple(
-        _rank_estimate(config, spec, _peak_live(plan.ranks[spec.stage]))
-        for spec in stage_specs(config)
+        _rank_estimate(config, [s for s in specs if plan.stage_rank[s.stage] == rank], order)
+        for rank, order in enumerate(plan.ranks)
     )
 
 
-def _rank_estimate(config: Config, spec: StageSpec, live: int) -> RankEstimate:
-    """Memory of each rank of a stage that keeps the activations of `live` micro-batches."""
+def rank_parameters(config: Config, specs: Sequence[StageSpec]) -> int:
+    """Parameters held by each rank that has these stages, padding and copies included."""
+    count = sum(stage_parameters(config, spec) for spec in specs)
+    apart = any(s.has_embedding for s in specs) and any(
+        s.has_head and not s.has_embedding for s in specs
+    )
+    if config.model.tie_embeddings and apart:
+        # Two stages of one rank share it.
+        count -= config.model.padded_vocab_size(config.parallel.tp) // config.parallel.tp * (
+            config.model.hidden_size
+        )
+    return count
+
+
+def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> RankEstimate:
+    """Memory of each rank that has these stages and works in this order."""
     train = config.train
-    parameters = rank_parameters(config, spec)
+    parameters = rank_parameters(config, specs)
     width = WEIGHT_BYTES[train.precision]
     full = max(4, width)
     master = 0 if width == full else full
     tokens = train.micro_batch_size * config.model.seq_length
     logits = 0
-    if spec.has_head:
+    if any(spec.has_head for spec in specs):
         columns = config.model.padded_vocab_size(config.parallel.tp) // config.parallel.tp
         # Logits, their gradient, and in the loss softmax, its gradient and one temporary.
         logits = tokens * columns * (2 * width + 3 * full)
@@ -90,7 +105,7 @@ def _rank_estimate(config: Config, spec: StageSpec, live: int) -> RankEstimate:
         weights=parameters * width,
         gradients=parameters * full,
         optimizer=parameters * (master + 2 * full),
-        activations=live * tokens * _stage_activation_bytes(config, spec, width),
+        activations=tokens * _peak_kept(config, specs, order, width),
         logits=logits,
     )
 
@@ -153,9 +168,17 @@ def _attention_core(config: Config, heads: float, width: int) -> float:
     return weights * (2 + 1 / width if drops else 1)
 
 
-def _peak_live(order: tuple) -> int:
-    live = peak = 0
+def _peak_kept(config: Config, specs: Sequence[StageSpec], order: Order, width: int) -> int:
+    """Most bytes per token of a micro-batch that a rank keeps at one time for its backwards.
+
+    A split backward is taken to keep everything until its weight gradient.
+    """
+    of_stage = {spec.stage: _stage_activation_bytes(config, spec, width) for spec in specs}
+    kept = peak = 0
     for action in order:
-        live += 1 if action.op == "F" else -1
-        peak = max(peak, live)
+        if action.op is Op.FORWARD:
+            kept += of_stage[action.stage]
+            peak = max(peak, kept)
+        elif action.op in GIVES_WEIGHT_GRADIENT:
+            kept -= of_stage[action.stage]
     return peak

@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from megalite.config import Config
 from megalite.estimate import (
     flops_per_token,
-    rank_parameters,
-    stage_estimates,
+    rank_estimates,
     whole_parameters,
 )
 from megalite.models.stage import stage_specs
 from megalite.parallel.topology import Topology
-from megalite.pipeline.actions import Op
 from megalite.pipeline.check import check_program
+from megalite.pipeline.costs import Costs
 from megalite.pipeline.draw import LEGEND, draw_timeline
 from megalite.pipeline.lower import lower
-from megalite.pipeline.schedules import SCHEDULES
 from megalite.pipeline.simulate import simulate
+from megalite.run_plan import run_plan, stage_rank
 from megalite.wording import counted
 
 MOST_RANKS_LISTED = 16
@@ -84,9 +83,10 @@ def timeline(config: Config) -> str:
     """The pipeline's picture, if forwards take one unit and backwards two."""
     schedule, pp, count = config.parallel.schedule, config.parallel.pp, config.num_micro_batches
     shown = min(count, 4 * pp + MOST_MICRO_BATCHES_DRAWN)
-    program = lower(SCHEDULES[schedule](pp, shown))
+    plan = run_plan(config, shown)
+    program = lower(plan)
     check_program(program)
-    step = simulate(program, {Op.FORWARD: 1.0, Op.BACKWARD: 2.0})
+    step = simulate(program, Costs.uniform(plan.num_stages))
     # Filling and draining the pipeline takes the same time however many micro-batches there are.
     idle, busy = step.bubble() * shown, (1.0 - step.bubble()) * count
     drawn = f"; drawn: {counted(shown, 'micro-batch')}" if shown < count else ""
@@ -158,25 +158,24 @@ def _precision(config: Config) -> str:
 
 
 def _rank_table(config: Config) -> str:
-    """Coordinates, layers, parameters and memory; one line per stage if there are many ranks."""
+    """Coordinates, layers, parameters and memory; one line per place in the pipeline if there are many ranks."""
     known = config if config.train.precision != "auto" else config.replace(precision="bf16")
     topology = Topology(tp=config.parallel.tp, pp=config.parallel.pp, dp=config.parallel.dp)
     lines = [f"  {'ranks':>9s}  {'pp dp tp':>12s}  {'owns':<28s} parameters  memory per rank"]
-    specs = stage_specs(config)
-    for spec, memory in zip(specs, stage_estimates(known), strict=True):
-        owned = f"layers {spec.first_layer}-{spec.first_layer + spec.num_layers - 1}"
-        owned = ("embedding, " if spec.has_embedding else "") + owned
-        owned += ", head" if spec.has_head else ""
+    owners = stage_rank(config)
+    for pp_rank, memory in enumerate(rank_estimates(known)):
+        own = [spec for spec in stage_specs(config) if owners[spec.stage] == pp_rank]
+        owned = " + ".join(spec.words() for spec in own)
         detail = (
-            f"{_si(rank_parameters(config, spec)):>10s}  {_gib(memory.total)} "
+            f"{_si(memory.parameters):>10s}  {_gib(memory.total)} "
             f"(weights {_gib(memory.weights)}, gradients {_gib(memory.gradients)}, "
             f"optimizer {_gib(memory.optimizer)}, activations "
             f"{_gib(memory.activations + memory.logits)})"
         )
-        here = [r for r in range(topology.world_size) if topology.coordinates(r).pp == spec.stage]
+        here = [r for r in range(topology.world_size) if topology.coordinates(r).pp == pp_rank]
         if topology.world_size > MOST_RANKS_LISTED:
             span = f"{here[0]}-{here[-1]}"
-            place = f"{spec.stage} all all"
+            place = f"{pp_rank} all all"
             lines.append(f"  {span:>9s}  {place:>12s}  {owned:<28s} {detail}")
             continue
         for rank in here:

@@ -28,7 +28,8 @@ from megalite.pipeline.actions import Program
 from megalite.pipeline.check import check_program
 from megalite.pipeline.lower import lower
 from megalite.pipeline.runtime import Executor
-from megalite.pipeline.schedules import SCHEDULES, forward_only
+from megalite.pipeline.schedules import forward_only
+from megalite.run_plan import run_plan
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -73,7 +74,8 @@ class Trainer:
         self.config, self.groups, self.device = config, groups, device
         self._activity = groups.activity
         dtype = DTYPES[config.train.precision]
-        plan = SCHEDULES[config.parallel.schedule](config.parallel.pp, config.num_micro_batches)
+        plan = run_plan(config)
+        self._stage_rank = plan.stage_rank
         # A batch that grows has more micro-batches later.
         self._programs = {config.num_micro_batches: _checked(lower(plan))}
         self.stages: dict[int, LlamaStage] = {}
@@ -82,14 +84,14 @@ class Trainer:
                 stage = LlamaStage(config, spec, tp=groups.tp, dtype=dtype, device=device)
                 initialize(stage, config.train.seed)
                 self.stages[spec.stage] = stage
-        self.flats = {number: FlatParameters(s, groups) for number, s in self.stages.items()}
-        self.executor = Executor(
-            self.stages, groups, lambda number: self.flats[number].begin_last_backward()
-        )
-        self.optimizer = Optimizer(list(self.flats.values()), groups, config.train)
+        self._last_stage = self.stages.get(plan.num_stages - 1)
+        if config.model.tie_embeddings and 0 in self.stages and self._last_stage is not None:
+            self._last_stage.share_embedding(self.stages[0])
+        self.flat = FlatParameters(self.stages, groups)
+        self.executor = Executor(self.stages, groups, self.flat)
+        self.optimizer = Optimizer(self.flat, groups, config.train)
         train_samples, valid_samples, self._tested = samples
         self.loader = Loader(config, train_samples, valid_samples, groups.dp, device)
-        self._last_stage = self.stages.get(plan.num_stages - 1)
 
     def train_step(self, step: int) -> Tensor:
         """Optimizer step `step`, 0 first.
@@ -112,8 +114,7 @@ class Trainer:
         batch = self.loader.train_batch(step)
         self._activity.enter("counting tokens")
         scale = 1.0 / self._global_tokens(batch)
-        for flat in self.flats.values():
-            flat.zero_gradients()
+        self.flat.zero_gradients()
 
         def head(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
             return self._weighted_loss(logits, micro_batch, scale)
@@ -121,8 +122,7 @@ class Trainer:
         program = self._program(len(batch.micro_batches))
         losses = self.executor.run(program, batch.micro_batches, head)
         self._activity.enter("summing gradients", self._activity.position)
-        for flat in self.flats.values():
-            flat.finish_reduction()
+        self.flat.finish_reduction()
         return self.groups.dp.all_reduce(self._sum(losses))
 
     def update(self, step: int, loss: Tensor) -> Tensor:
@@ -221,8 +221,8 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write the final weights; returns when all ranks have."""
-        size = sum(flat.parameters.nbytes for flat in self.flats.values())
-        self._activity.begin("saving weights", allowance_s=size / SLOWEST_DISK_BYTES_PER_S)
+        allowance_s = self.flat.parameters.nbytes / SLOWEST_DISK_BYTES_PER_S
+        self._activity.begin("saving weights", allowance_s=allowance_s)
         save_weights(folder, self.stages.values(), self.groups)
         self.groups.wait_for_all(self.device)
 
@@ -255,13 +255,12 @@ class Trainer:
 
     def _program(self, num_micro_batches: int) -> Program:
         if num_micro_batches not in self._programs:
-            schedule = SCHEDULES[self.config.parallel.schedule]
-            program = lower(schedule(self.groups.pp.size, num_micro_batches))
-            self._programs[num_micro_batches] = _checked(program)
+            plan = run_plan(self.config, num_micro_batches)
+            self._programs[num_micro_batches] = _checked(lower(plan))
         return self._programs[num_micro_batches]
 
     def _forward_program(self, num_micro_batches: int) -> Program:
-        return lower(forward_only(self.groups.pp.size, num_micro_batches))
+        return lower(forward_only(num_micro_batches, self._stage_rank))
 
 
 def _checked(program: Program) -> Program:

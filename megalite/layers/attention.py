@@ -16,6 +16,7 @@ from megalite.layers.batch import Documents, DropoutPlace
 from megalite.layers.dropout import attention_keep
 from megalite.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
 from megalite.layers.sdpa import causal_attention
+from megalite.layers.weight_gradients import WeightGradients
 from megalite.parallel.tensor import TensorGroup
 from megalite_kernels import rope_packed, softmax
 
@@ -33,7 +34,7 @@ class Attention(nn.Module):
         recompute_core: compute everything between the projections again in backward.
         fused_softmax: matrix products with a softmax kernel between them, which keeps the weights
             [B, N/tp, S, S], in place of SDPA. Dropout of attention weights always takes this path.
-        dtype, device: of the weights.
+        weight_gradients, dtype, device: as in `ColumnParallelLinear`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Attention(nn.Module):
         tp: TensorGroup,
         recompute_core: bool = False,
         fused_softmax: bool = False,
+        weight_gradients: WeightGradients | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ):
@@ -67,6 +69,7 @@ class Attention(nn.Module):
             ],
             tp=tp,
             init_std=model.init_method_std,
+            weight_gradients=weight_gradients,
             dtype=dtype,
             device=device,
         )
@@ -76,6 +79,7 @@ class Attention(nn.Module):
             name=f"{prefix}.o_proj.weight",
             tp=tp,
             init_std=model.init_method_std / math.sqrt(2 * model.num_layers),
+            weight_gradients=weight_gradients,
             dtype=dtype,
             device=device,
         )

@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megalite.layers.shard import Piece, Shard
+from megalite.layers.weight_gradients import WeightGradients, weight_gradient
+from megalite.parallel.group import Pending
 from megalite.parallel.tensor import TensorGroup
 
 
@@ -59,6 +62,7 @@ class ColumnParallelLinear(nn.Module):
         outputs: the whole matrices, in the order in which they are packed.
         tp: the tensor group.
         init_std: standard deviation of initial values.
+        weight_gradients: of the stage, for schedules that compute them later; None: never later.
         dtype, device: of the weight.
     """
 
@@ -69,18 +73,19 @@ class ColumnParallelLinear(nn.Module):
         *,
         tp: TensorGroup,
         init_std: float = 0.02,
+        weight_gradients: WeightGradients | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ):
         super().__init__()
-        self.tp = tp
+        self.tp, self.weight_gradients = tp, weight_gradients or WeightGradients()
         self.shard = Shard(_pack_pieces(in_features, outputs, tp), init_std)
         rows = sum(output.local_rows(tp.size) for output in outputs)
         self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """[S/tp, B, I] or [S, B, I] -> [S, B, O/tp]."""
-        return _ColumnParallel.apply(x, self.weight, self.tp)
+        return _ColumnParallel.apply(x, self.weight, self.tp, self.weight_gradients)
 
     def extra_repr(self) -> str:
         """The shard, for `print(model)`."""
@@ -100,7 +105,7 @@ class RowParallelLinear(nn.Module):
     Args:
         in_features, out_features: I, O; tp divides I.
         name: of the whole tensor.
-        tp, init_std, dtype, device: see `ColumnParallelLinear`.
+        tp, init_std, weight_gradients, dtype, device: see `ColumnParallelLinear`.
     """
 
     def __init__(
@@ -111,11 +116,12 @@ class RowParallelLinear(nn.Module):
         name: str,
         tp: TensorGroup,
         init_std: float = 0.02,
+        weight_gradients: WeightGradients | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ):
         super().__init__()
-        self.tp = tp
+        self.tp, self.weight_gradients = tp, weight_gradients or WeightGradients()
         columns = in_features // tp.size
         shape = (out_features, in_features)
         self.shard = Shard((Piece(name, shape, 1, tp.rank * columns, columns),), init_std)
@@ -123,7 +129,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, B, I/tp] -> [S/tp, B, O] or [S, B, O]."""
-        return self.tp.leave(F.linear(x, self.weight))
+        return self.tp.leave(_Linear.apply(x, self.weight, self.weight_gradients))
 
     def extra_repr(self) -> str:
         """The shard, for `print(model)`."""
@@ -155,25 +161,47 @@ def _pack_pieces(in_features: int, outputs: Sequence[Output], tp: TensorGroup) -
     return tuple(pieces)
 
 
+class _Linear(Function):
+    """x A^T, whose weight gradient may be left for later."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, later: WeightGradients) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.later = later
+        return F.linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight
+        if ctx.later.defer(weight, dy, x):
+            return dx, None, None
+        return dx, weight_gradient(dy, x), None
+
+
 class _ColumnParallel(Function):
     """The product, and the order of communication and computation in its backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: TensorGroup) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: nn.Parameter, tp: TensorGroup, later: WeightGradients
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tp = tp
+        ctx.tp, ctx.later = tp, later
         whole = tp.start_all_gather(x).wait() if tp.sequence_parallel else x
         return F.linear(whole, weight)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         tp: TensorGroup = ctx.tp
-        if tp.sequence_parallel:
-            gathered = tp.start_all_gather(x)
-            input_gradient = tp.start_reduce_scatter(dy @ weight)
-            x = gathered.wait()
-        else:
-            input_gradient = tp.start_all_reduce(dy @ weight)
-        weight_gradient = dy.flatten(0, -2).t() @ x.flatten(0, -2)
-        return input_gradient.wait(), weight_gradient, None
+        cut = tp.sequence_parallel
+        reduce = tp.start_reduce_scatter if cut else tp.start_all_reduce
+        if ctx.later.defer(weight, dy, x, tp if cut else None):
+            return reduce(dy @ weight).wait(), None, None, None
+        gathered = tp.start_all_gather(x) if cut else Pending(x)
+        input_gradient = reduce(dy @ weight)
+        product = weight_gradient(dy, gathered.wait())
+        return input_gradient.wait(), product, None, None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megalite.config_model import ModelConfig
 from megalite.layers.linear import ColumnParallelLinear, Output, RowParallelLinear
+from megalite.layers.weight_gradients import WeightGradients
 from megalite.parallel.tensor import TensorGroup
 from megalite_kernels import swiglu
 
@@ -19,7 +20,7 @@ class MLP(nn.Module):
     Args:
         model: shape.
         layer: index in the whole model.
-        tp, dtype, device: as in `Attention`.
+        tp, weight_gradients, dtype, device: as in `ColumnParallelLinear`.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class MLP(nn.Module):
         layer: int,
         *,
         tp: TensorGroup,
+        weight_gradients: WeightGradients | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ):
@@ -41,6 +43,7 @@ class MLP(nn.Module):
             ],
             tp=tp,
             init_std=model.init_method_std,
+            weight_gradients=weight_gradients,
             dtype=dtype,
             device=device,
         )
@@ -50,6 +53,7 @@ class MLP(nn.Module):
             name=f"{prefix}.down_proj.weight",
             tp=tp,
             init_std=model.init_method_std / math.sqrt(2 * model.num_layers),
+            weight_gradients=weight_gradients,
             dtype=dtype,
             device=device,
         )

@@ -33,6 +33,7 @@ from megalite.layers.linear import ColumnParallelLinear, Output
 from megalite.layers.mlp import MLP
 from megalite.layers.norm import AddRMSNorm, RMSNorm
 from megalite.layers.rope import rope_tables
+from megalite.layers.weight_gradients import WeightGradients
 from megalite.models.stage import StageSpec
 from megalite.parallel.tensor import TensorGroup
 
@@ -46,7 +47,7 @@ class DecoderLayer(nn.Module):
     Args:
         config: the run.
         layer: index in the whole model.
-        tp, dtype, device: as in `Attention`.
+        tp, weight_gradients, dtype, device: as in `ColumnParallelLinear`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class DecoderLayer(nn.Module):
         layer: int,
         *,
         tp: TensorGroup,
+        weight_gradients: WeightGradients,
         dtype: torch.dtype,
         device: torch.device,
     ):
@@ -75,6 +77,7 @@ class DecoderLayer(nn.Module):
             layer,
             recompute_core=selective,
             fused_softmax=config.train.attention == "fused-softmax",
+            weight_gradients=weight_gradients,
             **where,
         )
         self.mlp_norm = AddRMSNorm(
@@ -83,7 +86,7 @@ class DecoderLayer(nn.Module):
             name=f"{prefix}.post_attention_layernorm.weight",
             **where,
         )
-        self.mlp = MLP(model, layer, **where)
+        self.mlp = MLP(model, layer, weight_gradients=weight_gradients, **where)
 
     def forward(
         self,
@@ -110,6 +113,9 @@ class LlamaStage(nn.Module):
         config: the run.
         spec: what the stage owns.
         tp, dtype, device: as in `Attention`.
+
+    Attributes:
+        weight_gradients: of its linear layers, where a schedule computes them later.
     """
 
     cos: Tensor
@@ -129,6 +135,7 @@ class LlamaStage(nn.Module):
         self.config, self.spec, self.tp = config, spec, tp
         self.dtype, self.device = dtype, device
         self.recompute = config.train.recompute == "full"
+        self.weight_gradients = WeightGradients()
         where: dict[str, Any] = {"tp": tp, "dtype": dtype, "device": device}
         padded = model.padded_vocab_size(tp.size)
         if spec.has_embedding:
@@ -141,7 +148,10 @@ class LlamaStage(nn.Module):
                 **where,
             )
         owned = range(spec.first_layer, spec.first_layer + spec.num_layers)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer, **where) for layer in owned)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, weight_gradients=self.weight_gradients, **where)
+            for layer in owned
+        )
         if spec.has_head:
             self.norm = RMSNorm(
                 model.hidden_size, model.norm_epsilon, name="model.norm.weight", **where
@@ -156,6 +166,7 @@ class LlamaStage(nn.Module):
                     )
                 ],
                 init_std=model.init_method_std,
+                weight_gradients=self.weight_gradients,
                 **where,
             )
         if model.tie_embeddings:
@@ -163,6 +174,10 @@ class LlamaStage(nn.Module):
         cos, sin = rope_tables(model, model.seq_length, dtype, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    def share_embedding(self, first: LlamaStage) -> None:
+        """Make the tied head the very parameter of the embedding's stage, on the same rank."""
+        self.head.weight, self.head.shard = first.embedding.weight, first.embedding.shard
 
     def _tie(self) -> None:
         """One matrix for embedding and head: one parameter, or a copy on each end's stage."""

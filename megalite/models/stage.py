@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megalite.config import Config
+from megalite.run_plan import stage_rank
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,18 @@ class StageSpec:
     has_embedding: bool
     has_head: bool
 
+    def words(self) -> str:
+        """`embedding, layers 0-3`, for people."""
+        owned = f"layers {self.first_layer}-{self.first_layer + self.num_layers - 1}"
+        return ("embedding, " if self.has_embedding else "") + owned + (
+            ", head" if self.has_head else ""
+        )
+
 
 def stage_specs(config: Config) -> tuple[StageSpec, ...]:
     """The stages of the whole model, in order: `--pp-layers`, or a balanced split."""
     layers = config.parallel.pp_layers or balanced_layers(
-        config.model.num_layers, config.parallel.pp, head_cost_in_layers(config)
+        config.model.num_layers, len(stage_rank(config)), head_cost_in_layers(config)
     )
     specs, first = [], 0
     for stage, count in enumerate(layers):

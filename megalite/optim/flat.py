@@ -1,19 +1,20 @@
-"""A stage's parameters and gradients in flat buffers, and the reduction of the gradients.
+"""A rank's parameters and gradients in flat buffers, and the reduction of the gradients.
 
-All parameters of a stage are views of one contiguous buffer in the run's precision, all gradients
-views of another in fp32 (fp64 in fp64 runs), in the same order: the matrices in order of
-definition, then the norm weights. So the optimizer updates a handful of long tensors, a bucket of
+All parameters of a rank's stages are views of one contiguous buffer in the run's precision, all gradients
+views of another in fp32 (fp64 in fp64 runs), in the same order: the matrices of one stage after the
+other in order of definition, then the norm weights. So the optimizer updates a handful of long tensors, a bucket of
 gradients is a slice, and so are the norm weights, whose gradients are summed over the tensor ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.layers.shard import Shard, named_shards
 from megalite.parallel.data import DataGroup
 from megalite.parallel.group import AxisGroup, Pending
@@ -25,11 +26,20 @@ BUCKET_ELEMENTS = 25_000_000
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one parameter lies in the flat buffers: `[start, start + parameter.numel())`."""
+    """Where one parameter lies in the flat buffers: `[start, start + parameter.numel())`.
+
+    Attributes:
+        parameter, shard: as the layers have them.
+        start: of the parameter in the flat buffers.
+        stages: that use it: one, or two if embedding and head are tied on one rank.
+        deferrable: schedules may compute its gradient after the input gradients.
+    """
 
     parameter: nn.Parameter
     shard: Shard
     start: int
+    stages: tuple[int, ...]
+    deferrable: bool
 
     @property
     def stop(self) -> int:
@@ -43,20 +53,37 @@ class Slot:
 
 @dataclass
 class _Bucket:
-    """A slice of the gradients that one collective sums over the data ranks."""
+    """A slice of the gradients that one collective sums over the data ranks.
 
-    start: int
-    stop: int
-    slots: int
+    Attributes:
+        slots: what lies in it, all of the same stages.
+        missing: gradients yet to come from its stages' last backwards.
+        open_stages: stages whose last backward has not ended.
+        pending: the collective, once it has begun.
+    """
+
+    slots: list[Slot] = field(default_factory=list)
     missing: int = 0
-    pending: Pending | None = field(default=None)
+    open_stages: set[int] = field(default_factory=set)
+    pending: Pending | None = None
+
+    @property
+    def start(self) -> int:
+        """Begin of the slice."""
+        return self.slots[-1].start
+
+    @property
+    def stop(self) -> int:
+        """End of the slice."""
+        return self.slots[0].stop
 
 
 class FlatParameters:
-    """The flat buffers of one stage.
+    """The flat buffers of one rank.
 
     Args:
-        stage: the module; its parameters become views of the flat buffer, their values are kept.
+        stages: the rank's modules by stage; their parameters become views of the flat buffer, their
+            values are kept.
         groups: of this rank.
         bucket_elements: see `BUCKET_ELEMENTS`.
 
@@ -69,50 +96,73 @@ class FlatParameters:
 
     def __init__(
         self,
-        stage: nn.Module,
+        stages: Mapping[int, nn.Module],
         groups: ParallelGroups,
         bucket_elements: int = BUCKET_ELEMENTS,
     ):
         self._dp: DataGroup = groups.dp
-        shards = sorted(named_shards(stage), key=lambda item: not item[1].decays)
-        self.slots: list[Slot] = []
-        total = 0
-        for parameter, shard in shards:
-            self.slots.append(Slot(parameter, shard, total))
-            total += parameter.numel()
+        self.slots = _slots(stages)
+        self._slot_of = {id(slot.parameter): slot for slot in self.slots}
         self.decaying = sum(s.parameter.numel() for s in self.slots if s.shard.decays)
-        first = self.slots[0].parameter
+        first, total = self.slots[0].parameter, self.slots[-1].stop
         self.parameters = torch.empty(total, dtype=first.dtype, device=first.device)
         self.gradients = torch.zeros(
             total, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device
         )
-        self._buckets = self._make_buckets(bucket_elements)
-        self._launched = len(self._buckets)
+        self._buckets = _make_buckets(self.slots, bucket_elements)
+        self._bucket_of = {id(s.parameter): b for b in self._buckets for s in b.slots}
+        self._closing: int | None = None
         self._copies = _CopySums(self, groups)
         for slot in self.slots:
             view = slot.of(self.parameters)
             view.copy_(slot.parameter.data)
             slot.parameter.data = view
-            bucket = next(b for b in self._buckets if b.start <= slot.start < b.stop)
-            slot.parameter.register_post_accumulate_grad_hook(self._accumulator(slot, bucket))
+            slot.parameter.register_post_accumulate_grad_hook(self._take)
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the last step."""
         self.gradients.zero_()
-
-    def begin_last_backward(self) -> None:
-        """From here on each gradient that arrives is final: full buckets are reduced at once."""
-        self._launched = 0
         for bucket in self._buckets:
-            bucket.missing = bucket.slots
+            bucket.open_stages = set(bucket.slots[0].stages)
+
+    def begin_last_gradients(self, stage: int, *, deferred: bool) -> None:
+        """From here on each gradient of the stage that arrives is final, until
+        `end_last_gradients`: buckets are reduced as soon as they are full.
+
+        Args:
+            stage: whose last action that gives weight gradients begins.
+            deferred: it gives those only that schedules may compute later; the others are final
+                already.
+        """
+        self._closing = stage
+        for bucket in self._own_buckets(stage):
+            bucket.missing = sum(slot.deferrable or not deferred for slot in bucket.slots)
+        self._launch_full_buckets(stage)
+
+    def end_last_gradients(self, stage: int) -> None:
+        """The stage's gradients are complete."""
+        self._closing = None
+        for bucket in self._own_buckets(stage):
+            assert bucket.missing == 0, f"a gradient of stage {stage} never arrived"
+        for bucket in self._buckets:
+            if stage in bucket.open_stages:
+                bucket.open_stages.discard(stage)
+                if not bucket.open_stages:
+                    self._launch(bucket)
+
+    def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """A micro-batch's gradient of a parameter, to the sum over micro-batches."""
+        self._slot_of[id(parameter)].of(self.gradients).add_(gradient)
+        if self._closing is not None:
+            self._bucket_of[id(parameter)].missing -= 1
+            self._launch_full_buckets(self._closing)
 
     def finish_reduction(self) -> None:
         """Wait for the sums over dp, then sum the gradients of copies over tp and pp."""
-        assert self._launched == len(self._buckets), "a gradient never arrived"
         for bucket in self._buckets:
-            if bucket.pending is not None:
-                bucket.pending.wait()
-                bucket.pending = None
+            assert bucket.pending is not None, "a stage's last gradients never ended"
+            bucket.pending.wait()
+            bucket.pending = None
         self._copies.sum()
 
     def counted_slices(self) -> list[Tensor]:
@@ -135,44 +185,62 @@ class FlatParameters:
                 spans.append((start, stop))
         return [self.gradients[start:stop] for start, stop in spans]
 
-    def _make_buckets(self, elements: int) -> list[_Bucket]:
-        """Matrices from the back of the buffer, as backward produces their gradients; then the norm
-        weights, whose gradients are complete only when the first layer's are."""
-        matrices = [slot for slot in self.slots if slot.shard.decays]
-        norms = [slot for slot in self.slots if not slot.shard.decays]
-        buckets: list[_Bucket] = []
-        for group in (matrices, norms):
-            open_bucket = None
-            for slot in reversed(group):
-                if open_bucket is None or open_bucket.stop - open_bucket.start >= elements:
-                    open_bucket = _Bucket(slot.start, slot.stop, slots=0)
-                    buckets.append(open_bucket)
-                open_bucket.start = slot.start
-                open_bucket.slots += 1
-        return buckets
+    def _own_buckets(self, stage: int) -> list[_Bucket]:
+        """Buckets that no other stage has a part in."""
+        return [bucket for bucket in self._buckets if bucket.slots[0].stages == (stage,)]
 
-    def _accumulator(self, slot: Slot, bucket: _Bucket) -> Callable[[Tensor], None]:
-        """The hook that moves a finished gradient into the flat buffer."""
-        target = slot.of(self.gradients)
-
-        def accumulate(parameter: Tensor) -> None:
-            assert parameter.grad is not None, "called after the gradient is made"
-            target.add_(parameter.grad)
+    def _take(self, parameter: Tensor) -> None:
+        """Move a gradient that autograd has finished into the flat buffer."""
+        assert isinstance(parameter, nn.Parameter), "hooks are on parameters"
+        # None is what a layer returned that leaves it for later.
+        if parameter.grad is not None:
+            self.add(parameter, parameter.grad)
             parameter.grad = None
-            if self._launched < len(self._buckets):
-                bucket.missing -= 1
-                self._launch_full_buckets()
 
-        return accumulate
-
-    def _launch_full_buckets(self) -> None:
+    def _launch_full_buckets(self, stage: int) -> None:
         """Start the sums in the buckets' order, which is the same on all data ranks."""
-        while self._launched < len(self._buckets):
-            bucket = self._buckets[self._launched]
+        for bucket in self._own_buckets(stage):
             if bucket.missing:
                 return
-            bucket.pending = self._dp.start_gradient_sum(self.gradients[bucket.start : bucket.stop])
-            self._launched += 1
+            self._launch(bucket)
+
+    def _launch(self, bucket: _Bucket) -> None:
+        if bucket.pending is None:
+            part = self.gradients[bucket.start : bucket.stop]
+            bucket.pending = self._dp.start_gradient_sum(part)
+
+
+def _slots(stages: Mapping[int, nn.Module]) -> list[Slot]:
+    """Every parameter once: matrices of one stage after the other, then norm weights likewise."""
+    users: dict[int, list[int]] = {}
+    found: dict[int, tuple[nn.Parameter, Shard]] = {}
+    deferrable: set[int] = set()
+    for number, stage in sorted(stages.items()):
+        for parameter, shard in named_shards(stage):
+            found.setdefault(id(parameter), (parameter, shard))
+            users.setdefault(id(parameter), []).append(number)
+        linear = (ColumnParallelLinear, RowParallelLinear)
+        deferrable |= {id(m.weight) for m in stage.modules() if isinstance(m, linear)}
+    slots: list[Slot] = []
+    for parameter, shard in sorted(found.values(), key=lambda item: not item[1].decays):
+        key, start = id(parameter), slots[-1].stop if slots else 0
+        slots.append(Slot(parameter, shard, start, tuple(users[key]), key in deferrable))
+    return slots
+
+
+def _make_buckets(slots: Sequence[Slot], elements: int) -> list[_Bucket]:
+    """Matrices from the back of the buffer, as backward produces their gradients; then the norm
+    weights, whose gradients are complete only when the first layer's are. None holds parameters of
+    different stages."""
+    buckets: list[_Bucket] = []
+    for matrices in (True, False):
+        group = [slot for slot in reversed(slots) if slot.shard.decays is matrices]
+        for slot, previous in zip(group, [None, *group], strict=False):
+            new = previous is None or previous.stages != slot.stages
+            if new or buckets[-1].stop - buckets[-1].start >= elements:
+                buckets.append(_Bucket())
+            buckets[-1].slots.append(slot)
+    return buckets
 
 
 class _CopySums:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -29,23 +27,23 @@ class Optimizer:
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101.
 
     Args:
-        stages: this rank's flat buffers.
+        flat: this rank's flat buffers.
         groups: of this rank.
         train: hyper-parameters.
 
     Attributes:
-        masters, exp_avgs, exp_avg_sqs: flat buffers of each stage.
+        master, exp_avg, exp_avg_sq: flat buffers, in the order of `flat`.
         steps: fp32 [], on the device: updates so far, without those skipped.
     """
 
     def __init__(
-        self, stages: Sequence[FlatParameters], groups: ParallelGroups, train: TrainConfig
+        self, flat: FlatParameters, groups: ParallelGroups, train: TrainConfig
     ):
-        self._stages, self._groups, self._train = stages, groups, train
-        self.masters = [flat.parameters.to(flat.gradients.dtype) for flat in stages]
-        self.exp_avgs = [torch.zeros_like(master) for master in self.masters]
-        self.exp_avg_sqs = [torch.zeros_like(master) for master in self.masters]
-        self.steps = torch.zeros((), device=self.masters[0].device)
+        self._flat, self._groups, self._train = flat, groups, train
+        self.master = flat.parameters.to(flat.gradients.dtype)
+        self.exp_avg = torch.zeros_like(self.master)
+        self.exp_avg_sq = torch.zeros_like(self.master)
+        self.steps = torch.zeros((), device=self.master.device)
 
     def clip_and_step(self, lr: float, statistics: Tensor) -> Tensor:
         """Update the parameters from the reduced gradients.
@@ -68,31 +66,24 @@ class Optimizer:
             scale = (self._train.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         skip = (~norm.isfinite()).float()
         self.steps += 1.0 - skip
-        for stage, flat in enumerate(self._stages):
-            for part, weight_decay in self._parts(flat):
-                self._update(stage, part, lr, weight_decay, scale, skip)
+        for part, weight_decay in self._parts():
+            self._update(part, lr, weight_decay, scale, skip)
         return torch.cat([norm[None], totals[1:]])
 
-    def _parts(self, flat: FlatParameters) -> tuple[tuple[slice, float], ...]:
+    def _parts(self) -> tuple[tuple[slice, float], ...]:
         """Where weight decay applies in the flat buffers and where it doesn't."""
-        decaying = slice(0, flat.decaying), self._train.weight_decay
-        return decaying, (slice(flat.decaying, None), 0.0)
+        decaying = slice(0, self._flat.decaying), self._train.weight_decay
+        return decaying, (slice(self._flat.decaying, None), 0.0)
 
     def _update(
-        self,
-        stage: int,
-        part: slice,
-        lr: float,
-        weight_decay: float,
-        scale: Tensor | None,
-        skip: Tensor,
+        self, part: slice, lr: float, weight_decay: float, scale: Tensor | None, skip: Tensor
     ) -> None:
-        flat, master = self._stages[stage], self.masters[stage]
+        flat, master = self._flat, self.master
         adamw_(
             master[part],
             flat.gradients[part],
-            self.exp_avgs[stage][part],
-            self.exp_avg_sqs[stage][part],
+            self.exp_avg[part],
+            self.exp_avg_sq[part],
             self.steps,
             lr=lr,
             beta1=self._train.adam_beta1,
@@ -106,9 +97,9 @@ class Optimizer:
 
     def _squared_norm(self) -> Tensor:
         """This rank's share of the squared global norm, fp64 [1]; every element counts once."""
-        slices = [part for flat in self._stages for part in flat.counted_slices()]
+        slices = self._flat.counted_slices()
         if not slices:
-            return torch.zeros(1, dtype=torch.float64, device=self.masters[0].device)
+            return torch.zeros(1, dtype=torch.float64, device=self.master.device)
         return torch.stack([_square_sum(part) for part in slices]).sum()[None]
 
 

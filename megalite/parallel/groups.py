@@ -18,6 +18,7 @@ from megalite.parallel.group import AxisGroup
 from megalite.parallel.pipeline import PipelineGroup
 from megalite.parallel.tensor import TensorGroup
 from megalite.parallel.topology import AXES, Topology
+from megalite.run_plan import stage_rank
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class ParallelGroups:
     ) -> ParallelGroups:
         """Create every group of the layout. All ranks call it, after `init_process_group`.
 
-        The order is fixed: the mesh with its axes, then embedding pairs, then key/value copies.
+        The order is fixed: the mesh with its axes, then the pipelines' way back, then embedding
+        pairs, then key/value copies.
         """
         parallel = config.parallel
         topology = Topology(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp)
@@ -67,7 +69,11 @@ class ParallelGroups:
         for group in filter(None, axis_group.values()):
             # A mesh gives its groups the library's own limit, whatever the default group's is.
             _set_pg_timeout(timeout, group)
-        pairs = topology.embedding_pairs() if config.model.tie_embeddings else ()
+        back = topology.groups("pp") if topology.pp > 1 else ()
+        back_group = _own_group("pipeline back", back, world_rank, timeout)
+        ends_apart = len({stage_rank(config)[0], stage_rank(config)[-1]}) > 1
+        tied_apart = config.model.tie_embeddings and ends_apart
+        pairs = topology.embedding_pairs() if tied_apart else ()
         embedding_group = _own_group("embedding", pairs, world_rank, timeout)
         copies = topology.kv_replica_groups(config.model.num_kv_heads)
         kv_group = _own_group("kv copies", copies, world_rank, timeout)
@@ -82,7 +88,11 @@ class ParallelGroups:
                 kv_group=kv_group,
             ),
             pp=PipelineGroup(
-                place.pp, topology.pp, axis_group["pp"], embedding_group=embedding_group
+                place.pp,
+                topology.pp,
+                axis_group["pp"],
+                back_group=back_group.process_group if back_group else None,
+                embedding_group=embedding_group,
             ),
             dp=DataGroup(place.dp, topology.dp, axis_group["dp"]),
             activity=activity or Activity(),

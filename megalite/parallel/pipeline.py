@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,21 +18,28 @@ class Message:
     Attributes:
         tensor: sent, or received into; contiguous.
         peer: the other's rank on the pipeline axis.
-        is_send: the direction.
+        is_send: whether it leaves this rank.
+        later: its way: from an earlier rank to a later one, or back.
         tag: equal on both sides; gloo delivers by it, NCCL by the order alone.
     """
 
     tensor: Tensor
     peer: int
     is_send: bool
+    later: bool
     tag: int = 0
 
 
 class PipelineGroup(AxisGroup):
     """The ranks that pass activations and gradients along the stages.
 
+    Messages to later ranks and messages to earlier ones have a process group each, so that on a GPU
+    they run on streams of their own and neither direction waits for the other. Within a direction
+    messages run in the order in which they are started.
+
     Args:
         rank, size, process_group: see `AxisGroup`.
+        back_group: of the same ranks, for messages to earlier ranks; None exactly if the size is 1.
         embedding_group: first and last stage's ranks, if they share a tied embedding and this is
             one of them.
     """
@@ -44,41 +50,37 @@ class PipelineGroup(AxisGroup):
         size: int = 1,
         process_group: dist.ProcessGroup | None = None,
         *,
+        back_group: dist.ProcessGroup | None = None,
         embedding_group: AxisGroup | None = None,
     ):
         super().__init__(rank, size, process_group)
+        assert (back_group is None) == (size == 1), f"size {size} with {back_group}"
+        self._back_group = back_group
         self.embedding_group = embedding_group or AxisGroup()
 
     def connect(self, device: torch.device) -> None:
-        """Pass one number around the ring in both directions.
+        """Pass one number between neighbours in both directions, and from end to end.
 
         NCCL connects two ranks at their first message of a direction, and the host waits for the
         other's host meanwhile. In the middle of a schedule that can close a circle: that host may
         itself wait, in loading a kernel, for a message which this host has not started yet.
         """
-        if self.size == 1:
-            return
-        following, preceding = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        for target, source in ((following, preceding), (preceding, following)):
-            sent, received = torch.ones(1, device=device), torch.empty(1, device=device)
-            messages = [Message(sent, target, True), Message(received, source, False)]
-            for work in self.exchange(messages):
-                work.wait()
+        pairs = [(rank, rank + 1) for rank in range(self.size - 1)]
+        if self.size > 2:
+            pairs.append((0, self.size - 1))
+        for pair in pairs:
+            for later in (True, False):
+                source, target = pair if later else pair[::-1]
+                if self.rank in pair:
+                    is_send = self.rank == source
+                    peer, number = target if is_send else source, torch.ones(1, device=device)
+                    self.start(Message(number, peer, is_send, later=later)).wait()
 
-    def exchange(self, messages: Sequence[Message]) -> list[dist.Work]:
-        """Start all messages as one batch; shapes and order are known on both sides.
-
-        Returns:
-            Handles to wait for: one for the whole batch (NCCL) or one per message (gloo).
-        """
-        operations = [
-            dist.P2POp(
-                dist.isend if message.is_send else dist.irecv,
-                message.tensor,
-                self.world_ranks[message.peer],
-                self.process_group,
-                message.tag,
-            )
-            for message in messages
-        ]
-        return dist.batch_isend_irecv(operations)
+    def start(self, message: Message) -> dist.Work:
+        """Begin to send or receive; shapes and order are known on both sides."""
+        call = dist.isend if message.is_send else dist.irecv
+        group = self.process_group if message.later else self._back_group
+        peer = self.world_ranks[message.peer]
+        work = call(message.tensor, peer, group, message.tag)
+        assert work is not None, "this rank is in the group"
+        return work

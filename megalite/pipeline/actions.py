@@ -2,7 +2,7 @@
 
 A *plan* lists what each pipeline rank computes, in order. A *program* is a plan with the messages
 between ranks written in (`megalite.pipeline.lower`). Text form of an action, as in PyTorch's
-pipelining: stage, operation, micro-batch: `2F0`, `0B3`, `1RECV_F3`.
+pipelining: stage, operation, micro-batch: `2F0`, `0B3`, `1I3`, `1W3`, `1RECV_F3`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,24 @@ from enum import StrEnum
 
 
 class Op(StrEnum):
-    """What an action does to one micro-batch on one stage."""
+    """What an action does to one micro-batch on one stage.
+
+    A backward is whole, or split into the gradient of the stage's input and that of its weights.
+    """
 
     FORWARD = "F"
     BACKWARD = "B"
+    INPUT_GRADIENT = "I"
+    WEIGHT_GRADIENT = "W"
     SEND_FORWARD = "SEND_F"
     RECV_FORWARD = "RECV_F"
     SEND_BACKWARD = "SEND_B"
     RECV_BACKWARD = "RECV_B"
 
 
-COMPUTE = (Op.FORWARD, Op.BACKWARD)
+COMPUTE = (Op.FORWARD, Op.BACKWARD, Op.INPUT_GRADIENT, Op.WEIGHT_GRADIENT)
+GIVES_INPUT_GRADIENT = (Op.BACKWARD, Op.INPUT_GRADIENT)
+GIVES_WEIGHT_GRADIENT = (Op.BACKWARD, Op.WEIGHT_GRADIENT)
 SENDS = (Op.SEND_FORWARD, Op.SEND_BACKWARD)
 
 
@@ -31,8 +38,8 @@ SENDS = (Op.SEND_FORWARD, Op.SEND_BACKWARD)
 class Action:
     """One operation of one stage on one micro-batch.
 
-    `SEND_F` sends the stage's output, `RECV_F` receives its input; `SEND_B` sends the gradient of
-    its input, `RECV_B` receives the gradient of its output.
+    `SEND_F` starts to send the stage's output, `RECV_F` to receive its input; `SEND_B` the gradient
+    of its input, `RECV_B` the gradient of its output. None of them waits.
     """
 
     stage: int
@@ -59,21 +66,8 @@ class Action:
         return cls(int(match[1]), Op(match[2]), int(match[3]))
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """Messages that are started as one batch, in this order."""
-
-    messages: tuple[Action, ...]
-
-    def __str__(self) -> str:
-        return "{" + " ".join(map(str, self.messages)) + "}"
-
-    def words(self) -> str:
-        """Those of its messages."""
-        return " and ".join(message.words() for message in self.messages)
-
-
-Step = Action | Exchange
+Order = tuple[Action, ...]
+"""What one rank does, one action after the other."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ class Plan:
     name: str
     num_micro_batches: int
     stage_rank: tuple[int, ...]
-    ranks: tuple[tuple[Action, ...], ...]
+    ranks: tuple[Order, ...]
     has_backward: bool = True
 
     @property
@@ -99,13 +93,34 @@ class Plan:
         """Stages of the model."""
         return len(self.stage_rank)
 
+    @property
+    def num_ranks(self) -> int:
+        """Pipeline ranks."""
+        return len(self.ranks)
+
+    def source(self, action: Action) -> tuple[int, Op] | None:
+        """Stage whose result the action takes, and in which direction that result travels.
+
+        None: the first stage's forward reads tokens, the last stage's backward begins with its own
+        loss, and a weight gradient takes what its stage has kept.
+        """
+        if action.op is Op.FORWARD and action.stage > 0:
+            return action.stage - 1, Op.FORWARD
+        if action.op in GIVES_INPUT_GRADIENT and action.stage < self.num_stages - 1:
+            return action.stage + 1, Op.BACKWARD
+        return None
+
+    def is_remote(self, stage: int, other: int) -> bool:
+        """Whether the two stages lie on different ranks."""
+        return self.stage_rank[stage] != self.stage_rank[other]
+
 
 @dataclass(frozen=True)
 class Program:
-    """A plan with its messages: what each rank executes, in order."""
+    """A plan with its messages: what each rank starts, in order."""
 
     plan: Plan
-    ranks: tuple[tuple[Step, ...], ...]
+    ranks: tuple[Order, ...]
 
 
 class PlanError(ValueError):

@@ -22,7 +22,7 @@ def draw_timeline(timeline: Timeline, unit: float = 1.0, width: int = 100) -> st
     def column(time: float) -> int:
         return round(time / unit) * cell
 
-    rows = [""] * len(timeline.peak_live)
+    rows = [""] * timeline.num_ranks
     for span in timeline.spans:
         if len(rows[span.rank]) < width:
             row = rows[span.rank].ljust(column(span.start), "·")
@@ -36,4 +36,5 @@ def draw_timeline(timeline: Timeline, unit: float = 1.0, width: int = 100) -> st
 def _label(op: Op, micro_batch: int, room: int) -> str:
     if op is Op.FORWARD:
         return str(micro_batch).ljust(room)
-    return f"[{str(micro_batch).center(room - 2)}]"
+    left, right = {Op.BACKWARD: "[]", Op.INPUT_GRADIENT: "()"}.get(op, "{}")
+    return f"{left}{str(micro_batch).center(room - 2)}{right}"

@@ -2,51 +2,107 @@
 
 from __future__ import annotations
 
-from megalite.pipeline.actions import Action, Exchange, Op, Plan, Program, Step
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from megalite.pipeline.actions import GIVES_INPUT_GRADIENT, Action, Op, Order, Plan, Program
+from megalite.pipeline.channels import counterpart, goes_later
+from megalite.pipeline.costs import Costs
+from megalite.pipeline.timing import end_times
 
 
-def lower(plan: Plan) -> Program:
-    """Receive just before an action needs its input, send just after it made its output.
+def lower(plan: Plan, costs: Costs | None = None) -> Program:
+    """Send right after an action made its output; begin to receive one action ahead of its use.
 
-    Messages that follow each other with no computation between them are one exchange: so the
-    forward of one direction crosses with the backward of the other, as in 1F1B's steady state.
+    So a message travels while its receiver computes. Messages of one channel are started, at both
+    of their ends, in the order in which they would be made if no message waited for another. That
+    order is the same everywhere and no message in it waits for a later one, so no rank can wait for
+    itself, however strictly a back end keeps its messages in order.
+
+    Args:
+        plan: whole.
+        costs: times that the order of messages follows from; None: every action takes one unit.
+            All ranks have to give the same.
+
+    Raises:
+        PlanError: the plan would hang.
     """
-    return Program(plan, tuple(_lower_rank(plan, order) for order in plan.ranks))
+    ends = end_times(plan, costs or Costs.uniform(plan.num_stages))
+    return Program(plan, tuple(_lower_rank(plan, order, ends) for order in plan.ranks))
 
 
-def _lower_rank(plan: Plan, order: tuple[Action, ...]) -> tuple[Step, ...]:
-    steps: list[Step] = []
-    pending: list[Action] = []
-    for action in order:
-        pending += _needs(plan, action)
-        if pending:
-            steps.append(Exchange(tuple(pending)))
-        steps.append(action)
-        pending = _makes(plan, action)
-    if pending:
-        steps.append(Exchange(tuple(pending)))
-    return tuple(steps)
+def _lower_rank(plan: Plan, order: Order, ends: Mapping[Action, float]) -> Order:
+    """The rank's order with its messages."""
+    before: list[list[Action]] = [[] for _ in range(len(order) + 1)]
+    messages = sorted(_messages(plan, order, ends), key=lambda message: message.made)
+    for later in (True, False):
+        channel = [m for m in messages if goes_later(plan, m.action) is later]
+        for message, place in zip(channel, _places(channel), strict=True):
+            before[place].append(message.action)
+    steps: list[Action] = []
+    for started, action in zip(before, order, strict=False):
+        steps += [*started, action]
+    return (*steps, *before[-1])
 
 
-def _needs(plan: Plan, action: Action) -> list[Action]:
-    stage, micro_batch = action.stage, action.micro_batch
-    if action.op is Op.FORWARD and _is_remote(plan, stage, stage - 1):
-        return [Action(stage, Op.RECV_FORWARD, micro_batch)]
-    if action.op is Op.BACKWARD and _is_remote(plan, stage, stage + 1):
-        return [Action(stage, Op.RECV_BACKWARD, micro_batch)]
-    return []
+@dataclass(frozen=True)
+class _Message:
+    """A message, and the indices of the actions that it may be started before.
+
+    Attributes:
+        action: as its end on this rank names it.
+        made: when its content is made, and what distinguishes it from those made at the same time.
+        place: where it is best started.
+        latest: where it has to be started at the latest.
+    """
+
+    action: Action
+    made: tuple[float, str]
+    place: int
+    latest: int
 
 
-def _makes(plan: Plan, action: Action) -> list[Action]:
-    stage, micro_batch = action.stage, action.micro_batch
-    if action.op is Op.FORWARD and _is_remote(plan, stage, stage + 1):
-        return [Action(stage, Op.SEND_FORWARD, micro_batch)]
-    if action.op is Op.BACKWARD and _is_remote(plan, stage, stage - 1):
-        return [Action(stage, Op.SEND_BACKWARD, micro_batch)]
-    return []
+def _messages(plan: Plan, order: Order, ends: Mapping[Action, float]) -> Iterator[_Message]:
+    """What the rank receives and sends."""
+    for index, action in enumerate(order):
+        stage, i = action.stage, action.micro_batch
+        source = plan.source(action)
+        if source is not None and plan.is_remote(stage, source[0]):
+            neighbour, direction = source
+            received = Action(stage, Op(f"RECV_{direction}"), i)
+            made = _made(ends, neighbour, direction, i), str(received)
+            yield _Message(received, made, max(0, index - 1), index)
+        goes_to = _target(plan, action)
+        if goes_to is not None and plan.is_remote(stage, goes_to):
+            direction = Op.FORWARD if action.op is Op.FORWARD else Op.BACKWARD
+            sent = Action(stage, Op(f"SEND_{direction}"), i)
+            made = ends[action], str(counterpart(sent))
+            yield _Message(sent, made, index + 1, index + 1)
 
 
-def _is_remote(plan: Plan, stage: int, other: int) -> bool:
-    """Whether the other stage exists and lies on another rank."""
-    ranks = plan.stage_rank
-    return 0 <= other < plan.num_stages and ranks[stage] != ranks[other]
+def _target(plan: Plan, action: Action) -> int | None:
+    """Stage that takes the action's result."""
+    if action.op is Op.FORWARD and action.stage < plan.num_stages - 1:
+        return action.stage + 1
+    if action.op in GIVES_INPUT_GRADIENT and action.stage > 0:
+        return action.stage - 1
+    return None
+
+
+def _made(ends: Mapping[Action, float], stage: int, direction: Op, micro_batch: int) -> float:
+    """When a stage's result is made, by whichever action makes it."""
+    makers = (Op.FORWARD,) if direction is Op.FORWARD else GIVES_INPUT_GRADIENT
+    made = (Action(stage, op, micro_batch) for op in makers)
+    return next(ends[action] for action in made if action in ends)
+
+
+def _places(channel: Sequence[_Message]) -> list[int]:
+    """Where each message is started: in the channel's order, and as near to its best as may be."""
+    latest = [message.latest for message in channel]
+    for index in reversed(range(len(channel) - 1)):
+        latest[index] = min(latest[index], latest[index + 1])
+    places: list[int] = []
+    for message, limit in zip(channel, latest, strict=True):
+        best = min(message.place, limit)
+        places.append(max(best, places[-1]) if places else best)
+    return places

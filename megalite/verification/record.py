@@ -115,9 +115,7 @@ class Recorder:
 
     def weights(self) -> list[Part]:
         """The weights as they are: of bf16 runs the master weights."""
-        masters = self.trainer.optimizer.masters
-        flats = self.trainer.flats.values()
-        return [p for f, m in zip(flats, masters, strict=True) for p in _parts(f, m)]
+        return list(_parts(self.trainer.flat, self.trainer.optimizer.master))
 
     def step(self, step: int, *, poisoned: bool = False) -> RankStep:
         """Take a step.
@@ -131,7 +129,7 @@ class Recorder:
         is_last = groups.world_rank == groups.topology.world_size - 1
         with self._watched(activations), self._poisoned(poisoned and is_last):
             loss = self.trainer.accumulate(step)
-        gradients = [p for f in self.trainer.flats.values() for p in _parts(f, f.gradients)]
+        gradients = list(_parts(self.trainer.flat, self.trainer.flat.gradients))
         norm, mean_loss = self.trainer.update(step, loss).tolist()
         return RankStep(mean_loss, norm, gradients, self.weights(), activations)
 

@@ -11,8 +11,8 @@ import torch
 from megalite.config import Config, resolve
 from megalite.estimate import (
     flops_per_token,
-    rank_parameters,
-    stage_estimates,
+    stage_parameters,
+    rank_estimates,
     whole_parameters,
 )
 from megalite.layers.shard import named_shards
@@ -74,7 +74,7 @@ def test_counts_equal_those_of_built_modules(variant: str, tp: int, pp: int) -> 
         for rank in range(tp):
             stage = build(config, spec, rank)
             held = sum(parameter.numel() for parameter in stage.parameters())
-            assert held == rank_parameters(config, spec)
+            assert held == stage_parameters(config, spec)
             for _, shard in named_shards(stage):
                 for piece in shard.pieces:
                     if piece.replica == 0 and not shard.tied_copy:
@@ -113,8 +113,8 @@ def test_a_rank_by_hand() -> None:
     config = settings("tied", tp=4, pp=2, make_vocab_size_divisible_by=26)
     first, last = stage_specs(config)
     layer = (2 * 12 + 2 * 6) * 48 + 3 * 48 * 20 + 2 * 48
-    assert rank_parameters(config, first) == first.num_layers * layer + 26 * 48
-    assert rank_parameters(config, last) == last.num_layers * layer + 26 * 48 + 48
+    assert stage_parameters(config, first) == first.num_layers * layer + 26 * 48
+    assert stage_parameters(config, last) == last.num_layers * layer + 26 * 48 + 48
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp64", "bf16"])
@@ -126,8 +126,8 @@ def test_bytes_of_a_parameter(name: str, tp: int, pp: int) -> None:
     ]
     config = settings("two kv heads", tp=tp, pp=pp, precision=name)
     for spec in stage_specs(config):
-        memory = stage_estimates(config)[spec.stage]
-        count = rank_parameters(config, spec)
+        memory = rank_estimates(config)[spec.stage]
+        count = stage_parameters(config, spec)
         assert memory.parameters == count
         assert memory.weights == weights * count
         assert memory.gradients == gradients * count
@@ -140,7 +140,7 @@ def test_bytes_of_a_parameter(name: str, tp: int, pp: int) -> None:
 def test_precision_must_be_known() -> None:
     config = settings("multi-head")
     with pytest.raises(KeyError, match="auto"):
-        stage_estimates(config)[0]
+        rank_estimates(config)[0]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_activations_of_the_micro_batches_that_are_alive(
     # 8 heads of 6 features, 2 key/value heads.
     per_token = 4 * (4 * 48 + (48 + 2 * 12) + 48 + 48 + 3 * 80)
     specs = stage_specs(config)
-    got = [stage_estimates(config)[spec.stage].activations for spec in specs]
+    got = [rank_estimates(config)[spec.stage].activations for spec in specs]
     assert got[:3] == [n * tokens * per_token for n in live[:3]]
     assert got[3] == live[3] * tokens * (per_token + 4 * 2 * 48)
 
@@ -191,7 +191,7 @@ def test_activations_of_a_layer(
         **dict(num_layers=2, pp=2, precision="bf16", micro_batch_size=1, global_batch_size=1),
     )
     first = stage_specs(config)[0]
-    assert stage_estimates(config)[first.stage].activations == 16 * per_token
+    assert rank_estimates(config)[first.stage].activations == 16 * per_token
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_weights_of_attention_are_kept_in_place_of_its_output(
     plain = settings("two kv heads", **of, recompute=changes.get("recompute", "none"))
     config = settings("two kv heads", **of, **changes)
     first = stage_specs(config)[0].stage
-    more = stage_estimates(config)[first].activations - stage_estimates(plain)[first].activations
+    more = rank_estimates(config)[first].activations - rank_estimates(plain)[first].activations
     assert more == (16 * 4 * (16 * per_score - 2 * 6) if per_score else 0)
 
 
@@ -222,7 +222,7 @@ def test_logits_are_on_the_last_stage(name: str, per_element: int) -> None:
         "multi-head", **dict(tp=2, pp=2, precision=name, micro_batch_size=3, seq_length=16)
     )
     assert config.model.padded_vocab_size(2) == 112
-    first, last = stage_estimates(config)
+    first, last = rank_estimates(config)
     assert first.logits == 0
     assert last.logits == 3 * 16 * 56 * per_element
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config, resolve
-from megalite.estimate import flops_per_token, stage_estimates, whole_parameters
+from megalite.estimate import flops_per_token, rank_estimates, whole_parameters
 from megalite.layers.batch import DropoutPlace
 from megalite.layers.shard import named_shards
 from megalite.models.llama import EMBEDDING, LlamaStage
@@ -155,7 +155,7 @@ def test_activations_are_what_autograd_saves(recompute: str, shape: dict[str, An
         }
     )
     config = config.replace(global_batch_size=2)
-    for spec, estimate in zip(stage_specs(config), stage_estimates(config), strict=True):
+    for spec, estimate in zip(stage_specs(config), rank_estimates(config), strict=True):
         measured, estimated = saved_bytes(config, spec), estimate.activations
         assert 0.97 < measured / estimated < 7 / 6, (spec, measured / estimated)
 
@@ -166,9 +166,9 @@ def test_tensor_ranks_share_the_activations(recompute: str) -> None:
     one = configure(precision="bf16", recompute=recompute, num_kv_heads=8)
     eight = one.replace(tp=8, sequence_parallel=True)
     (spec,) = stage_specs(one)
-    whole = stage_estimates(one)[spec.stage].activations
-    assert stage_estimates(eight)[spec.stage].activations == pytest.approx(whole / 8, rel=1e-9)
-    without = stage_estimates(eight.replace(sequence_parallel=False))[spec.stage].activations
+    whole = rank_estimates(one)[spec.stage].activations
+    assert rank_estimates(eight)[spec.stage].activations == pytest.approx(whole / 8, rel=1e-9)
+    without = rank_estimates(eight.replace(sequence_parallel=False))[spec.stage].activations
     assert without > 1.5 * whole / 8
     if recompute == "full":
         assert without == whole
@@ -179,7 +179,7 @@ def test_recomputation_keeps_less() -> None:
     for recompute in ("none", "selective", "full"):
         config = configure(precision="bf16", recompute=recompute)
         (spec,) = stage_specs(config)
-        kept.append(stage_estimates(config)[spec.stage].activations)
+        kept.append(rank_estimates(config)[spec.stage].activations)
     assert kept[0] > kept[1] > kept[2]
     # Whole layers: the input of each, and the inputs of the final norm and the head.
     assert kept[2] == (3 + 2) * 32 * 2 * 16 * config.train.micro_batch_size
