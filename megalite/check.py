@@ -14,6 +14,7 @@ from math import isfinite
 from types import MappingProxyType
 
 from megalite import check_data
+from megalite.check_trace import steps_to_trace
 from megalite.config import Config, fields, resolve
 from megalite.data.source import (
     is_text,
@@ -349,6 +350,7 @@ _RULES: tuple[Callable[[Config], Violations], ...] = (
     check_data.packing,
     check_data.fill_in_the_middle,
     _waits,
+    steps_to_trace,
     _run,
 )
 

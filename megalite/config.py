@@ -158,6 +158,12 @@ class RunConfig:
     tensorboard: bool | None = option(
         None, "Write TensorBoard scalars. Default: if it is installed."
     )
+    trace_steps: int = option(
+        0,
+        "Record when each action of the pipeline ran in so many steps, from step 3 on; "
+        "tools/draw_schedule.py --trace draws them. 0: none.",
+        metavar="STEPS",
+    )
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ from megalite.parallel.groups import ParallelGroups
 from megalite.pipeline.actions import Program
 from megalite.pipeline.check import check_program
 from megalite.pipeline.lower import lower
+from megalite.pipeline.recorder import write_record
 from megalite.pipeline.runtime import Executor
 from megalite.pipeline.schedules import forward_only
+from megalite.pipeline.trace import traced_steps
 from megalite.run_plan import run_plan
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -122,12 +124,14 @@ class Trainer:
         program = self._program(len(batch.micro_batches))
         losses = self.executor.run(program, batch.micro_batches, head)
         self._activity.enter("summing gradients", self._activity.position)
+        self.executor.recorder.enters("gradient sums")
         self.flat.finish_reduction()
         return self.groups.dp.all_reduce(self._sum(losses))
 
     def update(self, step: int, loss: Tensor) -> Tensor:
         """Clip and move the weights by the gradients of `accumulate`; returns as `train_step`."""
         self._activity.enter("updating weights", self._activity.position)
+        self.executor.recorder.enters("optimizer")
         return self.optimizer.clip_and_step(learning_rate(self.config.train, step), loss)
 
     def validate(self) -> float:
@@ -194,6 +198,7 @@ class Trainer:
         scalars = DelayedScalars(self.device)
         valid_loss = None
         loss = float("nan")
+        traced = traced_steps(self.config.run.trace_steps)
 
         def record(step: int, reading: Reading | None) -> None:
             nonlocal loss
@@ -204,8 +209,13 @@ class Trainer:
 
         for step in range(1, train.steps + 1):
             self._activity.begin(f"step {step}", is_step=True)
+            if step in traced:
+                self.executor.recorder.begin_step(step)
             scalars.begin()
             statistics = self.train_step(step - 1)
+            self.executor.recorder.end_step()
+            if traced and step == traced[-1]:
+                self._write_trace()
             self._activity.enter("reading the figures of the step before")
             record(step - 1, scalars.push(statistics))
             if step == train.steps or (train.eval_interval and step % train.eval_interval == 0):
@@ -225,6 +235,13 @@ class Trainer:
         self._activity.begin("saving weights", allowance_s=allowance_s)
         save_weights(folder, self.stages.values(), self.groups)
         self.groups.wait_for_all(self.device)
+
+    def _write_trace(self) -> None:
+        """Write when the actions of the recorded steps ran; one tensor and data rank does."""
+        if self.groups.tp.is_first and self.groups.dp.is_first:
+            folder = Path(self.config.run.runs) / self.config.run.name
+            write_record(self.executor.recorder, folder, self.groups.pp)
+        self.executor.recorder.clear()
 
     def _weighted_loss(self, logits: Tensor, micro_batch: MicroBatch, scale: Tensor) -> Tensor:
         """A micro-batch's part of the step's mean loss, []; takes the logits over."""

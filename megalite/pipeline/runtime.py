@@ -30,6 +30,7 @@ from megalite.pipeline.channels import (
     received_for,
     send_positions,
 )
+from megalite.pipeline.recorder import Recorder
 
 Head = Callable[[Tensor, MicroBatch], Tensor]
 """What becomes of the last stage's output: a scalar to differentiate, or a result."""
@@ -118,12 +119,19 @@ class Executor:
         stages: this rank's stages by number.
         groups: of this rank.
         gradients: told where each stage's gradients become final, so that they are reduced at once.
+
+    Attributes:
+        recorder: of when each action runs, for whoever asks it to record.
     """
 
-    def __init__(self, stages: Mapping[int, Stage], groups: ParallelGroups, gradients: GradientSums):
+    def __init__(
+        self, stages: Mapping[int, Stage], groups: ParallelGroups, gradients: GradientSums
+    ):
         self.stages, self.pp = stages, groups.pp
         self._topology, self._activity = groups.topology, groups.activity
         self._gradients = gradients
+        device = next(iter(stages.values())).device
+        self.recorder = Recorder(device, self.pp.rank)
 
     def run(self, program: Program, batch: Sequence[MicroBatch], head: Head) -> dict[int, Tensor]:
         """Run one step.
@@ -141,6 +149,7 @@ class Executor:
         steps = program.ranks[self.pp.rank]
         last = {a.stage: i for i, a in enumerate(steps) if a.op in GIVES_WEIGHT_GRADIENT}
         self._activity.sends = partial(send_positions, program, self._topology)
+        self.recorder.runs(program.plan)
         for index, action in enumerate(steps):
             micro_batch = batch[action.micro_batch]
             if is_message(action):
@@ -149,6 +158,7 @@ class Executor:
                 continue
             taken = self._take_input(program, index, action, flight)
             self._activity.enter(action.words(), index)
+            self.recorder.begins(action)
             is_last = last.get(action.stage) == index
             if is_last:
                 deferred = action.op is Op.WEIGHT_GRADIENT
@@ -162,6 +172,7 @@ class Executor:
                     self._backward(program, action, taken, flight)
             if is_last:
                 self._gradients.end_last_gradients(action.stage)
+            self.recorder.ends()
             _forget_arrived(flight.leaving)
         while flight.leaving:
             self._wait(flight.leaving.popleft(), len(steps))
@@ -245,6 +256,7 @@ class Executor:
         transfer = flight.arriving.pop(received)
         # What a GPU comes to is this message, whose arrival the host does not wait for.
         self._activity.enter(transfer.action.words(), index, str(received), transfer.peer)
+        self.recorder.waits(peer_rank(program.plan, received))
         self._wait(transfer, index)
         return transfer.tensor
 
