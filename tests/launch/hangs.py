@@ -25,7 +25,7 @@ from megalite.optim import flat
 from megalite.parallel.environment import detect_world
 from megalite.parallel.launch import Prepared, Rank, join, launch, leave
 from megalite.parallel.pipeline import PipelineGroup
-from megalite.pipeline.actions import Action, Exchange, Op
+from megalite.pipeline.actions import Action, Op
 from megalite.pipeline.runtime import Executor
 from megalite.trainer import Trainer
 
@@ -59,25 +59,24 @@ def now(rank: Rank) -> bool:
 
 
 def missing_send(patch: Patch, rank: Rank) -> None:
-    right = Executor._exchange
+    right = Executor._start
 
-    def broken(self: Any, program: Any, step: Exchange, batch: Any, flight: Any) -> None:
-        kept = tuple(m for m in step.messages if str(m) != "0SEND_F1" or not now(rank))
-        if kept:
-            right(self, program, Exchange(kept), batch, flight)
+    def broken(self: Any, program: Any, action: Action, *args: Any) -> None:
+        if str(action) != "0SEND_F1" or not now(rank):
+            right(self, program, action, *args)
 
-    patch.setattr(Executor, "_exchange", broken)
+    patch.setattr(Executor, "_start", broken)
 
 
 def wrong_peer(patch: Patch, rank: Rank) -> None:
-    right = PipelineGroup.exchange
+    right = PipelineGroup.start
 
-    def broken(self: Any, messages: Any) -> Any:
-        if now(rank):
-            messages = [replace(m, peer=3) if m.is_send and m.peer == 2 else m for m in messages]
-        return right(self, messages)
+    def broken(self: Any, message: Any) -> Any:
+        if now(rank) and message.is_send and message.peer == 2:
+            message = replace(message, peer=3)
+        return right(self, message)
 
-    patch.setattr(PipelineGroup, "exchange", broken)
+    patch.setattr(PipelineGroup, "start", broken)
 
 
 def asleep_in_forward(patch: Patch, rank: Rank) -> None:
@@ -165,9 +164,10 @@ def wrong_order(patch: Patch, rank: Rank) -> None:
     def broken(self: Any, program: Any, batch: Any, head: Any) -> Any:
         if not now(rank):
             return right(self, program, batch, head)
-        steps = list(program.ranks[0])
-        first = next(i for i, s in enumerate(steps) if str(s) == "0F1")
-        steps.insert(first, Exchange((Action(0, Op.RECV_BACKWARD, 0),)))
+        early = [Action(0, Op.RECV_BACKWARD, 0), Action(0, Op.BACKWARD, 0)]
+        steps = [step for step in program.ranks[0] if step not in early]
+        first = steps.index(Action(0, Op.FORWARD, 1))
+        steps[first:first] = early
         return right(self, replace(program, ranks=(tuple(steps), *program.ranks[1:])), batch, head)
 
     patch.setattr(Executor, "run", broken)

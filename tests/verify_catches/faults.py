@@ -247,7 +247,7 @@ def norm_not_summed_over_stages(patch: Patch) -> None:
 def decay_on_norms(patch: Patch) -> None:
     """Weight decay applies to everything."""
 
-    def broken(self: Any, flat: Any) -> Any:
+    def broken(self: Any) -> Any:
         return ((slice(None), self._train.weight_decay),)
 
     patch.setattr(optimizer.Optimizer, "_parts", broken)
@@ -255,18 +255,17 @@ def decay_on_norms(patch: Patch) -> None:
 
 def stale_receive_buffer(patch: Patch) -> None:
     """What is received second is what was received first."""
-    right = runtime.Executor._exchange
+    right = runtime.Executor._take_input
 
-    def broken(self: Any, program: Any, step: Any, batch: Any, flight: Any) -> None:
-        right(self, program, step, batch, flight)
-        first = flight.__dict__.setdefault("first", {})
-        for action in step.messages:
-            if action.op is runtime.Op.RECV_FORWARD:
-                place = (action.stage, action.micro_batch)
-                first.setdefault(action.stage, flight.activations[place].clone())
-                flight.activations[place].copy_(first[action.stage])
+    def broken(self: Any, program: Any, index: int, action: Any, flight: Any) -> Any:
+        taken = right(self, program, index, action, flight)
+        if taken is not None and action.op is runtime.Op.FORWARD:
+            first = flight.__dict__.setdefault("first", {})
+            first.setdefault(action.stage, taken.clone())
+            taken.copy_(first[action.stage])
+        return taken
 
-    patch.setattr(runtime.Executor, "_exchange", broken)
+    patch.setattr(runtime.Executor, "_take_input", broken)
 
 
 def micro_batches_swapped(patch: Patch) -> None:
@@ -323,8 +322,8 @@ def reduced_over_wrong_axis(patch: Patch) -> None:
     """Gradient buckets are summed over the tensor ranks."""
     right = flat.FlatParameters.__init__
 
-    def broken(self: Any, stage: Any, groups: Any, *args: Any) -> None:
-        right(self, stage, groups, *args)
+    def broken(self: Any, stages: Any, groups: Any, *args: Any) -> None:
+        right(self, stages, groups, *args)
         self._dp = data.DataGroup(groups.tp.rank, groups.tp.size, groups.tp.process_group)
 
     patch.setattr(flat.FlatParameters, "__init__", broken)
@@ -356,15 +355,14 @@ def skipped_step_moves_moments(patch: Patch) -> None:
     right = optimizer.Optimizer.clip_and_step
 
     def broken(self: Any, lr: float, statistics: Tensor) -> Tensor:
-        finite = all(flat.gradients.isfinite().all() for flat in self._stages)
+        finite = self._flat.gradients.isfinite().all()
         agreed = torch.tensor([0.0 if finite else 1.0], dtype=torch.float64)
         for group in (self._groups.tp, self._groups.pp):
             group.all_reduce(agreed, maximum=True)
         result = right(self, lr, statistics)
         if agreed.item():
-            for stage, _ in enumerate(self._stages):
-                self.exp_avgs[stage].mul_(self._train.adam_beta1)
-                self.exp_avg_sqs[stage].mul_(self._train.adam_beta2)
+            self.exp_avg.mul_(self._train.adam_beta1)
+            self.exp_avg_sq.mul_(self._train.adam_beta2)
             self.steps += 1
         return result
 
@@ -376,8 +374,7 @@ def skipped_step_moves_weights(patch: Patch) -> None:
     right = optimizer.Optimizer._squared_norm
 
     def broken(self: Any) -> Tensor:
-        for stage in self._stages:
-            stage.gradients.nan_to_num_(0.0, 0.0, 0.0)
+        self._flat.gradients.nan_to_num_(0.0, 0.0, 0.0)
         return right(self)
 
     patch.setattr(optimizer.Optimizer, "_squared_norm", broken)
@@ -406,12 +403,15 @@ def loss_averaged_over_dp_only(patch: Patch) -> None:
 def last_micro_batch_not_reduced(patch: Patch) -> None:
     """Buckets are reduced before the last micro-batch's gradients are added."""
 
-    def broken(self: Any) -> None:
-        for bucket in self._buckets:
-            self._dp.all_reduce(self.gradients[bucket.start : bucket.stop])
-        self._launched = len(self._buckets)
+    right = flat.FlatParameters.begin_last_gradients
 
-    patch.setattr(flat.FlatParameters, "begin_last_backward", broken)
+    def broken(self: Any, stage: int, *, deferred: bool) -> None:
+        for bucket in self._own_buckets(stage):
+            self._launch(bucket)
+            bucket.pending.wait()
+        right(self, stage, deferred=deferred)
+
+    patch.setattr(flat.FlatParameters, "begin_last_gradients", broken)
 
 
 def embedding_not_reduced(patch: Patch) -> None:
@@ -466,16 +466,14 @@ def maximum_not_shared(patch: Patch) -> None:
 
 def pipeline_gradient_scaled(patch: Patch) -> None:
     """What flows back to the first stage is divided by the stages."""
-    right = pipeline.PipelineGroup.exchange
+    right = pipeline.PipelineGroup.start
 
-    def broken(self: Any, messages: Any) -> Any:
-        scaled = [
-            replace(m, tensor=m.tensor / self.size) if m.is_send and m.peer < self.rank else m
-            for m in messages
-        ]
-        return right(self, scaled)
+    def broken(self: Any, message: Any) -> Any:
+        if message.is_send and not message.later:
+            message.tensor.div_(self.size)
+        return right(self, message)
 
-    patch.setattr(pipeline.PipelineGroup, "exchange", broken)
+    patch.setattr(pipeline.PipelineGroup, "start", broken)
 
 
 def dropout_not_scaled(patch: Patch) -> None:
