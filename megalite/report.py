@@ -12,11 +12,9 @@ from megalite.estimate import (
 )
 from megalite.models.stage import stage_specs
 from megalite.parallel.topology import Topology
-from megalite.pipeline.check import check_program
 from megalite.pipeline.costs import Costs
-from megalite.pipeline.draw import LEGEND, draw_timeline
-from megalite.pipeline.lower import lower
-from megalite.pipeline.simulate import simulate
+from megalite.pipeline.draw import draw, legend
+from megalite.pipeline.picture import planned
 from megalite.run_plan import run_plan, stage_rank
 from megalite.wording import counted
 
@@ -84,17 +82,16 @@ def timeline(config: Config) -> str:
     schedule, pp, count = config.parallel.schedule, config.parallel.pp, config.num_micro_batches
     shown = min(count, 4 * pp + MOST_MICRO_BATCHES_DRAWN)
     plan = run_plan(config, shown)
-    program = lower(plan)
-    check_program(program)
-    step = simulate(program, Costs.uniform(plan.num_stages))
+    picture = planned(plan, Costs.uniform(plan.num_stages))
+    step = picture.timeline
     # Filling and draining the pipeline takes the same time however many micro-batches there are.
     idle, busy = step.bubble() * shown, (1.0 - step.bubble()) * count
     drawn = f"; drawn: {counted(shown, 'micro-batch')}" if shown < count else ""
     return (
         f"pipeline: {schedule}, {counted(count, 'micro-batch')}, "
         f"{100 * idle / (idle + busy):.1f}% idle "
-        f"({LEGEND}{drawn})\n"
-        f"{draw_timeline(step)}"
+        f"({legend(picture)}{drawn})\n"
+        f"{draw(picture)}"
     )
 
 
