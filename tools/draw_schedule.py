@@ -32,12 +32,13 @@ from pathlib import Path
 from megalite.errors import ConfigError
 from megalite.field_values import suggest
 from megalite.pipeline.actions import Plan, PlanError
-from megalite.pipeline.check import check_plan
+from megalite.pipeline.check import check_plan, check_program
 from megalite.pipeline.costs import Costs
 from megalite.pipeline.draw import draw_folded, legend
 from megalite.pipeline.draw_svg import draw_svg
 from megalite.pipeline.idle import comparison, idle_table, parts_table
 from megalite.pipeline.perfetto import perfetto_trace
+from megalite.pipeline.lower import lower
 from megalite.pipeline.picture import Picture, measured, planned
 from megalite.pipeline.schedules import SCHEDULES, make_plan
 from megalite.pipeline.text import plan_text
@@ -133,7 +134,8 @@ def _size_problems(values: Values) -> list[str]:
     name, chunks = values["schedule"], values["chunks"]
     if is_file(name):
         if not Path(name).exists():
-            return [f"--schedule {name} is neither a schedule nor a file{_meant(name)}"]
+            nearest = suggest(name.lower(), SCHEDULES, every=True)
+            return [f"--schedule {name}: there is no such schedule or file{nearest}"]
         why = "with a file of actions, which names its own"
         return [
             problem
@@ -157,10 +159,6 @@ def _size_problems(values: Values) -> list[str]:
             f"are too many to draw, the most is {MOST_ACTIONS}"
         )
     return problems
-
-
-def _meant(name: str) -> str:
-    return suggest(name, SCHEDULES, every=True)
 
 
 def _costs(text: str) -> dict[str, float]:
@@ -214,19 +212,19 @@ def _plan(values: Values, costs: Mapping[str, float]) -> Plan:
     try:
         plan = read_plan(name)
     except PlanError as error:
-        raise ConfigError(f"--schedule {name}: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"--schedule {name}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--schedule {name} is not text") from None
+        raise ConfigError(_about_file(name, error)) from None
     try:
         check_plan(plan)
-        planned(plan, Costs.uniform(plan.num_stages))
+        check_program(lower(plan))
     except PlanError as error:
         lines = ", ".join(map(str, _lines_of_ranks(name)))
-        where = f"ranks 0 to {plan.num_ranks - 1} stand on lines {lines}"
-        raise ConfigError(f"--schedule {name}: {error} ({where})") from None
+        told = f"{_about_file(name, error)} (the ranks in order stand on lines {lines})"
+        raise ConfigError(told) from None
     return plan
+
+
+def _about_file(name: str, error: PlanError) -> str:
+    return f"--schedule {name}: {str(error).removeprefix(f'plan {name}').lstrip(': ')}"
 
 
 def _lines_of_ranks(path: str) -> list[int]:

@@ -9,6 +9,7 @@ programs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from colorsys import hls_to_rgb
 from math import floor, log10
 from types import MappingProxyType
 from xml.sax.saxutils import escape
@@ -20,6 +21,9 @@ LEFT, RIGHT, TOP = 70, 30, 16
 ROW, GAP = 26, 5
 LINE = 18
 """Of text [px]."""
+
+SWATCH = 14
+"""Width and height of a box of the legend [px]."""
 
 BOX = 24
 """Width of the shortest operation [px]."""
@@ -55,7 +59,7 @@ def draw_svg(pictures: Sequence[Picture]) -> str:
         body += [f'<g transform="translate(0 {y:g})">', *panel, "</g>"]
         y += height + 2 * LINE
     body += [f'<g transform="translate({LEFT} {y:g})">', *_legend(pictures), "</g>"]
-    y += 2 * LINE
+    y += LINE * (2 + len(WORDS))
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{y:g}" '
         f'viewBox="0 0 {width:g} {y:g}" font-family="sans-serif" font-size="12">'
@@ -132,26 +136,27 @@ def _round_up(number: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= number)
 
 
-def _legend(pictures: Sequence[Picture]) -> Iterator[str]:
-    """A box and a word for each operation and shade."""
+def _legend(pictures: Sequence[Picture]) -> list[str]:
+    """A line for each operation, with a box for each shade."""
     chunks = max(picture.num_chunks for picture in pictures)
-    x = 0.0
+    lines, y = [], 0.0
     for op in (op for op in WORDS if any(op in picture.ops for picture in pictures)):
         for chunk in range(chunks):
-            word = WORDS[op]
-            if chunks > 1:
-                word += f", stage {chunk + 1} of its rank"
-            fill = _fill(op, chunk, chunks)
-            yield f'<rect x="{x:g}" y="0" width="14" height="14" fill="{fill}"/>'
-            yield _text(x + 20, 12, word)
-            x += 36 + CHARACTER * len(word)
-    yield _text(x, 12, "in a box: the micro-batch")
+            place = f'x="{chunk * SWATCH}" y="{y:g}" width="{SWATCH}" height="{SWATCH}"'
+            lines.append(f'<rect {place} fill="{_fill(op, chunk, chunks)}" class="legend"/>')
+        lines.append(_text(chunks * SWATCH + 8, y + 12, WORDS[op]))
+        y += LINE
+    told = "in a box: the number of the micro-batch"
+    if chunks > 1:
+        told += "; shades: the stages of a rank in turn"
+    return [*lines, _text(0, y + 12, told)]
 
 
 def _fill(op: Op, chunk: int, chunks: int) -> str:
     """The first of a rank's stages is darkest."""
-    lightness = 62 + 24 * chunk / max(1, chunks - 1)
-    return f"hsl({_HUES[op]}, 65%, {lightness:.0f}%)"
+    lightness = 0.62 + 0.24 * chunk / max(1, chunks - 1)
+    rgb = hls_to_rgb(_HUES[op] / 360, lightness, 0.65)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
 
 
 def _rectangle(
