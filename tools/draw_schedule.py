@@ -37,8 +37,8 @@ from megalite.pipeline.costs import Costs
 from megalite.pipeline.draw import draw_folded, legend
 from megalite.pipeline.draw_svg import draw_svg
 from megalite.pipeline.idle import comparison, idle_table, parts_table
-from megalite.pipeline.perfetto import perfetto_trace
 from megalite.pipeline.lower import lower
+from megalite.pipeline.perfetto import perfetto_trace
 from megalite.pipeline.picture import Picture, measured, planned
 from megalite.pipeline.schedules import SCHEDULES, make_plan
 from megalite.pipeline.text import plan_text

@@ -64,11 +64,11 @@ def idle_table(pictures: Sequence[Picture]) -> str:
 
 
 def parts_table(trace: Trace, step: int) -> str:
-    """A line per rank: what each part of the step took."""
-    rows = [["rank", *PARTS]]
+    """A line per rank: what each part of the step took [ms]."""
+    rows = [["rank", *(f"{name} [ms]" for name in PARTS)]]
     for number, rank in enumerate(trace.steps[step]):
         parts = (rank.part(name) for name in PARTS)
-        rows.append([str(number), *(f"{1e3 * (part.end - part.start):.4g} ms" for part in parts)])
+        rows.append([str(number), *(f"{1e3 * (part.end - part.start):.3f}" for part in parts)])
     return _table(rows)
 
 

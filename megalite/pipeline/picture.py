@@ -81,7 +81,9 @@ class Picture:
 
     def show(self, time: float) -> str:
         """A time for people."""
-        return f"{1e3 * time:.4g} ms" if self.in_seconds else f"{time:.4g}"
+        if not self.in_seconds:
+            return f"{time:.4g}"
+        return f"{time:.4g} s" if time >= 1 else f"{1e3 * time:.4g} ms"
 
     def figures(self) -> list[str]:
         """A line each: length, bubble, memory."""

@@ -96,7 +96,7 @@ def test_what_came_after_the_actions_is_drawn_and_what_came_before_is_not() -> N
     assert box.attrib["data-part"] == "optimizer"
     row = boxes(panel, "idle")[0]
     assert number(box, "x") == pytest.approx(number(row, "x") + number(row, "width"))
-    assert box.find(f"{NAMESPACE}title").text == "rank 0, optimizer: 3000 ms to 4000 ms"
+    assert box.find(f"{NAMESPACE}title").text == "rank 0, optimizer: 3 s to 4 s"
 
 
 def test_a_number_wider_than_its_box_is_left_out() -> None:
