@@ -27,14 +27,6 @@ Pace = tuple[int, int, int, int]
 """Units from one rank to the next: forwards down and back, input gradients down and back."""
 
 
-def zb_v_order(num_ranks: int, num_micro_batches: int, _: int) -> list[Order]:
-    """Memory of 1F1B, and no wait but the first: makespan n (f + b) + (p - 1) f / 2.
-
-    Closed forms are for f = i = w and n >= 2 p. At most p micro-batches are kept.
-    """
-    return _repeat(num_ranks, num_micro_batches, (2, 4, 2, 4))
-
-
 def v_half_order(num_ranks: int, num_micro_batches: int, _: int) -> list[Order]:
     """Half the memory of 1F1B: at most (p + 2) // 2 micro-batches are kept.
 

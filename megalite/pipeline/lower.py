@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,13 @@ from megalite.pipeline.timing import end_times
 
 
 def lower(plan: Plan, costs: Costs | None = None) -> Program:
-    """Send right after an action made its output; begin to receive one action ahead of its use.
+    """Send right after an action made its output; begin to receive while that action runs.
 
-    So a message travels while its receiver computes. Messages of one channel are started, at both
+    So a message travels while its receiver computes, and does not stand in the way of others: one
+    that its receiver took only when needed would hold up all that its sender starts after it. At
+    the latest it is received one action ahead of its use.
+
+    Messages of one channel are started, at both
     of their ends, in the order in which they would be made if no message waited for another. That
     order is the same everywhere and no message in it waits for a later one, so no rank can wait for
     itself, however strictly a back end keeps its messages in order.
@@ -64,20 +69,22 @@ class _Message:
 
 def _messages(plan: Plan, order: Order, ends: Mapping[Action, float]) -> Iterator[_Message]:
     """What the rank receives and sends."""
+    own_ends = [ends[action] for action in order]
     for index, action in enumerate(order):
         stage, i = action.stage, action.micro_batch
         source = plan.source(action)
         if source is not None and plan.is_remote(stage, source[0]):
             neighbour, direction = source
             received = Action(stage, Op(f"RECV_{direction}"), i)
-            made = _made(ends, neighbour, direction, i), str(received)
-            yield _Message(received, made, max(0, index - 1), index)
+            made = _made(ends, neighbour, direction, i)
+            meanwhile = bisect_left(own_ends, made)
+            place = min(meanwhile, max(0, index - 1))
+            yield _Message(received, (made, str(received)), place, index)
         goes_to = _target(plan, action)
         if goes_to is not None and plan.is_remote(stage, goes_to):
             direction = Op.FORWARD if action.op is Op.FORWARD else Op.BACKWARD
             sent = Action(stage, Op(f"SEND_{direction}"), i)
-            made = ends[action], str(counterpart(sent))
-            yield _Message(sent, made, index + 1, index + 1)
+            yield _Message(sent, (ends[action], str(counterpart(sent))), index + 1, index + 1)
 
 
 def _target(plan: Plan, action: Action) -> int | None:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megalite.pipeline.actions import Action, Op, Order, Plan
-from megalite.pipeline.building_blocks import v_half_order, v_min_order, zb_v_order
+from megalite.pipeline.building_blocks import v_half_order, v_min_order
 from megalite.pipeline.costs import Costs
 from megalite.pipeline.dualpipe_v import dualpipe_v_order
 from megalite.pipeline.placement import looped, v_shaped
 from megalite.pipeline.weight_gradients import place_weight_gradients
+from megalite.pipeline.zb_v import zb_v_order
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,11 @@ def gpipe_order(num_ranks: int, num_micro_batches: int, chunks: int) -> list[Ord
     micro_batches = range(num_micro_batches)
     return [
         (
-            *(Action(c * num_ranks + r, Op.FORWARD, i) for c in range(chunks) for i in micro_batches),
+            *(
+                Action(c * num_ranks + r, Op.FORWARD, i)
+                for c in range(chunks)
+                for i in micro_batches
+            ),
             *(
                 Action(c * num_ranks + r, Op.BACKWARD, i)
                 for c in reversed(range(chunks))
@@ -162,7 +167,7 @@ def zb_h2_order(num_ranks: int, num_micro_batches: int, _: int) -> list[Order]:
 
 
 def _even_groups(num_micro_batches: int, count: int) -> list[range]:
-    """The micro-batches in order, in groups whose sizes differ by one at most, larger ones first."""
+    """The micro-batches in order, in groups whose sizes differ by one at most, larger first."""
     size, larger = divmod(num_micro_batches, count)
     groups, first = [], 0
     for number in range(count):

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megalite.pipeline.actions import (
-    GIVES_INPUT_GRADIENT,
-    Action,
-    Op,
-    Plan,
-    PlanError,
-)
+from megalite.pipeline.actions import GIVES_INPUT_GRADIENT, Action, Op, Plan, PlanError
 from megalite.pipeline.costs import Costs
 
 
@@ -25,7 +19,8 @@ class Clock:
     def __init__(self, plan: Plan, costs: Costs):
         self.plan, self.costs = plan, costs
         self.ends: dict[Action, float] = {}
-        self._results: dict[tuple[int, Op, int], float] = {}
+        # By direction and stage, then micro-batch.
+        self._results: list[dict[int, float]] = [{} for _ in range(2 * plan.num_stages)]
 
     def arrival(self, action: Action) -> float | None:
         """When the action's input is there; None if that is not known yet."""
@@ -33,7 +28,7 @@ class Clock:
         if source is None:
             return 0.0
         stage, direction = source
-        made = self._results.get((stage, direction, action.micro_batch))
+        made = self._of(stage, direction).get(action.micro_batch)
         if made is None:
             return None
         return made + (self.costs.message if self.plan.is_remote(stage, action.stage) else 0.0)
@@ -42,14 +37,20 @@ class Clock:
         """The action runs now; returns its end."""
         end = self.ends[action] = start + self.costs.of(action)
         if action.op is Op.FORWARD:
-            self._results[action.stage, Op.FORWARD, action.micro_batch] = end
+            self._of(action.stage, Op.FORWARD)[action.micro_batch] = end
         elif action.op in GIVES_INPUT_GRADIENT:
-            self._results[action.stage, Op.BACKWARD, action.micro_batch] = end
+            self._of(action.stage, Op.BACKWARD)[action.micro_batch] = end
         return end
+
+    def _of(self, stage: int, direction: Op) -> dict[int, float]:
+        return self._results[2 * stage + (direction is Op.FORWARD)]
 
 
 def end_times(plan: Plan, costs: Costs) -> Mapping[Action, float]:
     """End of each action if every one starts as soon as its rank and its input allow.
+
+    Returns:
+        Actions come in an order in which each stands after what it needs.
 
     Raises:
         PlanError: some never start; the ranks are named, and the action that each waits in.
