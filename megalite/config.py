@@ -160,7 +160,7 @@ class RunConfig:
     )
     trace_steps: int = option(
         0,
-        "Record when each action of the pipeline ran in so many steps, from step 3 on; "
+        "Record when each action of the pipeline ran in so many steps, from step 4 on; "
         "tools/draw_schedule.py --trace draws them. 0: none.",
         metavar="STEPS",
     )

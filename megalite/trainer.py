@@ -214,10 +214,11 @@ class Trainer:
             scalars.begin()
             statistics = self.train_step(step - 1)
             self.executor.recorder.end_step()
-            if traced and step == traced[-1]:
-                self._write_trace()
             self._activity.enter("reading the figures of the step before")
             record(step - 1, scalars.push(statistics))
+            if traced and step == traced[-1]:
+                self._activity.enter("writing when actions ran")
+                self._write_trace()
             if step == train.steps or (train.eval_interval and step % train.eval_interval == 0):
                 record(step, scalars.flush())
                 if train.eval_steps:

@@ -103,7 +103,7 @@ def planned(plan: Plan, costs: Costs, title: str = "", *, in_seconds: bool = Fal
     Raises:
         PlanError: it is not whole, or it would hang.
     """
-    program = lower(plan)
+    program = lower(plan, costs)
     check_program(program)
     return Picture(title or plan.name, plan, simulate(program, costs), costs, in_seconds)
 

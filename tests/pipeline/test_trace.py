@@ -207,5 +207,5 @@ def test_what_is_wrong_with_all_ranks_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_steps_begin_after_the_warm_up() -> None:
-    assert list(traced_steps(2)) == [3, 4]
+    assert list(traced_steps(2)) == [4, 5]
     assert not traced_steps(0)
