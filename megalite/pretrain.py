@@ -274,7 +274,11 @@ def _closing(
                 f"{missing} weight files are on the disks of other machines: gather them from "
                 f"{folder}/weights there, or give --runs a shared folder"
             )
+    if trainer.config.run.trace_steps:
+        written.append("trace/")
     lines += [f"written to {folder}: {', '.join(written)}", "next:"]
+    if trainer.config.run.trace_steps:
+        lines.append(f"  {_python()} tools/draw_schedule.py --trace {folder}")
     command = f"  {_python()} -m megalite.pretrain"
     lines.append(f"{command} --config {folder}/config.json --name again")
     lines.append(f"{command} --tp 2 --pp 2 --data my.txt --steps 500")
