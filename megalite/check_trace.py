@@ -13,7 +13,8 @@ def steps_to_trace(config: Config) -> Iterator[str]:
     steps, count = traced_steps(config.run.trace_steps), config.run.trace_steps
     if not steps:
         return
-    given = f"--trace-steps {count} records steps {steps[0]} to {steps[-1]}"
+    which = f"step {steps[0]}" if count == 1 else f"steps {steps[0]} to {steps[-1]}"
+    given = f"--trace-steps {count} records {which}"
     if 0 < config.train.steps < steps[-1]:
         most = config.train.steps - steps[0] + 1
         shorter = f"--trace-steps {most} or " if most > 0 else ""

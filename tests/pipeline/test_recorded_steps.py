@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import run, violations
 
 from megalite.errors import DataError
 from megalite.pipeline.actions import Action
@@ -204,6 +205,36 @@ def test_what_is_wrong_with_all_ranks_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_trace(tmp_path)
     assert len(caught.value.violations) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            "--steps 5 --trace-steps 4",
+            "--trace-steps 4 records steps 4 to 7, but there are 5; try --trace-steps 2 or "
+            "--steps 7 or more",
+        ),
+        (
+            "--steps 3 --trace-steps 1",
+            "--trace-steps 1 records step 4, but there are 3; try --steps 4 or more",
+        ),
+        ("--trace-steps -1", "--trace-steps -1 must be at least 0"),
+        (
+            "--steps 50 --trace-steps 9 --micro-batch-size 2 --global-batch-size 8 "
+            "--rampup-batch-size 2,2,60",
+            "--trace-steps 9 records steps 4 to 12, among which the batch grows: they have no plan "
+            "in common",
+        ),
+    ],
+)
+def test_steps_that_cannot_be_recorded_are_refused(flags: str, told: str) -> None:
+    assert violations(*flags.split()) == [told]
+
+
+@pytest.mark.parametrize("flags", ["--steps 7 --trace-steps 4", "--trace-steps 0 --steps 1"])
+def test_steps_that_can_be_recorded(flags: str) -> None:
+    run(*flags.split())
 
 
 def test_steps_begin_after_the_warm_up() -> None:
