@@ -219,7 +219,7 @@ def test_what_is_wrong_with_all_ranks_is_told_at_once(tmp_path: Path) -> None:
             "--steps 3 --trace-steps 1",
             "--trace-steps 1 records step 4, but there are 3; try --steps 4 or more",
         ),
-        ("--trace-steps -1", "--trace-steps -1 must be at least 0"),
+        ("--trace-steps -1", "--trace-steps -1 must not be negative"),
         (
             "--steps 50 --trace-steps 9 --micro-batch-size 2 --global-batch-size 8 "
             "--rampup-batch-size 2,2,60",
