@@ -30,7 +30,7 @@ Pace = tuple[int, int, int, int]
 def v_half_order(num_ranks: int, num_micro_batches: int, _: int) -> list[Order]:
     """Half the memory of 1F1B: at most (p + 2) // 2 micro-batches are kept.
 
-    Makespan n (f + b) + (3 p - 4) f / 2 from 3 ranks on.
+    Makespan n (f + b) + (3 p - 4) f / 2 if f, i, w are equal, p >= 3 and n > p / 2.
     """
     return _repeat(num_ranks, num_micro_batches, (1, 2, 1, 2))
 
@@ -38,7 +38,9 @@ def v_half_order(num_ranks: int, num_micro_batches: int, _: int) -> list[Order]:
 def v_min_order(num_ranks: int, num_micro_batches: int, _: int) -> list[Order]:
     """A third of the memory of 1F1B: at most (p + 4) // 3 micro-batches are kept.
 
-    Makespan n (f + b) + (4 p - 5) f / 2, or (4 p - 3) f / 2 if 3 divides p.
+    Makespan n (f + b) + (4 p - 5) f / 2, or (4 p - 3) f / 2 if 3 divides p; if f, i, w are equal
+    and both p and n are 2 at least. Unequal ones cost time with each micro-batch, since the next
+    one has to wait for the memory of this one.
     """
     return _repeat(num_ranks, num_micro_batches, (1, 1, 1, 1))
 
@@ -57,7 +59,8 @@ def _repeat(num_ranks: int, num_micro_batches: int, pace: Pace) -> list[Order]:
 
 def _shortest_blocks(num_ranks: int, pace: Pace) -> list[Block]:
     """Each rank's block, with the shortest turns by which repetitions never collide."""
-    turns = sorted(product(range(1, INTERVAL + 1), repeat=3), key=lambda turn: (sum(turn), turn))
+    some = range(1, INTERVAL + 1)
+    turns = sorted(product(some, some, some), key=lambda turn: (sum(turn), turn))
     for turn in turns:
         blocks = list(_blocks(num_ranks, pace, turn))
         if all(len({time % INTERVAL for _, _, time in block}) == len(block) for block in blocks):

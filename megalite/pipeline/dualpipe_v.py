@@ -14,6 +14,8 @@ from megalite.pipeline.phases import Phases
 def dualpipe_v_order(num_ranks: int, num_micro_batches: int, _: int) -> list[Order]:
     """At most p + 1/2 micro-batches are kept until their weight gradients.
 
+    Makespan n (f + b) + (p - 1) f / 2 if f, i, w are equal and n >= p.
+
     The order needs 2 p micro-batches; of fewer it is what is left without those that do not exist.
     """
     return [_rank_order(rank, num_ranks, num_micro_batches) for rank in range(num_ranks)]

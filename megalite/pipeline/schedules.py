@@ -92,8 +92,8 @@ def forward_only(num_micro_batches: int, stage_rank: tuple[int, ...]) -> Plan:
 def gpipe_order(num_ranks: int, num_micro_batches: int, chunks: int) -> list[Order]:
     """All forwards, then all backwards, one chunk after the other.
 
-    Makespan, if v is 1 or n >= p: n (f + b) + (p - 1) (f + b) / v; all n micro-batches are alive on
-    each rank. Source: Huang et al., "GPipe", arXiv:1811.06965; with chunks, Lamy-Poirier,
+    Makespan n (f + b) + (p - 1) (f + b) / v if v is 1 or n >= p, and (v - 1) (p - n) (f + b) / v
+    more otherwise; all n micro-batches are alive on each rank. Source: Huang et al., "GPipe", arXiv:1811.06965; with chunks, Lamy-Poirier,
     "Breadth-first pipeline parallelism", arXiv:2211.05953.
     """
     micro_batches = range(num_micro_batches)
@@ -121,8 +121,7 @@ def one_f_one_b_order(num_ranks: int, num_micro_batches: int, chunks: int) -> li
     are n // p groups of equal size but for one micro-batch, so no group is too small to keep all
     ranks busy, whatever n is.
 
-    Makespan n (f + b) + (p - 1) (f + b) / v, if v is 1 or n >= p. At most p - rank micro-batches
-    are alive on a rank, with chunks (v - 1) g + 2 (p - rank) - 1 on one of its stages, where g is
+    Makespan as of `gpipe_order`. At most p - rank micro-batches are alive on a rank, with chunks (v - 1) g + 2 (p - rank) - 1 on one of its stages, where g is
     the size of the largest group. Source: Narayanan et al., "PipeDream-2BW", arXiv:2006.09503, with
     a flush after each step; with chunks "Efficient large-scale language model training",
     arXiv:2104.04473, where p has to divide n.
@@ -144,8 +143,8 @@ def one_f_one_b_order(num_ranks: int, num_micro_batches: int, chunks: int) -> li
 def zb_h1_order(num_ranks: int, num_micro_batches: int, chunks: int) -> list[Order]:
     """1F1B with backwards split: weight gradients fill the wait for the first backwards.
 
-    Makespan n (f + b) + (p - 1) (f + i - w) if f, i, w are equal and n >= p; at most p
-    micro-batches are kept until their weight gradients. Source: Qi et al., "Zero Bubble Pipeline
+    Makespan n (f + b) + (p - 1) max(f, i, f + i - w) if n >= p; at most p micro-batches are kept
+    until their weight gradients. Source: Qi et al., "Zero Bubble Pipeline
     Parallelism", arXiv:2401.10241.
     """
     return _split(one_f_one_b_order(num_ranks, num_micro_batches, chunks))
@@ -154,9 +153,11 @@ def zb_h1_order(num_ranks: int, num_micro_batches: int, chunks: int) -> list[Ord
 def zb_h2_order(num_ranks: int, num_micro_batches: int, _: int) -> list[Order]:
     """As ZB-H1 with twice as many forwards ahead, so that no rank waits once it has begun.
 
-    Makespan n (f + b) + (p - 1) f if f, i, w are equal and n >= 2 p - 1: what is left is the time
-    until the first micro-batch reaches the last rank. At most 2 p - 1 micro-batches are kept until
-    their weight gradients. Source: as `zb_h1_order`.
+    Makespan n (f + b) + (p - 1) max(f, i - f, f + i - 2 w) if n >= 2 p - 1. If that is (p - 1) f,
+    what is left is the time until the first micro-batch reaches the last rank. With equal f, i, w
+    it is that of ZB-H1 too, which waits as long, but in the middle: ZB-H2 gains only where a step
+    may begin before all ranks have ended the one before. At most 2 p - 1 micro-batches are kept
+    until their weight gradients. Source: as `zb_h1_order`.
     """
     orders = []
     for rank in range(num_ranks):

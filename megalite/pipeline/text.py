@@ -14,6 +14,8 @@ stage is where its actions stand. Commas may stand between actions, as in the fi
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from itertools import count
 
 from megalite.pipeline.actions import COMPUTE, Action, Plan, PlanError
 
@@ -32,40 +34,52 @@ def parse_plan(text: str, name: str) -> Plan:
         name: of the plan, for messages.
 
     Raises:
-        PlanError: with every word that is no computation, its line named; or a stage that stands on
-            two ranks, or none.
+        PlanError: with every word that is no computation, its line named; a stage that stands on
+            two ranks, or none; a micro-batch that is left out.
     """
-    ranks: list[tuple[Action, ...]] = []
+    orders: list[tuple[int, list[Action]]] = []
     problems: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
         content = line.split("#", 1)[0].strip()
-        if not content:
-            continue
-        order = []
-        for word in filter(None, re.split(r"[\s,]+", content)):
-            try:
-                action = Action.parse(word)
-            except ValueError as error:
-                problems.append(f"line {number}: {error}")
-                continue
-            if action.op not in COMPUTE:
-                problems.append(f"line {number}: {word} is a message; a plan names computations")
-            order.append(action)
-        ranks.append(tuple(order))
+        if content:
+            orders.append((number, list(_computations(number, content, problems))))
     owners: dict[int, int] = {}
-    for rank, order in enumerate(ranks):
+    for rank, (number, order) in enumerate(orders):
         for action in order:
             owner = owners.setdefault(action.stage, rank)
             if owner != rank:
-                problems.append(f"{action} stands on rank {rank}, but its stage on rank {owner}")
-    problems += [f"stage {s} is missing" for s in range(max(owners, default=0)) if s not in owners]
+                problems.append(
+                    f"line {number}: {action} stands on rank {rank}, but its stage on rank {owner}"
+                )
+    micro_batches = {action.micro_batch for _, order in orders for action in order}
+    problems += [*_gap("stage", set(owners)), *_gap("micro-batch", micro_batches)]
     if not owners and not problems:
         problems.append("no action stands in it")
     if problems:
         raise PlanError(f"plan {name}: " + "; ".join(problems[:20]))
     return Plan(
         name,
-        1 + max(action.micro_batch for order in ranks for action in order),
+        len(micro_batches),
         tuple(owners[stage] for stage in range(len(owners))),
-        tuple(ranks),
+        tuple(tuple(order) for _, order in orders),
     )
+
+
+def _computations(number: int, content: str, problems: list[str]) -> Iterator[Action]:
+    """The actions of a line; what is wrong with its words is added to the problems."""
+    for word in filter(None, re.split(r"[\s,]+", content)):
+        try:
+            action = Action.parse(word)
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+            continue
+        if action.op not in COMPUTE:
+            problems.append(f"line {number}: {word} is a message; a plan names computations")
+        yield action
+
+
+def _gap(kind: str, numbers: set[int]) -> Iterator[str]:
+    """The first number that is missing below the largest one."""
+    missing = next(number for number in count() if number not in numbers)
+    if numbers and missing < max(numbers):
+        yield f"{kind} {missing} is missing, but {kind} {max(numbers)} is there"

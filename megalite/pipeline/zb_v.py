@@ -12,8 +12,8 @@ from megalite.pipeline.phases import Phases
 def zb_v_order(num_ranks: int, num_micro_batches: int, _: int) -> list[Order]:
     """At most p micro-batches are kept until their weight gradients.
 
-    Makespan n (f + b) + (p - 1) f / 2 if f, i, w are equal and n >= 2 p - 1: what is left is the
-    time until the first micro-batch reaches the last rank.
+    Makespan n (f + b) + (p - 1) f / 2 if f, i, w are equal and n >= p: what is left is the time
+    until the first micro-batch reaches the last rank.
     """
     return [_rank_order(rank, num_ranks, num_micro_batches) for rank in range(num_ranks)]
 
