@@ -93,8 +93,9 @@ def gpipe_order(num_ranks: int, num_micro_batches: int, chunks: int) -> list[Ord
     """All forwards, then all backwards, one chunk after the other.
 
     Makespan n (f + b) + (p - 1) (f + b) / v if v is 1 or n >= p, and (v - 1) (p - n) (f + b) / v
-    more otherwise; all n micro-batches are alive on each rank. Source: Huang et al., "GPipe", arXiv:1811.06965; with chunks, Lamy-Poirier,
-    "Breadth-first pipeline parallelism", arXiv:2211.05953.
+    more otherwise; all n micro-batches are alive on each rank. Source: Huang et al., "GPipe",
+    arXiv:1811.06965; with chunks, Lamy-Poirier, "Breadth-first pipeline parallelism",
+    arXiv:2211.05953.
     """
     micro_batches = range(num_micro_batches)
     return [
@@ -121,10 +122,11 @@ def one_f_one_b_order(num_ranks: int, num_micro_batches: int, chunks: int) -> li
     are n // p groups of equal size but for one micro-batch, so no group is too small to keep all
     ranks busy, whatever n is.
 
-    Makespan as of `gpipe_order`. At most p - rank micro-batches are alive on a rank, with chunks (v - 1) g + 2 (p - rank) - 1 on one of its stages, where g is
-    the size of the largest group. Source: Narayanan et al., "PipeDream-2BW", arXiv:2006.09503, with
-    a flush after each step; with chunks "Efficient large-scale language model training",
-    arXiv:2104.04473, where p has to divide n.
+    Makespan as of `gpipe_order`. At most p - rank micro-batches are alive on a rank, with chunks
+    (v - 1) g + 2 (p - rank) - 1 on one of its stages, where g is the size of the largest group.
+    Source: Narayanan et al., "PipeDream-2BW", arXiv:2006.09503, with a flush after each step; with
+    chunks "Efficient large-scale language model training", arXiv:2104.04473, where p has to divide
+    n.
     """
     groups = _even_groups(num_micro_batches, max(1, num_micro_batches // num_ranks))
     places = [(chunk, i) for group in groups for chunk in range(chunks) for i in group]
