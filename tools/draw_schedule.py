@@ -46,6 +46,7 @@ from megalite.pipeline.trace import Trace
 from megalite.pipeline.trace_file import read_trace
 from megalite.preprocessing.flags import Flag, Values, end, read_flags, together
 from megalite.run_plan import is_file, read_plan
+from megalite.wording import counted
 
 MOST_ACTIONS = 200_000
 """Of a plan to draw, in forwards."""
@@ -122,7 +123,8 @@ def _of_plan(values: Values, problems: list[str]) -> str:
     picture = planned(plan, Costs.uniform(plan.num_stages, **costs))
     if values["format"] != "text":
         return _drawn(values["format"], [picture])
-    heading = f"{plan.name}, {plan.num_ranks} ranks, {plan.num_micro_batches} micro-batches"
+    heading = f"{plan.name}, {counted(plan.num_ranks, 'rank')}, "
+    heading += counted(plan.num_micro_batches, "micro-batch")
     return "\n".join(
         [f"{heading} ({legend(picture)})", _text(picture, picture.unit, values["output"]), "",
          *picture.figures(), ""]
@@ -253,7 +255,8 @@ def _of_run(values: Values, problems: list[str]) -> str:
 def _run_text(trace: Trace, step: int, plan: Picture, run: Picture, output: str) -> str:
     return "\n".join(
         [
-            f"planned, with the measured times of {trace.plan.num_stages} stages ({legend(plan)})",
+            f"planned, by the measured times of {counted(trace.plan.num_stages, 'stage')} "
+            f"({legend(plan)})",
             _text(plan, run.unit, output), "",
             f"measured, step {step}",
             _text(run, run.unit, output), "",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from megalite.pipeline.picture import Picture
 from megalite.pipeline.simulate import Timeline
 from megalite.pipeline.trace import PARTS, RankStep, Trace
+from megalite.wording import counted
 
 
 @dataclass(frozen=True)
@@ -84,23 +86,23 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 def comparison(trace: Trace, step: int, plan: Picture, run: Picture) -> list[str]:
     """A line each: pipeline and step as measured and predicted, bubble, balance.
 
-    What a step does outside of the pipeline is no plan's business, so the prediction of a step is
-    that of its pipeline and the rest as measured.
+    The prediction follows from mean times over all recorded steps. What a step does outside of the
+    pipeline is no plan's business, so the prediction of a step is that of its pipeline and the rest
+    as measured.
     """
     pipeline, whole = run.timeline.makespan, trace.step_time(step)
     predicted = plan.timeline.makespan
     rest = whole - pipeline
-    lengths = [trace.step_time(number) for number in trace.steps]
+    mean = fmean(trace.timeline(number).makespan for number in trace.steps)
     busy = sum(run.timeline.busy(rank) for rank in range(trace.plan.num_ranks))
     share = busy / trace.plan.num_ranks + _optimizer_time(trace.steps[step])
     return [
         f"pipeline     measured {run.show(pipeline)}, predicted {run.show(predicted)}, "
-        f"ratio {pipeline / predicted:.3f}",
+        f"ratio {pipeline / predicted:.3f}; in the mean of {counted(len(trace.steps), 'step')} "
+        f"measured {run.show(mean)}, ratio {mean / predicted:.3f}",
         f"step         measured {run.show(whole)}, predicted {run.show(predicted + rest)}, "
         f"ratio {whole / (predicted + rest):.3f}; {run.show(rest)} of both is outside of the "
         "pipeline, as measured",
-        f"all steps    {run.show(min(lengths))} to {run.show(max(lengths))}, "
-        f"{len(lengths)} recorded",
         f"idle         {1.0 - share / whole:.1%} of the step, the optimizer not counted as idle",
         f"balance cap  {_balance(trace):.1%}: mean rank's computation by that of the slowest",
     ]

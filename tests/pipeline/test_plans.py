@@ -9,7 +9,6 @@ import pytest
 
 from megalite.pipeline.actions import Action, Exchange, Op, Plan, PlanError, Program
 from megalite.pipeline.check import check_plan, check_program, find_deadlock
-from megalite.pipeline.draw import draw_timeline
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedules import SCHEDULES, forward_only, gpipe, one_f_one_b
 from megalite.pipeline.simulate import simulate
@@ -76,19 +75,6 @@ def test_golden_program() -> None:
         "0F0 {0SEND_F0} 0F1 {0SEND_F1 0RECV_B0} 0B0 0F2 {0SEND_F2 0RECV_B1} 0B1 {0RECV_B2} 0B2",
         "{1RECV_F0} 1F0 1B0 {1SEND_B0 1RECV_F1} 1F1 1B1 {1SEND_B1 1RECV_F2} 1F2 1B2 {1SEND_B2}",
     ]
-
-
-def test_picture() -> None:
-    picture = draw_timeline(simulate(lower(one_f_one_b(2, 2)), UNEVEN))
-    assert picture.splitlines() == [
-        "rank 0   0 1 ····[0 ]··[1 ]",
-        "rank 1   ··0 [0 ]1 [1 ]····",
-    ]
-
-
-def test_a_long_picture_is_cut_and_says_so() -> None:
-    picture = draw_timeline(simulate(lower(one_f_one_b(2, 40)), UNEVEN), width=60)
-    assert all(len(line) == 60 and line.endswith("…") for line in picture.splitlines())
 
 
 def broken(change: Callable[[list[list[Action]]], None]) -> Plan:
