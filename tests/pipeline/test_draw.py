@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+from commands import run
+
+from megalite import report
 from megalite.pipeline.actions import Action, Plan
 from megalite.pipeline.costs import Costs
 from megalite.pipeline.draw import draw, draw_folded, legend
@@ -102,3 +105,21 @@ def test_figures() -> None:
         "bubble       10.0% of all ranks' time; 0.0% of the idlest rank's, first action to last",
         "peak memory  3 3 by rank, in one micro-batch's activations on one stage",
     ]
+
+
+def test_a_dry_run_shows_the_pipeline() -> None:
+    config = run(*"--pp 2 --micro-batch-size 1 --global-batch-size 3 --steps 5".split())
+    assert report.timeline(config).splitlines() == [
+        "pipeline: 1f1b, 3 micro-batches, 25.0% idle (F forward, B backward, · idle)",
+        "rank 0   F0 F1 ······B0--- F2 B1--- ···B2--- ",
+        "rank 1   ···F0 B0--- F1 B1--- F2 B2--- ······",
+    ]
+
+
+def test_a_dry_run_of_many_micro_batches_shows_some_and_counts_all() -> None:
+    config = run(*"--pp 2 --micro-batch-size 1 --global-batch-size 1000 --steps 5".split())
+    heading, *rows = report.timeline(config).splitlines()
+    # p - 1 of n + p - 1 units.
+    assert heading.startswith("pipeline: 1f1b, 1,000 micro-batches, 0.1% idle (")
+    assert heading.endswith("; drawn: 72 micro-batches)")
+    assert [len(row) for row in rows] == [100, 100]
