@@ -80,8 +80,8 @@ def opening(
 def timeline(config: Config) -> str:
     """The pipeline's picture, if forwards take one unit and backwards two."""
     schedule, pp, count = config.parallel.schedule, config.parallel.pp, config.num_micro_batches
-    shown = min(count, 4 * pp + MOST_MICRO_BATCHES_DRAWN)
-    plan = run_plan(config, shown)
+    plan = run_plan(config, min(count, 4 * pp + MOST_MICRO_BATCHES_DRAWN))
+    shown = plan.num_micro_batches  # all of them, if the plan is a file
     picture = planned(plan, Costs.uniform(plan.num_stages))
     step = picture.timeline
     # Filling and draining the pipeline takes the same time however many micro-batches there are.
