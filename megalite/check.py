@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from math import isfinite
 from types import MappingProxyType
 
-from megalite import check_data
+from megalite import check_data, check_pipeline
 from megalite.check_trace import steps_to_trace
 from megalite.config import Config, fields, resolve
 from megalite.data.source import (
@@ -182,22 +182,6 @@ def _widths(config: Config) -> Violations:
         )
 
 
-def _stages(config: Config) -> Violations:
-    layers, parallel = config.model.num_layers, config.parallel
-    if parallel.pp > layers:
-        yield (
-            f"--pp {parallel.pp} is more than --num-layers {layers}: every stage owns at least "
-            f"one layer; try --pp {layers} or fewer"
-        )
-    split = parallel.pp_layers
-    if split and len(split) != parallel.pp:
-        yield (f"--pp-layers {_join(split)} names {len(split)} stages, but --pp is {parallel.pp}")
-    if split and sum(split) != layers:
-        yield f"--pp-layers {_join(split)} adds up to {sum(split)}, but --num-layers is {layers}"
-    if any(count < 1 for count in split):
-        yield f"--pp-layers {_join(split)}: every stage owns at least one layer"
-
-
 def _batch(config: Config) -> Violations:
     train, dp = config.train, config.parallel.dp
     unit = train.micro_batch_size * dp
@@ -342,7 +326,8 @@ def _run(config: Config) -> Violations:
 _RULES: tuple[Callable[[Config], Violations], ...] = (
     _heads,
     _widths,
-    _stages,
+    check_pipeline.schedule,
+    check_pipeline.stages,
     _batch,
     _length,
     _data,

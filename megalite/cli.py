@@ -27,7 +27,7 @@ from megalite.field_values import (
     suggest,
     takes_many,
 )
-from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Refused, With
+from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Follows, Refused, With
 from megalite.presets import PRESETS
 
 _TITLES: Mapping[str, str] = MappingProxyType(
@@ -98,8 +98,9 @@ def parse(
     values: dict[str, Any] = {}
     for layer in (PRESETS.get(preset, {}), file, flags):
         _lay_over(values, layer)
+    config = _with_following(Config().replace(**values), words, given, problems)
     return Command(
-        config=Config().replace(**values),
+        config=config,
         switches=frozenset(words).intersection(switches),
         problems=tuple(problems.sentences),
         unread=frozenset(problems.unread),
@@ -191,7 +192,7 @@ def _fields_of_flags() -> dict[str, tuple[str, ...]]:
         if is_bool(spec):
             owners[_opposite(spec.flag)] = (spec.name,)
     for flag, meaning in MEGATRON_FLAGS.items():
-        if isinstance(meaning, Alias):
+        if isinstance(meaning, Alias | Follows):
             owners[flag] = (meaning.field,)
     return owners
 
@@ -266,6 +267,31 @@ def _assignments(
                 yield flag, field, text_of(flag, field)
             case Alias(field=field, value=str(value)):
                 yield flag, field, value
+
+
+def _with_following(
+    config: Config, words: Mapping[str, list[str]], given: dict[str, str], problems: Problems
+) -> Config:
+    """The configuration with the fields whose flags need the others to be known."""
+    specs = {spec.name: spec for spec in fields()}
+    values: dict[str, Any] = {}
+    for flag, meaning in MEGATRON_FLAGS.items():
+        if not isinstance(meaning, Follows) or flag not in words:
+            continue
+        if problems.unread.intersection(meaning.needs):
+            problems.unread.add(meaning.field)
+            continue
+        try:
+            value = meaning.of(config, convert(specs[meaning.field], words[flag][0]))
+        except ValueError as error:
+            problems.add(f"{_typed(flag, words)}: {error}", meaning.field)
+            continue
+        typed = given.setdefault(meaning.field, _typed(flag, words))
+        if typed == _typed(flag, words):
+            values[meaning.field] = value
+        elif getattr(getattr(config, specs[meaning.field].group), meaning.field) != value:
+            problems.add(f"{typed} and {_typed(flag, words)} contradict: give one", meaning.field)
+    return config.replace(**values)
 
 
 def _lay_over(values: dict[str, Any], layer: Mapping[str, Any]) -> None:

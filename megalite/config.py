@@ -37,13 +37,17 @@ class ParallelConfig:
     sequence_parallel: bool | None = option(
         None, "Split norms and dropout along the sequence over tp. Default: on if tp > 1."
     )
-    pp_layers: tuple[int, ...] = option(
-        (), "Layers of each pipeline stage. Default: balanced.", metavar="N,N,..."
+    pp_layers: tuple[float, ...] = option(
+        (),
+        "Layers of each pipeline stage, pp x chunks numbers. Halves end after a layer's attention, "
+        "as in 8.5,7.5. Default: balanced.",
+        metavar="N,N,...",
     )
     schedule: str = option(
         "1f1b",
         "Pipeline schedule: gpipe, 1f1b, interleaved, zb-h1, zb-h2, zb-v, v-half, v-min, "
-        "dualpipe-v, or a file of actions as tools/draw_schedule.py prints it.",
+        "dualpipe-v, auto (the fastest by measured costs), or a file of actions as "
+        "tools/draw_schedule.py prints it.",
         metavar="NAME|FILE",
     )
     chunks: int = option(
@@ -51,6 +55,12 @@ class ParallelConfig:
         "Stages of each pipeline rank. 0: the schedule's own number, 2 for interleaved and the "
         "V-shaped ones, else 1.",
         metavar="STAGES",
+    )
+    memory_limit: float = option(
+        0.0,
+        "Memory that a rank may use; a plan that needs more is refused, and --schedule auto looks "
+        "for the fastest that needs no more. 0: what the GPU has.",
+        metavar="GIB",
     )
     device: str = option(
         "auto",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megalite.config import Config, fields
 from megalite.data.source import is_text, token_texts_known, train_ingredients
+from megalite.run_plan import num_stages
 from megalite.tokenizer.settings import SOMETIMES_READ, read_with
 
 
@@ -171,7 +172,7 @@ _EFFECTS = (
 
 _ON_ONE_RANK = (
     Effect(("sequence_parallel",), lambda c: c.parallel.tp > 1, "with --tp 1"),
-    Effect(("schedule", "pp_layers"), lambda c: c.parallel.pp > 1, "with --pp 1"),
+    Effect(("schedule", "pp_layers"), lambda c: num_stages(c) > 1, "with --pp 1"),
     Effect(
         ("distributed_timeout_minutes", "start_timeout", "step_timeout"),
         lambda c: c.world_size > 1,

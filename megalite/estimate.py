@@ -44,7 +44,7 @@ class RankEstimate:
 def whole_parameters(config: Config) -> int:
     """Parameters of the whole model, without padding and copies."""
     model = config.model
-    layer = _layer_matrices(config, tp=1) + 2 * model.hidden_size
+    layer = sum(_block_parameters(config, tp=1))
     tables = 1 if model.tie_embeddings else 2
     return (
         model.num_layers * layer + tables * model.vocab_size * model.hidden_size + model.hidden_size
@@ -54,13 +54,13 @@ def whole_parameters(config: Config) -> int:
 def stage_parameters(config: Config, spec: StageSpec) -> int:
     """Parameters of a stage on each of its ranks, padding and copies included."""
     model, tp = config.model, config.parallel.tp
-    count = spec.num_layers * (_layer_matrices(config, tp) + 2 * model.hidden_size)
-    table = model.padded_vocab_size(tp) // tp * model.hidden_size
+    of_block = _block_parameters(config, tp)
+    count = sum(of_block[block % 2] for block in spec.blocks)
     if spec.has_embedding:
-        count += table
+        count += _table(config)
     if spec.has_head:
         tied_here = model.tie_embeddings and spec.has_embedding
-        count += model.hidden_size + (0 if tied_here else table)
+        count += model.hidden_size + (0 if tied_here else _table(config))
     return count
 
 
@@ -80,10 +80,7 @@ def rank_parameters(config: Config, specs: Sequence[StageSpec]) -> int:
         s.has_head and not s.has_embedding for s in specs
     )
     if config.model.tie_embeddings and apart:
-        # Two stages of one rank share it.
-        count -= config.model.padded_vocab_size(config.parallel.tp) // config.parallel.tp * (
-            config.model.hidden_size
-        )
+        count -= _table(config)  # two stages of one rank share it
     return count
 
 
@@ -110,6 +107,17 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
     )
 
 
+def fixed_bytes(config: Config) -> list[int]:
+    """What the ranks at each place of the pipeline need beside activations."""
+    return [each.total - each.activations for each in rank_estimates(config)]
+
+
+def kept_bytes(config: Config, spec: StageSpec) -> int:
+    """What a stage keeps of one micro-batch for its backward."""
+    tokens = config.train.micro_batch_size * config.model.seq_length
+    return tokens * _stage_activation_bytes(config, spec, WEIGHT_BYTES[config.train.precision])
+
+
 def flops_per_token(config: Config) -> float:
     """Floating-point operations of forward and backward per trained token: 6 N + 12 L h s.
 
@@ -124,38 +132,52 @@ def flops_per_token(config: Config) -> float:
     return 6.0 * matrices + 12.0 * model.num_layers * attention * model.seq_length
 
 
-def _layer_matrices(config: Config, tp: int) -> int:
-    """Elements of one layer's matrices on each of tp ranks."""
+def _table(config: Config) -> int:
+    """Elements of the embedding's matrix, or the head's, on each tensor rank."""
+    model, tp = config.model, config.parallel.tp
+    return model.padded_vocab_size(tp) // tp * model.hidden_size
+
+
+def _block_parameters(config: Config, tp: int) -> tuple[int, int]:
+    """Parameters of an attention block and of an MLP, norms included, on each of tp ranks."""
     model = config.model
     heads = model.num_attention_heads // tp
     kv_heads = max(1, model.num_kv_heads // tp)
     attention = (2 * heads + 2 * kv_heads) * model.head_dim * model.hidden_size
-    return attention + 3 * model.hidden_size * model.ffn_hidden_size // tp
+    mlp = 3 * model.hidden_size * model.ffn_hidden_size // tp
+    return attention + model.hidden_size, mlp + model.hidden_size
 
 
 def _stage_activation_bytes(config: Config, spec: StageSpec, width: int) -> int:
     """Bytes kept per token of a micro-batch, by the tensors that autograd saves."""
-    model, parallel = config.model, config.parallel
+    parallel = config.parallel
     split = parallel.tp if parallel.sequence_parallel else 1
-    hidden = model.hidden_size / split
+    hidden = config.model.hidden_size / split
     if config.train.recompute == "full":
-        per_layer = hidden
+        kept = len(spec.parts) * hidden
     else:
-        heads = model.num_attention_heads / parallel.tp * model.head_dim
-        kv = max(1, model.num_kv_heads / parallel.tp) * model.head_dim
-        # Input of each norm and of each column-parallel layer.
-        per_layer = 4 * hidden
-        # Packed q, k, v; what attention adds, and its output in [S, B, H] order.
-        per_layer += heads + 2 * kv
-        if config.train.recompute == "none":
-            per_layer += _attention_core(config, heads, width)
-        per_layer += heads
-        # Packed gate and up, and the activation.
-        per_layer += 3 * model.ffn_hidden_size / parallel.tp
-    kept = spec.num_layers * per_layer
+        of_block = _block_activations(config, hidden, width)
+        kept = sum(of_block[block % 2] for block in spec.blocks)
     if spec.has_head:
         kept += 2 * hidden
     return int(kept * width)
+
+
+def _block_activations(config: Config, hidden: float, width: int) -> tuple[float, float]:
+    """Elements kept per token in an attention block and in an MLP, if they are not recomputed.
+
+    In each, the input of the norm and that of the column-parallel layer are `hidden` elements.
+    """
+    model, tp = config.model, config.parallel.tp
+    heads = model.num_attention_heads / tp * model.head_dim
+    kv = max(1, model.num_kv_heads / tp) * model.head_dim
+    # Packed q, k, v; what attention adds, and its output in [S, B, H] order.
+    attention = 2 * hidden + heads + 2 * kv + heads
+    if config.train.recompute == "none":
+        attention += _attention_core(config, heads, width)
+    # Packed gate and up, and the activation.
+    mlp = 2 * hidden + 3 * model.ffn_hidden_size / tp
+    return attention, mlp
 
 
 def _attention_core(config: Config, heads: float, width: int) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from types import NoneType
 from typing import Any, get_args
 
@@ -56,14 +57,36 @@ def convert(spec: FieldSpec, value: Any) -> Any:
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError('expected text, or a list of texts as in ["0.7", "a", "0.3", "b"]')
         return tuple(words)
+    if spec.type == tuple[float, ...]:
+        return _list_of(_number, value, "numbers separated by commas, as in 8.5,7.5")
+    return _list_of(_whole_number, value, "whole numbers separated by commas, as in 9,7")
+
+
+def _list_of(one: Callable[[Any], Any], value: Any, what: str) -> tuple[Any, ...]:
+    """Values from text with commas, or from a list."""
     if not isinstance(value, str | list):
-        raise ValueError("expected whole numbers separated by commas, as in 9,7")
+        raise ValueError(f"expected {what}")
     parts = [
         part
         for word in ([value] if isinstance(value, str) else value)
         for part in (word.split(",") if isinstance(word, str) else [word])
     ]
-    return tuple(_whole_number(part) for part in parts)
+    return tuple(one(part) for part in parts)
+
+
+def _number(value: Any) -> float:
+    """A finite number; an int if it is whole, so that it is written as one."""
+    try:
+        return _whole_number(value)
+    except ValueError:
+        pass
+    try:
+        number = float(value)
+        if math.isfinite(number) and not isinstance(value, bool):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError("expected a number")
 
 
 def _whole_number(value: Any) -> int:
@@ -96,7 +119,7 @@ def is_words(spec: FieldSpec) -> bool:
 
 def takes_many(spec: FieldSpec) -> bool:
     """Whether the field's flag takes any number of words."""
-    return spec.type in (tuple[str, ...], tuple[int, ...])
+    return spec.type in (tuple[str, ...], tuple[int, ...], tuple[float, ...])
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

@@ -8,9 +8,11 @@ No torch import.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+
+from megalite.config import Config
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,47 @@ class With:
     why: str
 
 
-MegatronFlag = Alias | Always | Refused | With
+@dataclass(frozen=True)
+class Follows:
+    """The flag sets `field` to what follows from its own number and the rest of the configuration.
+
+    Attributes:
+        needs: fields of the rest that are looked at.
+        of: from both to the field's value; raises ValueError with what to do.
+    """
+
+    field: str
+    needs: tuple[str, ...]
+    of: Callable[[Config, int], int]
+
+
+MegatronFlag = Alias | Always | Follows | Refused | With
+
+
+def chunks_of_layers(config: Config, layers_per_stage: int) -> int:
+    """Stages of each pipeline rank, if every stage has so many layers.
+
+    Raises:
+        ValueError: the layers of the model do not make whole numbers of such stages.
+    """
+    layers, pp = config.model.num_layers, config.parallel.pp
+    if layers < 1 or pp < 1:
+        return 0  # told by the rules about these
+    if layers % pp:
+        raise ValueError(
+            f"--num-layers {layers} is no multiple of --pp {pp}: give --chunks, and --pp-layers if "
+            "they are not to be balanced"
+        )
+    of_rank = layers // pp
+    if layers_per_stage < 1 or of_rank % layers_per_stage:
+        fit = [n for n in range(1, min(of_rank, 1000) + 1) if of_rank % n == 0]
+        nearest = sorted(sorted(fit, key=lambda n: abs(n - layers_per_stage))[:2])
+        raise ValueError(
+            f"it does not divide the {of_rank} layers of a rank, --num-layers {layers} / --pp {pp};"
+            f" try {' or '.join(map(str, nearest))}"
+        )
+    return of_rank // layers_per_stage
+
 
 _CHECKPOINTS = "only the final weights are written, to runs/<name>/weights; leave it out"
 _SAMPLES = "lengths are given in steps (--train-iters) or --tokens"
@@ -95,9 +137,17 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--tensor-model-parallel-size": Alias("tp"),
         "--pipeline-model-parallel-size": Alias("pp"),
         "--context-parallel-size": Always("there is no context parallelism", ("1",)),
-        "--num-layers-per-virtual-pipeline-stage": Refused(
-            "each pipeline rank has one stage: there is no interleaved schedule"
+        "--num-virtual-stages-per-pipeline-rank": Alias("chunks"),
+        "--num-layers-per-virtual-pipeline-stage": Follows(
+            "chunks", ("num_layers", "pp"), chunks_of_layers
         ),
+        # Of the zero-bubble fork, github.com/sail-sg/zero-bubble-pipeline-parallelism.
+        "--enable-zbh1-pipeline": Alias("schedule", "zb-h1"),
+        "--zero-bubble-v-schedule": Alias("schedule", "zb-v"),
+        "--zero-bubble-v-schedule-mem-setup": Refused(
+            "each is a schedule of its own: --schedule zb-v, v-half or v-min"
+        ),
+        "--enable-zero-bubble": Refused("give --schedule zb-h1, or zb-h2 for twice the memory"),
         "--decoder-first-pipeline-num-layers": Refused("give all stages with --pp-layers N,N,..."),
         "--decoder-last-pipeline-num-layers": Refused("give all stages with --pp-layers N,N,..."),
         "--use-distributed-optimizer": Refused(
@@ -183,9 +233,6 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--use-pytorch-profiler": Refused(_PROFILER),
         # Others
         "--use-mcore-models": Always("there is one implementation of each model"),
-        "--num-virtual-stages-per-pipeline-rank": Refused(
-            "each pipeline rank has one stage: there is no interleaved schedule"
-        ),
         "--fp8-format": Refused("there is no fp8; use --bf16"),
         "--start-weight-decay": Refused("the weight decay is constant: --weight-decay"),
         "--end-weight-decay": Refused("the weight decay is constant: --weight-decay"),

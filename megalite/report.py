@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from megalite.config import Config
 from megalite.estimate import (
@@ -155,14 +155,28 @@ def _precision(config: Config) -> str:
 
 
 def _rank_table(config: Config) -> str:
-    """Coordinates, layers, parameters and memory; one line per place in the pipeline if there are many ranks."""
+    """Coordinates, blocks, parameters and memory of each rank; of many, of each pipeline rank."""
+    rows = list(_rank_rows(config))
+    width = max(len(owned) for _, _, owned, _ in rows)
+    lines = [f"  {'ranks':>9s}  {'pp dp tp':>12s}  {'owns':<{width}s} parameters  memory per rank"]
+    lines += [
+        f"  {ranks:>9s}  {place:>12s}  {owned:<{width}s} {detail}"
+        for ranks, place, owned, detail in rows
+    ]
+    if config.train.precision == "auto":
+        lines.append(
+            "  memory as on GPUs, in bf16; it leaves out what the libraries themselves need"
+        )
+    return "\n".join(lines)
+
+
+def _rank_rows(config: Config) -> Iterator[tuple[str, str, str, str]]:
+    """Ranks, their coordinates, what they own, parameters and memory."""
     known = config if config.train.precision != "auto" else config.replace(precision="bf16")
     topology = Topology(tp=config.parallel.tp, pp=config.parallel.pp, dp=config.parallel.dp)
-    lines = [f"  {'ranks':>9s}  {'pp dp tp':>12s}  {'owns':<28s} parameters  memory per rank"]
-    owners = stage_rank(config)
+    owners, specs = stage_rank(config), stage_specs(config)
     for pp_rank, memory in enumerate(rank_estimates(known)):
-        own = [spec for spec in stage_specs(config) if owners[spec.stage] == pp_rank]
-        owned = " + ".join(spec.words() for spec in own)
+        owned = " + ".join(spec.words() for spec in specs if owners[spec.stage] == pp_rank)
         detail = (
             f"{_si(memory.parameters):>10s}  {_gib(memory.total)} "
             f"(weights {_gib(memory.weights)}, gradients {_gib(memory.gradients)}, "
@@ -171,20 +185,12 @@ def _rank_table(config: Config) -> str:
         )
         here = [r for r in range(topology.world_size) if topology.coordinates(r).pp == pp_rank]
         if topology.world_size > MOST_RANKS_LISTED:
-            span = f"{here[0]}-{here[-1]}"
-            place = f"{pp_rank} all all"
-            lines.append(f"  {span:>9s}  {place:>12s}  {owned:<28s} {detail}")
+            yield f"{here[0]}-{here[-1]}", f"{pp_rank} all all", owned, detail
             continue
         for rank in here:
             at = topology.coordinates(rank)
             place = f"{at.pp:>2d} {at.dp:>2d} {at.tp:>2d}"
-            text = detail if rank == here[0] else '         "'
-            lines.append(f"  {rank:>9d}  {place:>12s}  {owned:<28s} {text}")
-    if config.train.precision == "auto":
-        lines.append(
-            "  memory as on GPUs, in bf16; it leaves out what the libraries themselves need"
-        )
-    return "\n".join(lines)
+            yield str(rank), place, owned, detail if rank == here[0] else '         "'
 
 
 def _si(number: float) -> str:

@@ -5,6 +5,8 @@ The whole model is the stage that owns everything. Per layer, with norms before 
     x = x + dropout(attention(norm(x)))
     x = x + dropout(mlp(norm(x)))
 
+A stage may begin or end between the two, with either half of a layer.
+
 Legend: S sequence, B micro-batch, H hidden, V vocabulary (padded). Hidden states are [S/tp, B, H]
 with sequence parallelism and [S, B, H] without.
 
@@ -34,7 +36,7 @@ from megalite.layers.mlp import MLP
 from megalite.layers.norm import AddRMSNorm, RMSNorm
 from megalite.layers.rope import rope_tables
 from megalite.layers.weight_gradients import WeightGradients
-from megalite.models.stage import StageSpec
+from megalite.models.stage import LayerPart, StageSpec
 from megalite.parallel.tensor import TensorGroup
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -42,51 +44,53 @@ HEAD = "lm_head.weight"
 
 
 class DecoderLayer(nn.Module):
-    """One transformer layer.
+    """One transformer layer, or the half of it that a stage owns.
 
     Args:
         config: the run.
-        layer: index in the whole model.
+        part: which layer of the whole model, and which halves.
         tp, weight_gradients, dtype, device: as in `ColumnParallelLinear`.
     """
 
     def __init__(
         self,
         config: Config,
-        layer: int,
+        part: LayerPart,
         *,
         tp: TensorGroup,
-        weight_gradients: WeightGradients,
+        weight_gradients: WeightGradients | None = None,
         dtype: torch.dtype,
         device: torch.device,
     ):
         super().__init__()
-        model = config.model
-        self.tp, self.layer, self.dropout = tp, layer, model.hidden_dropout
+        model, layer = config.model, part.layer
+        self.tp, self.part, self.dropout = tp, part, model.hidden_dropout
         where: dict[str, Any] = {"tp": tp, "dtype": dtype, "device": device}
         prefix = f"model.layers.{layer}"
-        self.attention_norm = RMSNorm(
-            model.hidden_size,
-            model.norm_epsilon,
-            name=f"{prefix}.input_layernorm.weight",
-            **where,
-        )
-        selective = config.train.recompute == "selective"
-        self.attention = Attention(
-            model,
-            layer,
-            recompute_core=selective,
-            fused_softmax=config.train.attention == "fused-softmax",
-            weight_gradients=weight_gradients,
-            **where,
-        )
-        self.mlp_norm = AddRMSNorm(
-            model.hidden_size,
-            model.norm_epsilon,
-            name=f"{prefix}.post_attention_layernorm.weight",
-            **where,
-        )
-        self.mlp = MLP(model, layer, weight_gradients=weight_gradients, **where)
+        if part.has_attention:
+            self.attention_norm = RMSNorm(
+                model.hidden_size,
+                model.norm_epsilon,
+                name=f"{prefix}.input_layernorm.weight",
+                **where,
+            )
+            self.attention = Attention(
+                model,
+                layer,
+                recompute_core=config.train.recompute == "selective",
+                fused_softmax=config.train.attention == "fused-softmax",
+                weight_gradients=weight_gradients,
+                **where,
+            )
+        if part.has_mlp:
+            norm = AddRMSNorm if part.has_attention else RMSNorm
+            self.mlp_norm = norm(
+                model.hidden_size,
+                model.norm_epsilon,
+                name=f"{prefix}.post_attention_layernorm.weight",
+                **where,
+            )
+            self.mlp = MLP(model, layer, weight_gradients=weight_gradients, **where)
 
     def forward(
         self,
@@ -97,13 +101,20 @@ class DecoderLayer(nn.Module):
         documents: Documents | None = None,
     ) -> Tensor:
         """Hidden states through the layer; the other arguments are those of `Attention`."""
-        mixed = self.attention(self.attention_norm(x), cos, sin, place, documents)
-        normed, x = self.mlp_norm(self._drop(mixed, place, "o"), x)
+        if self.part.has_attention:
+            mixed = self.attention(self.attention_norm(x), cos, sin, place, documents)
+            mixed = self._drop(mixed, place, "o")
+            if not self.part.has_mlp:
+                return x + mixed
+            normed, x = self.mlp_norm(mixed, x)
+        else:
+            # Another stage has added the attention's output; the sum was rounded there.
+            normed = self.mlp_norm(x)
         return x + self._drop(self.mlp(normed), place, "down")
 
     def _drop(self, x: Tensor, place: DropoutPlace | None, block: str) -> Tensor:
         first = self.tp.first_position(x.shape[0])
-        return hidden_dropout(x, self.dropout, place, f"layer {self.layer} {block}", first)
+        return hidden_dropout(x, self.dropout, place, f"layer {self.part.layer} {block}", first)
 
 
 class LlamaStage(nn.Module):
@@ -147,10 +158,9 @@ class LlamaStage(nn.Module):
                 init_std=model.init_method_std,
                 **where,
             )
-        owned = range(spec.first_layer, spec.first_layer + spec.num_layers)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer, weight_gradients=self.weight_gradients, **where)
-            for layer in owned
+            DecoderLayer(config, part, weight_gradients=self.weight_gradients, **where)
+            for part in spec.parts
         )
         if spec.has_head:
             self.norm = RMSNorm(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
+from megalite.run_plan import num_stages
 from megalite.verification.compare import Difference
 from megalite.verification.evidence import Evidence
+from megalite.verification.sites import stage_of
 from megalite.verification.suspects_backward import gradient_suspects
 from megalite.verification.suspects_forward import activation_suspects, loss_suspects
 from megalite.verification.suspects_update import norm_suspects, weight_suspects
@@ -39,8 +41,13 @@ def _where(evidence: Evidence, first: Difference) -> str:
     if first.kind == "loss":
         return "the logits are right, the loss made of them is not"
     names = evidence.wrong_names(first.kind)
-    if first.kind in ("gradient", "weight") and evidence.config.parallel.pp > 1:
-        stages = {evidence.place(d.world_rank).pp for d in evidence.wrong if d.kind == first.kind}
+    config = evidence.config
+    if first.kind in ("gradient", "weight") and num_stages(config) > 1:
+        stages = {
+            stage_of(config, d.name, evidence.place(d.world_rank).pp)
+            for d in evidence.wrong
+            if d.kind == first.kind
+        }
         if len(stages) == 1:
             return f"only stage {stages.pop()} differs"
     if first.kind in ("gradient", "weight") and len(names) == 1:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
-from megalite.models.stage import stage_specs
 from megalite.parallel.topology import Topology
 from megalite.verification.bounds import derive
 from megalite.verification.definition import (
@@ -261,8 +260,3 @@ def activation_part(
     layout = config.parallel
     place = Topology(tp=layout.tp, pp=layout.pp, dp=layout.dp).coordinates(world_rank)
     return cut(config, site, place).of(whole[:, list(samples)])
-
-
-def stage_layers(config: Config) -> list[range]:
-    """The layers of each pipeline stage."""
-    return [range(s.first_layer, s.first_layer + s.num_layers) for s in stage_specs(config)]

@@ -123,6 +123,8 @@ def one_rank(config: Config) -> Config:
         pp=1,
         dp=1,
         pp_layers=(),
+        schedule="1f1b",
+        chunks=0,
         sequence_parallel=False,
         num_layers=config.model.num_layers,
         global_batch_size=config.train.global_batch_size,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megalite.config import Config, resolve
 from megalite.models.stage import stage_specs
+from megalite.run_plan import is_file
 
 MOST_RANKS = 16
 """Larger layouts get fewer data replicas: two show what many do."""
@@ -60,12 +61,14 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
     heads, kv_heads = _heads(model.num_attention_heads, model.num_kv_heads, tp)
     layers = _layers(config)
     vocab_size, multiple = _vocabulary(config)
-    micro_batches = _micro_batches(config.num_micro_batches, pp)
+    micro_batches = config.num_micro_batches
+    if not is_file(parallel.schedule):  # a plan in a file is for so many
+        micro_batches = _micro_batches(micro_batches, pp)
     micro_batch_size = min(2, train.micro_batch_size)
     unit = micro_batch_size * dp
     small = config.given().replace(
-        num_layers=sum(layers),
-        pp_layers=layers if pp > 1 else (),
+        num_layers=round(sum(layers)),
+        pp_layers=layers if len(layers) > 1 else (),
         hidden_size=_HIDDEN,
         num_attention_heads=heads,
         num_kv_heads=kv_heads,
@@ -128,12 +131,15 @@ def _heads(heads: int, kv_heads: int, tp: int) -> tuple[int, int]:
     return kv_heads * copies * min(2, sharing // copies), kv_heads
 
 
-def _layers(config: Config) -> tuple[int, ...]:
-    """Layers of each stage: the smallest stage's are few, longer ones have one more."""
-    counts = [spec.num_layers for spec in stage_specs(config)]
-    least = min(counts)
+def _layers(config: Config) -> tuple[float, ...]:
+    """Layers of each stage: the smallest stage's are few, longer ones have one more.
+
+    A stage that begins or ends inside a layer does so here too.
+    """
+    counts = [divmod(spec.num_blocks, 2) for spec in stage_specs(config)]
+    least = min(whole for whole, _ in counts)
     few = min(least, 2 if len(counts) <= 2 else 1)
-    return tuple(few + min(1, count - least) for count in counts)
+    return tuple(few + min(1, whole - least) + (0.5 if half else 0) for whole, half in counts)
 
 
 def _vocabulary(config: Config) -> tuple[int, int]:

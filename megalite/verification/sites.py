@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from megalite.config import Config
-from megalite.models.llama import DecoderLayer, LlamaStage
+from megalite.models.llama import EMBEDDING, DecoderLayer, LlamaStage
+from megalite.models.stage import StageSpec, stage_specs
 from megalite.parallel.topology import Coordinates
+from megalite.run_plan import stage_rank
 
 Seen = Callable[[str, Tensor], None]
 
@@ -74,42 +76,61 @@ def watch_stage(stage: LlamaStage, seen: Seen) -> list[torch.utils.hooks.Removab
     def into(module: nn.Module, site: str) -> None:
         handles.append(module.register_forward_pre_hook(lambda _m, xs: seen(site, xs[0])))
 
-    def out_of_sum(module: nn.Module, site: str) -> None:
-        def both(_module: nn.Module, _inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
-            seen(f"{site}.middle", outputs[1])
-            seen(f"{site}.mlp_norm", outputs[0])
-
-        handles.append(module.register_forward_hook(both))
-
     if stage.spec.has_embedding:
         out(stage.embedding, "embedding")
-    for index, layer in enumerate(stage.layers, start=stage.spec.first_layer):
+    for layer in stage.layers:
         assert isinstance(layer, DecoderLayer)
-        site = f"layers.{index}"
-        into(layer, f"{site}.input")
-        out(layer.attention_norm, f"{site}.attention_norm")
-        out(layer.attention.qkv, f"{site}.attention.qkv")
-        into(layer.attention.out, f"{site}.attention.mixed")
-        out(layer.attention.out, f"{site}.attention.out")
-        out_of_sum(layer.mlp_norm, site)
-        out(layer.mlp.gate_up, f"{site}.mlp.gate_up")
-        into(layer.mlp.down, f"{site}.mlp.activated")
-        out(layer.mlp.down, f"{site}.mlp.down")
-        out(layer, f"{site}.output")
+        site = f"layers.{layer.part.layer}"
+        into(layer, f"{site}.input" if layer.part.has_attention else f"{site}.middle")
+        if layer.part.has_attention:
+            out(layer.attention_norm, f"{site}.attention_norm")
+            out(layer.attention.qkv, f"{site}.attention.qkv")
+            into(layer.attention.out, f"{site}.attention.mixed")
+            out(layer.attention.out, f"{site}.attention.out")
+        if layer.part.is_whole:
+            handles.append(layer.mlp_norm.register_forward_hook(_out_of_sum(site, seen)))
+        elif layer.part.has_mlp:
+            out(layer.mlp_norm, f"{site}.mlp_norm")
+        if layer.part.has_mlp:
+            out(layer.mlp.gate_up, f"{site}.mlp.gate_up")
+            into(layer.mlp.down, f"{site}.mlp.activated")
+            out(layer.mlp.down, f"{site}.mlp.down")
+        out(layer, f"{site}.output" if layer.part.has_mlp else f"{site}.middle")
     if stage.spec.has_head:
         out(stage.norm, "norm")
         out(stage.head, "head")
     return handles
 
 
-def stage_of_site(config_layers: list[range], site: str) -> int:
-    """The pipeline stage that computes a site, from the layers of each stage."""
-    if site == "embedding":
-        return 0
-    if site in ("norm", "head"):
-        return len(config_layers) - 1
-    layer = int(site.split(".")[1])
-    return next(stage for stage, layers in enumerate(config_layers) if layer in layers)
+def _out_of_sum(site: str, seen: Seen) -> Callable[..., None]:
+    """A hook for the two results of the norm of a sum."""
+
+    def both(_module: nn.Module, _inputs: tuple, outputs: tuple[Tensor, Tensor]) -> None:
+        seen(f"{site}.middle", outputs[1])
+        seen(f"{site}.mlp_norm", outputs[0])
+
+    return both
+
+
+def stage_of(config: Config, name: str, pp_rank: int) -> int:
+    """The stage on a pipeline rank that has a tensor, or computes a site."""
+    owners = stage_rank(config)
+    here = [spec for spec in stage_specs(config) if owners[spec.stage] == pp_rank]
+    return next((spec.stage for spec in here if _is_in(spec, name)), here[0].stage)
+
+
+def _is_in(spec: StageSpec, name: str) -> bool:
+    """Whether a stage has a tensor, or computes a site."""
+    layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    if layer is None:
+        # A tied embedding is in the stage of the head too.
+        embeds = name in ("embedding", EMBEDDING)
+        return spec.has_head or (embeds and spec.has_embedding)
+    attention, mlp = (block in spec.blocks for block in (2 * layer, 2 * layer + 1))
+    if name.endswith(".middle"):
+        return attention or mlp
+    in_mlp = ".mlp" in name or name.endswith((".output", ".post_attention_layernorm.weight"))
+    return mlp if in_mlp else attention
 
 
 def _share(features: int, rank: int, size: int) -> Tensor:

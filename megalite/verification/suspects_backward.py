@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from megalite.run_plan import num_stages, stage_rank
 from megalite.verification.compare import Difference
 from megalite.verification.definition import EMBEDDING, HEAD, Weights, loss_gradients
 from megalite.verification.evidence import Evidence, common_factor, factor_in_words, same
 from megalite.verification.record import Part
+from megalite.verification.sites import stage_of
 
 
 def gradient_suspects(evidence: Evidence, first: Difference) -> Iterator[str]:
@@ -32,10 +34,11 @@ def _tied_embedding(evidence: Evidence, names: set[str]) -> Iterator[str]:
         evidence, names, {EMBEDDING: 2 * (lookup + head)}
     ):
         yield f"{where} is counted twice"
-    last = evidence.config.parallel.pp - 1
-    of_stage = {0: lookup, last: head}
+    owners = stage_rank(evidence.config)
+    of_rank = {owners[0]: lookup, owners[-1]: head}
     parts = list(evidence.gradients(names))
-    if last and all(same(p.value, p.of(of_stage[evidence.place(r).pp])) for r, p in parts):
+    apart = owners[0] != owners[-1]
+    if apart and all(same(p.value, p.of(of_rank[evidence.place(r).pp])) for r, p in parts):
         yield f"{where} is not summed over the first and the last stage"
     for part, text in ((lookup, "lookup"), (head, "head")):
         if _is(evidence, names, {EMBEDDING: part}):
@@ -172,8 +175,11 @@ def _which(evidence: Evidence, names: set[str]) -> str:
         return "the embedding's gradient"
     if all(name.endswith("norm.weight") for name in names):
         return "every norm weight's gradient"
-    stages = {evidence.place(r).pp for r, part in evidence.gradients(names)}
-    if len(stages) == 1 and evidence.config.parallel.pp > 1:
+    config = evidence.config
+    stages = {
+        stage_of(config, part.name, evidence.place(r).pp) for r, part in evidence.gradients(names)
+    }
+    if len(stages) == 1 and num_stages(config) > 1:
         return f"every gradient of stage {stages.pop()}"
     return f"the gradient of {', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''}"
 

@@ -19,6 +19,7 @@ from megalite.verification.evidence import (
     same,
     same_number,
 )
+from megalite.verification.sites import stage_of
 
 
 def activation_suspects(evidence: Evidence, first: Difference) -> Iterator[str]:
@@ -71,7 +72,7 @@ def _messages(evidence: Evidence, first: Difference) -> Iterator[str]:
     held = holds.get(first.samples)
     if held is None or held == first.samples:
         return
-    stage = evidence.place(first.world_rank).pp
+    stage = stage_of(evidence.config, first.name, evidence.place(first.world_rank).pp)
     what = f"stage {stage} has the {_noun(evidence, first)} of samples {list(held)} for those of"
     if holds.get(held) == first.samples:
         yield f"{what} samples {list(first.samples)} and the other way round: they are swapped"
@@ -84,7 +85,8 @@ def _messages(evidence: Evidence, first: Difference) -> Iterator[str]:
 def _noun(evidence: Evidence, first: Difference) -> str:
     if first.name == "embedding":
         return "tokens"
-    starts = {f"layers.{s.first_layer}.input" for s in stage_specs(evidence.config)[1:]}
+    parts = [spec.parts[0] for spec in stage_specs(evidence.config)[1:]]
+    starts = {f"layers.{p.layer}.{'input' if p.has_attention else 'middle'}" for p in parts}
     return "received activations" if first.name in starts else "activations"
 
 

@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from megalite.config import Config
 from megalite.models.stage import stage_specs
 from megalite.parallel.topology import Topology
+from megalite.run_plan import num_stages
 from megalite.verification.compare import Difference
 from megalite.verification.run import Pass, Verdict
 from megalite.verification.shrink import SKIPPED_STEP
+from megalite.verification.sites import stage_of
 
 
 def what(config: Config, name: str, changes: Sequence[str], precisions: Sequence[str]) -> str:
     """What is about to run."""
     model, train = config.model, config.train
-    split = ",".join(str(spec.num_layers) for spec in stage_specs(config))
+    split = ",".join(f"{spec.num_layers:g}" for spec in stage_specs(config))
     options = [
-        f"{config.parallel.schedule}" if config.parallel.pp > 1 else "",
+        config.parallel.schedule if num_stages(config) > 1 else "",
         "sequence parallel" if config.parallel.sequence_parallel else "",
         "tied embeddings" if model.tie_embeddings else "",
         f"recompute {train.recompute}" if train.recompute != "none" else "",
@@ -93,7 +95,7 @@ def _subject(config: Config, difference: Difference) -> str:
     if config.world_size > 1:
         text += f", on rank {difference.world_rank} (tp {place.tp}, pp {place.pp}, dp {place.dp})"
     if named:
-        text += f", stage {place.pp}"
+        text += f", stage {stage_of(config, difference.name, place.pp)}"
         digits = [part for part in difference.name.split(".") if part.isdigit()]
         text += f", layer {digits[0]}" if digits else ""
     return text

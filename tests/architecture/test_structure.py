@@ -19,10 +19,11 @@ LAYERS = [
     {"sampling", "verification", "diagnosis", "program"},
     {"trainer"},
     {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline", "check", "check_trace"},
-    {"effects", "preprocessing", "check_data"},
+    {"effects", "preprocessing", "check_data", "check_pipeline"},
     {"data", "models", "cli"},
     {"layers", "config_file"},
-    {"parallel", "megalite_kernels", "field_values", "alternatives", "reading"},
+    {"parallel", "megalite_kernels", "field_values", "alternatives", "reading"}
+    | {"plans", "run_plan"},
     {"presets", "megatron_flags", "config", "config_data", "config_model", "batch_sizes"}
     | {"option", "tokenizer", "errors", "wording"},
 ]
@@ -32,6 +33,7 @@ NO_TORCH = [
     "megalite.batch_sizes",
     "megalite.check",
     "megalite.check_data",
+    "megalite.check_pipeline",
     "megalite.check_trace",
     "megalite.cli",
     "megalite.config",
@@ -64,6 +66,7 @@ NO_TORCH = [
     "megalite.doctor",
     "megalite.effects",
     "megalite.estimate",
+    "megalite.models.balance",
     "megalite.models.stage",
     "megalite.optim.lr",
     "megalite.parallel.activity",
@@ -92,6 +95,7 @@ NO_TORCH = [
     "megalite.program",
     "megalite.reading.records",
     "megalite.report",
+    "megalite.run_plan",
     "megalite.tokenizer.bpe",
     "megalite.tokenizer.byte",
     "megalite.tokenizer.choose",
@@ -129,7 +133,10 @@ def imports(path: Path) -> set[str]:
 
 
 def room(module: str) -> str:
+    """The first folder or module; of the pipeline, what plans is apart from what runs."""
     parts = module.split(".")
+    if parts[1:2] == ["pipeline"] and parts[-1] not in ("runtime", "recorder"):
+        return "plans"
     return parts[0] if parts[0] == "megalite_kernels" else parts[1]
 
 

@@ -24,6 +24,7 @@ from megalite.layers.norm import RMSNorm
 from megalite.layers.rope import rope_tables
 from megalite.layers.shard import initialize, named_shards
 from megalite.models.llama import DecoderLayer
+from megalite.models.stage import LayerPart
 from megalite.parallel.tensor import TensorGroup
 
 S, B = 16, 2
@@ -74,7 +75,9 @@ def _decoder_layer() -> Case:
     config = config_of(2)
     cos, sin = rope_tables(config.model, S, torch.float32)
     return Case(
-        lambda tp: DecoderLayer(config, 0, tp=tp, dtype=torch.float32, device=torch.device("cpu")),
+        lambda tp: DecoderLayer(
+            config, LayerPart(0), tp=tp, dtype=torch.float32, device=torch.device("cpu")
+        ),
         lambda layer, x: layer(x, cos[:, None], sin[:, None]),
     )
 

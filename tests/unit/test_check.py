@@ -153,24 +153,6 @@ RULES = {
         "--rope-scaling yarn --rope-yarn-beta-fast 1",
         "--rope-yarn-beta-fast 1.0 must be above --rope-yarn-beta-slow 1.0",
     ),
-    "a layer for each stage": (
-        "--pp 5",
-        "--pp 5 is more than --num-layers 4: every stage owns at least one layer; "
-        "try --pp 4 or fewer",
-    ),
-    "pp-layers for each stage": (
-        "--pp 2 --pp-layers 2,1,1",
-        "--pp-layers 2,1,1 names 3 stages, but --pp is 2",
-    ),
-    "pp-layers for one stage": ("--pp-layers 2,2", "--pp-layers 2,2 names 2 stages, but --pp is 1"),
-    "pp-layers add up": (
-        "--pp 2 --pp-layers 2,3",
-        "--pp-layers 2,3 adds up to 5, but --num-layers is 4",
-    ),
-    "pp-layers are not empty": (
-        "--pp 2 --pp-layers 4,0",
-        "--pp-layers 4,0: every stage owns at least one layer",
-    ),
     "batch": (
         "--dp 2 --micro-batch-size 4 --global-batch-size 20",
         "--global-batch-size 20 is not a multiple of --micro-batch-size 4 x dp 2 = 8; try 16 or 24",
@@ -284,7 +266,12 @@ def test_what_is_just_valid(argv: str) -> None:
                     "--num-kv-heads 3 does not divide",
                     "--tp 3 does not divide --num-attention-heads",
                 ),
-                *("--ffn-hidden-size 352; try", "--seq-length 128", "--pp 9 is more", "--steps 0"),
+                *(
+                    "--ffn-hidden-size 352; try",
+                    "--seq-length 128",
+                    "--pp 9 makes 9 stages",
+                    "--steps 0",
+                ),
                 *("--split 5", "there is no file missing.txt", "--name 'a/b'"),
             ],
         ),

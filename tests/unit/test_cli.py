@@ -108,6 +108,7 @@ def test_what_to_do_instead_of_training(flags: tuple[str, ...]) -> None:
         ("rope_theta", "500_000", 500_000.0),
         ("pp_layers", "9,7", (9, 7)),
         ("pp_layers", "9, 1e1", (9, 10)),
+        ("pp_layers", "8.5,7.50", (8.5, 7.5)),
         ("pp_layers", "4", (4,)),
         ("lr_decay_style", "WSD", "WSD"),
     ],
@@ -174,8 +175,8 @@ def test_bool_flags(name: str) -> None:
             for t in ("1.5", "x", "", "nan", "inf", "1e999", "true")
         ],
         *[("--lr", t, "a number") for t in ("x", "", "1,5")],
-        *[("--pp-layers", t, "a whole number") for t in ("2,x", "2,,2", "2;2", "2.5,2")],
-        ("--schedule", "1F1B", "one of 1f1b, gpipe"),
+        *[("--pp-layers", t, "a number") for t in ("2,x", "2,,2", "2;2", "nan,2", "2,inf")],
+        *[("--rampup-batch-size", t, "a whole number") for t in ("2,x,4", "2,,2", "2.5,2,4")],
         ("--recompute", "some", "one of none, selective, full"),
         ("--device", "gpu", "one of auto, cpu, cuda"),
     ],
@@ -200,8 +201,10 @@ def test_a_wrong_value_names_the_flag_the_value_and_what_is_expected(
         ('tie_embeddings = "yes"', "tie_embeddings"),
         ("pp_layers = 4", "pp_layers"),
         ("pp_layers = [1, true]", "pp_layers"),
-        ("pp_layers = [1.5]", "pp_layers"),
-        ('schedule = "x"', "schedule"),
+        ("pp_layers = [1.5, nan]", "pp_layers"),
+        ("rampup_batch_size = [1.5, 2, 3]", "rampup_batch_size"),
+        ("schedule = 1", "schedule"),
+        ('recompute = "x"', "recompute"),
         ("name = [1, 2]", "name"),
         ("runs = true", "runs"),
         ("[data.data]\npath = 'x'", "data"),
@@ -257,7 +260,7 @@ def test_a_preset_unlike_any_lists_them_all() -> None:
 def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
     file = write(tmp_path / "a.toml", tp="x", hidden_sise=3, model="tinny", pp_layers=4)
     found = word_violations(
-        *("stray", "--config", file, "--bogus", "1", "--steps", "x", "--schedule", "zero"),
+        *("stray", "--config", file, "--bogus", "1", "--steps", "x", "--recompute", "zero"),
         *("--fp16", "--normalization", "LayerNorm", "--pp", "2"),
         *("--pipeline-model-parallel-size", "4"),
     )
@@ -269,9 +272,9 @@ def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
         "--pp 2 and --pipeline-model-parallel-size 4 contradict: give one",
         "a.toml: tp = x: expected a whole number",
         "a.toml: no field 'hidden_sise'; did you mean hidden_size?",
-        "a.toml: pp_layers = 4: expected whole numbers separated by commas",
+        "a.toml: pp_layers = 4: expected numbers separated by commas, as in 8.5,7.5",
         "--steps x: expected a whole number",
-        "--schedule zero: expected one of",
+        "--recompute zero: expected one of",
         "--model tinny is not a preset; did you mean tiny?",
     ]
     assert len(found) == len(parts), found

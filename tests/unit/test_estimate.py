@@ -11,8 +11,8 @@ import torch
 from megalite.config import Config, resolve
 from megalite.estimate import (
     flops_per_token,
-    stage_parameters,
     rank_estimates,
+    stage_parameters,
     whole_parameters,
 )
 from megalite.layers.shard import named_shards
@@ -112,9 +112,11 @@ def test_a_rank_by_hand() -> None:
     """tp 4 of two key/value heads: two query heads and a copy of one; 104 of 101 rows, by 26."""
     config = settings("tied", tp=4, pp=2, make_vocab_size_divisible_by=26)
     first, last = stage_specs(config)
-    layer = (2 * 12 + 2 * 6) * 48 + 3 * 48 * 20 + 2 * 48
-    assert stage_parameters(config, first) == first.num_layers * layer + 26 * 48
-    assert stage_parameters(config, last) == last.num_layers * layer + 26 * 48 + 48
+    attention, mlp = (2 * 12 + 2 * 6) * 48 + 48, 3 * 48 * 20 + 48
+    # Two layers and the attention of the third; its MLP and two layers.
+    assert (first.num_blocks, last.num_blocks) == (5, 5)
+    assert stage_parameters(config, first) == 3 * attention + 2 * mlp + 26 * 48
+    assert stage_parameters(config, last) == 2 * attention + 3 * mlp + 26 * 48 + 48
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp64", "bf16"])

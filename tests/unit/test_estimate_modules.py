@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-padding": dict(vocab_size=128, make_vocab_size_divisible_by=16),
     "plain-tensor-parallel": dict(sequence_parallel=False, num_kv_heads=2),
 }
-CUTS = [dict(tp=tp, pp=pp) for tp in (1, 2, 4, 8) for pp in (1, 2, 3)]
+CUTS = [dict(tp=tp, pp=pp) for tp in (1, 2, 4, 8) for pp in (1, 2, 3, 6)]
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "tp{tp}-pp{pp}".format(**cut))
@@ -139,6 +139,8 @@ def saved_bytes(config: Config, spec: StageSpec) -> int:
     "shape",
     [
         *({}, dict(num_kv_heads=2), dict(ffn_hidden_size=512), dict(head_dim=32), dict(pp=2)),
+        dict(pp=2, pp_layers=(1.5, 10.5)),
+        dict(pp=3, pp_layers=(5.5, 2, 4.5)),
         dict(attention="fused-softmax", seq_length=128),
         dict(attention="fused-softmax", seq_length=128, num_kv_heads=2, micro_batch_size=1),
         dict(attention_dropout=0.1, seq_length=128),

@@ -3,19 +3,21 @@ anyway, or is refused in one sentence that names it; none is ignored."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import parse, word_violations
+from commands import parse, violations, word_violations
 
 from megalite.config import Config, fields
 from megalite.field_values import is_words
-from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Refused, With
+from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Follows, Refused, With
 
 SPECS = {spec.name: spec for spec in fields()}
 ALIASES = {flag: m for flag, m in MEGATRON_FLAGS.items() if isinstance(m, Alias)}
 ALWAYS = {flag: m for flag, m in MEGATRON_FLAGS.items() if isinstance(m, Always)}
 WITH = {flag: m for flag, m in MEGATRON_FLAGS.items() if isinstance(m, With)}
+FOLLOWS = {flag: m for flag, m in MEGATRON_FLAGS.items() if isinstance(m, Follows)}
 REFUSED = {flag: m for flag, m in MEGATRON_FLAGS.items() if isinstance(m, Refused)}
 
 
@@ -24,7 +26,8 @@ def value(config: Config, name: str) -> Any:
 
 
 def test_the_table_is_whole() -> None:
-    assert len(ALIASES) + len(ALWAYS) + len(WITH) + len(REFUSED) == len(MEGATRON_FLAGS)
+    kinds = (ALIASES, ALWAYS, WITH, FOLLOWS, REFUSED)
+    assert sum(map(len, kinds)) == len(MEGATRON_FLAGS)
     assert min(len(ALIASES), len(ALWAYS), len(REFUSED)) > 15
     ours = {spec.flag for spec in SPECS.values()} | {"--config", "--dry-run", "--print-config"}
     ours |= {f"--no-{flag[2:]}" for flag in ours}
@@ -87,6 +90,9 @@ def test_an_alias_without_a_value_equals_our_flag(flag: str) -> None:
         ("--lr-decay-iters 300", "lr_decay_steps", 300),
         ("--lr-wsd-decay-iters 30", "lr_wsd_decay_steps", 30),
         ("--eval-iters 3", "eval_steps", 3),
+        ("--num-virtual-stages-per-pipeline-rank 3", "chunks", 3),
+        ("--enable-zbh1-pipeline", "schedule", "zb-h1"),
+        ("--zero-bubble-v-schedule", "schedule", "zb-v"),
         ("--bf16", "precision", "bf16"),
         ("--recompute-activations", "recompute", "selective"),
         ("--recompute-granularity full", "recompute", "full"),
@@ -164,6 +170,79 @@ def test_two_flags_for_one_field_may_agree(argv: str, name: str, want: Any) -> N
 def test_a_wrong_value_is_reported_under_the_flag_that_was_given(argv: str, flag: str) -> None:
     (found,) = word_violations(*argv.split())
     assert found.startswith(f"{flag} {argv.split()[1]}: expected ")
+
+
+# What follows from other flags too
+
+LAYERS_PER_STAGE = "--num-layers-per-virtual-pipeline-stage"
+
+
+def test_every_such_flag_is_tested() -> None:
+    assert list(FOLLOWS) == [LAYERS_PER_STAGE]
+
+
+@pytest.mark.parametrize(
+    ("argv", "chunks"),
+    [
+        ("--num-layers 12 --pp 2 {} 2", 3),
+        ("{} 2 --pp 2 --num-layers 12", 3),
+        ("--model llama3-8b --pp 4 {}=4", 2),
+        ("--num-layers 12 --pp 2 {} 6", 1),
+        ("--num-layers 12 --pp 2 {} 2 --chunks 3", 3),
+        ("--num-layers 12 --pp 2 {} 2 --num-virtual-stages-per-pipeline-rank 3", 3),
+    ],
+)
+def test_chunks_of_layers(argv: str, chunks: int) -> None:
+    command = parse(*argv.format(LAYERS_PER_STAGE).split())
+    assert command.config.parallel.chunks == chunks
+    assert "chunks" in command.given
+
+
+def test_chunks_of_the_layers_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("num_layers = 12\npp = 3\nchunks = 7\n")
+    config = parse("--config", f"{tmp_path}/a.toml", LAYERS_PER_STAGE, "2").config
+    assert config.parallel.chunks == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentences"),
+    [
+        (
+            "--num-layers 12 --pp 2 {} 4",
+            [
+                "{} 4: it does not divide the 6 layers of a rank, --num-layers 12 / --pp 2; try 2 "
+                "or 3"
+            ],
+        ),
+        (
+            "--num-layers 12 --pp 2 {} 0",
+            [
+                "{} 0: it does not divide the 6 layers of a rank, --num-layers 12 / --pp 2; try 1 "
+                "or 2"
+            ],
+        ),
+        (
+            "--num-layers 12 --pp 5 {} 2",
+            [
+                "{} 2: --num-layers 12 is no multiple of --pp 5: give --chunks, and --pp-layers if "
+                "they are not to be balanced"
+            ],
+        ),
+        ("--num-layers 12 --pp 2 {} x", ["{} x: expected a whole number"]),
+        ("--num-layers x --pp 2 {} 3", ["--num-layers x: expected a whole number"]),
+        (
+            "--num-layers 0 --pp 0 {} 3",
+            ["--num-layers 0 must be above 0", "--pp 0 must be above 0"],
+        ),
+        (
+            "--num-layers 12 --pp 2 {} 2 --chunks 2",
+            ["--chunks 2 and {} 2 contradict: give one"],
+        ),
+    ],
+)
+def test_layers_that_make_no_chunks(argv: str, sentences: list[str]) -> None:
+    found = violations(*argv.format(LAYERS_PER_STAGE).split())
+    assert found == [sentence.format(LAYERS_PER_STAGE) for sentence in sentences]
 
 
 # What is done anyway

@@ -174,7 +174,7 @@ def layer_dropped(patch: Patch) -> None:
 
     def broken(self: Any, config: Any, spec: Any, **kwargs: Any) -> None:
         if spec.stage == 0 and not spec.has_head:
-            spec = replace(spec, num_layers=spec.num_layers - 1)
+            spec = replace(spec, num_blocks=spec.num_blocks - 2)
         right(self, config, spec, **kwargs)
 
     patch.setattr(llama.LlamaStage, "__init__", broken)
