@@ -122,6 +122,13 @@ def test_parallel_features_on_one_rank_are_notes(flag: str, axis: str) -> None:
     assert told(f"--tp 2 --pp 2{rest}") == ()
 
 
+@pytest.mark.parametrize(
+    "flags", ["--schedule zb-v", "--chunks 2 --schedule gpipe", "--chunks 2 --pp-layers 1.5,2.5"]
+)
+def test_several_stages_on_one_rank_are_a_pipeline(flags: str) -> None:
+    assert told(flags) == ()
+
+
 def test_nothing_is_said_of_what_is_off() -> None:
     assert told("--no-sequence-parallel") == ()
 

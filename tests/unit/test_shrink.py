@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from commands import run
 
 from megalite.check import check
 from megalite.config import Config
 from megalite.models.stage import stage_specs
+from megalite.pipeline.schedules import make_plan
+from megalite.pipeline.text import plan_text
 from megalite.presets import PRESETS
+from megalite.verification.run import one_rank
 from megalite.verification.shrink import MOST_RANKS, shrink
 
 LAYOUTS = [
@@ -95,6 +100,48 @@ def test_options_are_kept(flags: str) -> None:
             continue
         group = next(g for g in ("model", "parallel", "train") if hasattr(getattr(config, g), name))
         assert getattr(getattr(small, group), name) == getattr(getattr(config, group), name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "want"),
+    [
+        ("--pp 2 --num-layers 16 --pp-layers 8.5,7.5", (3.5, 2.5)),
+        ("--pp 2 --num-layers 16 --pp-layers 0.5,15.5", (0.5, 1.5)),
+        ("--pp 4 --num-layers 16 --pp-layers 5,4.5,4,2.5", (2, 2.5, 2, 1.5)),
+        ("--pp 2 --schedule zb-v --num-layers 16 --pp-layers 5.5,1,8.5,1", (2.5, 1, 2.5, 1)),
+        ("--pp 1 --chunks 2 --num-layers 16", (2, 2)),
+        ("--pp 8 --num-layers 4", (0.5,) * 8),
+    ],
+)
+def test_boundaries_inside_layers_are_kept(flags: str, want: tuple[float, ...]) -> None:
+    config = run(*flags.split())
+    small = shrink(config).config
+    check(small)
+    assert tuple(spec.num_layers for spec in stage_specs(small)) == want
+    assert [spec.num_blocks % 2 for spec in stage_specs(small)] == [
+        spec.num_blocks % 2 for spec in stage_specs(config)
+    ]
+
+
+def test_a_plan_in_a_file_still_fits(tmp_path: Path) -> None:
+    """It is for so many micro-batches, more than a schedule by name would be shrunk to."""
+    (tmp_path / "plan.txt").write_text(plan_text(make_plan("zb-v", 2, 9)))
+    argv = "--pp 2 --micro-batch-size 4 --global-batch-size 36 --schedule".split()
+    small = shrink(run(*argv, f"{tmp_path}/plan.txt")).config
+    check(small)
+    assert small.num_micro_batches == 9
+    assert shrink(run(*argv, "zb-v")).config.num_micro_batches == 5
+
+
+def test_the_one_rank_run_has_one_stage(tmp_path: Path) -> None:
+    (tmp_path / "plan.txt").write_text(plan_text(make_plan("zb-v", 2, 2)))
+    for schedule in ("interleaved", f"{tmp_path}/plan.txt"):
+        argv = f"--pp 2 --micro-batch-size 4 --global-batch-size 8 --schedule {schedule}"
+        config = run(*argv.split())
+        one = one_rank(config)
+        check(one)
+        assert len(stage_specs(one)) == one.world_size == 1
+        assert one.model.num_layers == config.model.num_layers
 
 
 @pytest.mark.parametrize(("asked_for", "gets"), [(1, 1), (2, 2), (3, 3), (8, 8), (9, 9), (64, 8)])
