@@ -222,5 +222,3 @@ def _crossed(program: Program) -> list[str]:
                 problems.append(f"rank {source} sends {here} where rank {target} receives {there}")
                 break
     return problems
-
-

@@ -5,9 +5,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-from megalite.pipeline.actions import GIVES_INPUT_GRADIENT, Action, Op, Order, Plan, Program
-from megalite.pipeline.channels import counterpart, goes_later
+from megalite.pipeline.actions import (
+    GIVES_INPUT_GRADIENT,
+    SENDS,
+    Action,
+    Op,
+    Order,
+    Plan,
+    Program,
+)
+from megalite.pipeline.channels import goes_later
 from megalite.pipeline.costs import Costs
 from megalite.pipeline.timing import end_times
 
@@ -16,8 +25,9 @@ def lower(plan: Plan, costs: Costs | None = None) -> Program:
     """Send right after an action made its output; begin to receive while that action runs.
 
     So a message travels while its receiver computes, and does not stand in the way of others: one
-    that its receiver took only when needed would hold up all that its sender starts after it. At
-    the latest it is received one action ahead of its use.
+    that its receiver took only when needed would hold up all that its sender starts after it. It
+    is received no later than one action ahead of its use, unless its receiver has yet to make what
+    it sends before it.
 
     Messages of one channel are started, at both
     of their ends, in the order in which they would be made if no message waited for another. That
@@ -33,13 +43,19 @@ def lower(plan: Plan, costs: Costs | None = None) -> Program:
         PlanError: the plan would hang.
     """
     ends = end_times(plan, costs or Costs.uniform(plan.num_stages))
-    return Program(plan, tuple(_lower_rank(plan, order, ends) for order in plan.ranks))
+    # What ends at the same time is told apart by an order that is the same on all ranks, too.
+    made = {action: (end, number) for number, (action, end) in enumerate(ends.items())}
+    return Program(plan, tuple(_lower_rank(plan, order, made) for order in plan.ranks))
 
 
-def _lower_rank(plan: Plan, order: Order, ends: Mapping[Action, float]) -> Order:
+Made = tuple[float, int]
+"""When an action has made its result, and its number among those that end at the same time."""
+
+
+def _lower_rank(plan: Plan, order: Order, made: Mapping[Action, Made]) -> Order:
     """The rank's order with its messages."""
     before: list[list[Action]] = [[] for _ in range(len(order) + 1)]
-    messages = sorted(_messages(plan, order, ends), key=lambda message: message.made)
+    messages = sorted(_messages(plan, order, made), key=lambda message: message.made)
     for later in (True, False):
         channel = [m for m in messages if goes_later(plan, m.action) is later]
         for message, place in zip(channel, _places(channel), strict=True):
@@ -52,39 +68,35 @@ def _lower_rank(plan: Plan, order: Order, ends: Mapping[Action, float]) -> Order
 
 @dataclass(frozen=True)
 class _Message:
-    """A message, and the indices of the actions that it may be started before.
+    """A message, and the index of the action before which it is started.
 
     Attributes:
         action: as its end on this rank names it.
-        made: when its content is made, and what distinguishes it from those made at the same time.
-        place: where it is best started.
-        latest: where it has to be started at the latest.
+        made: when its content is.
+        place: where it is started; a receive may be started earlier too.
     """
 
     action: Action
-    made: tuple[float, str]
+    made: Made
     place: int
-    latest: int
 
 
-def _messages(plan: Plan, order: Order, ends: Mapping[Action, float]) -> Iterator[_Message]:
+def _messages(plan: Plan, order: Order, made: Mapping[Action, Made]) -> Iterator[_Message]:
     """What the rank receives and sends."""
-    own_ends = [ends[action] for action in order]
+    own = [made[action] for action in order]
     for index, action in enumerate(order):
         stage, i = action.stage, action.micro_batch
         source = plan.source(action)
         if source is not None and plan.is_remote(stage, source[0]):
             neighbour, direction = source
-            received = Action(stage, Op(f"RECV_{direction}"), i)
-            made = _made(ends, neighbour, direction, i)
-            meanwhile = bisect_left(own_ends, made)
+            content = _made(made, neighbour, direction, i)
+            meanwhile = bisect_left(own, content[:1])
             place = min(meanwhile, max(0, index - 1))
-            yield _Message(received, (made, str(received)), place, index)
+            yield _Message(Action(stage, Op(f"RECV_{direction}"), i), content, place)
         goes_to = _target(plan, action)
         if goes_to is not None and plan.is_remote(stage, goes_to):
             direction = Op.FORWARD if action.op is Op.FORWARD else Op.BACKWARD
-            sent = Action(stage, Op(f"SEND_{direction}"), i)
-            yield _Message(sent, (ends[action], str(counterpart(sent))), index + 1, index + 1)
+            yield _Message(Action(stage, Op(f"SEND_{direction}"), i), made[action], index + 1)
 
 
 def _target(plan: Plan, action: Action) -> int | None:
@@ -96,20 +108,17 @@ def _target(plan: Plan, action: Action) -> int | None:
     return None
 
 
-def _made(ends: Mapping[Action, float], stage: int, direction: Op, micro_batch: int) -> float:
+def _made(made: Mapping[Action, Made], stage: int, direction: Op, micro_batch: int) -> Made:
     """When a stage's result is made, by whichever action makes it."""
     makers = (Op.FORWARD,) if direction is Op.FORWARD else GIVES_INPUT_GRADIENT
-    made = (Action(stage, op, micro_batch) for op in makers)
-    return next(ends[action] for action in made if action in ends)
+    actions = (Action(stage, op, micro_batch) for op in makers)
+    return next(made[action] for action in actions if action in made)
 
 
 def _places(channel: Sequence[_Message]) -> list[int]:
-    """Where each message is started: in the channel's order, and as near to its best as may be."""
-    latest = [message.latest for message in channel]
+    """Where each message is started: in the channel's order, receives as early as those after."""
+    places = [message.place for message in channel]
     for index in reversed(range(len(channel) - 1)):
-        latest[index] = min(latest[index], latest[index + 1])
-    places: list[int] = []
-    for message, limit in zip(channel, latest, strict=True):
-        best = min(message.place, limit)
-        places.append(max(best, places[-1]) if places else best)
-    return places
+        if channel[index].action.op not in SENDS:
+            places[index] = min(places[index], places[index + 1])
+    return list(accumulate(places, max))

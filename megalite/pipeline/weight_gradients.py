@@ -43,13 +43,12 @@ def place_weight_gradients(plan: Plan, costs: Costs, limits: Sequence[float]) ->
     ends = end_times(plan, costs)
     rest = _least_rest(plan, costs, ends)
     least = max(end - costs.of(action) + rest[action] for action, end in ends.items())
-    best, shortest = _place(plan, costs, limits, dict.fromkeys(rest, math.inf))
+    best, shortest = _place(plan, costs, limits, rest, math.inf)
     target = least
     for _ in range(_TRIALS):
         if shortest <= least:
             break
-        latest = {action: target - needed for action, needed in rest.items()}
-        placed, makespan = _place(plan, costs, limits, latest)
+        placed, makespan = _place(plan, costs, limits, rest, target)
         if makespan > target:
             least = target
         if makespan < shortest:
@@ -83,16 +82,18 @@ def _least_rest(plan: Plan, costs: Costs, ends: Mapping[Action, float]) -> Mappi
 
 
 def _place(
-    plan: Plan, costs: Costs, limits: Sequence[float], latest: Mapping[Action, float]
+    plan: Plan, costs: Costs, limits: Sequence[float], rest: Mapping[Action, float], target: float
 ) -> tuple[Plan, float]:
     """The plan with weight gradients, and its makespan.
 
     Args:
-        latest: when each action has to start; a weight gradient that would run beyond that waits.
+        rest: of the step from the start of each action.
+        target: length of the step that weight gradients must not make impossible.
     """
     clock = Clock(plan, costs)
     ranks = [
-        _Rank(order, costs, limit, latest) for order, limit in zip(plan.ranks, limits, strict=True)
+        _Rank(order, costs, limit, rest, target)
+        for order, limit in zip(plan.ranks, limits, strict=True)
     ]
     # The rank that is furthest behind goes first: whatever another one does ends later than its
     # clock.
@@ -125,9 +126,16 @@ def _place(
 class _Rank:
     """One rank's way through its order."""
 
-    def __init__(self, planned: Order, costs: Costs, limit: float, latest: Mapping[Action, float]):
+    def __init__(
+        self,
+        planned: Order,
+        costs: Costs,
+        limit: float,
+        rest: Mapping[Action, float],
+        target: float,
+    ):
         self._planned, self._costs, self._limit = deque(planned), costs, limit
-        self._latest = latest
+        self._rest, self._target = rest, target
         self._deferred: deque[Action] = deque()
         self._kept = 0.0
         self.now = 0.0
@@ -156,7 +164,7 @@ class _Rank:
         if arrival is None or self._kept + self._costs.growth(action) > self._limit:
             return True
         end = self.now + self._costs.of(self._deferred[0])
-        return arrival > self.now and end <= max(arrival, self._latest[action])
+        return arrival > self.now and end <= max(arrival, self._target - self._rest[action])
 
     def run(self, action: Action, clock: Clock) -> None:
         """Do it."""
