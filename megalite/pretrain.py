@@ -27,14 +27,18 @@ from megalite.effects import notes
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World
 from megalite.program import Program, checked
+from megalite.run_plan import AUTO
+from megalite.schedule_choice import choose, choose_by_estimate, predictions, table
 
 if TYPE_CHECKING:
     import torch
 
     from megalite.data.mixture import Mixture
     from megalite.data.record import DataRecord
+    from megalite.data.samples import Samples
     from megalite.parallel.launch import Prepared, Rank
     from megalite.parallel.machine import Machine
+    from megalite.pipeline.costs import Costs
     from megalite.trainer import Result, Trainer
 
 PROMPT_TOKENS = 40
@@ -59,6 +63,9 @@ def _describe(config: Config, told: Sequence[str]) -> None:
     device = config.parallel.device
     if device != "auto":
         config = resolve_device(config, device)
+    if config.parallel.schedule == AUTO:
+        told = (*told, "the schedule is chosen again at start, by measured costs")
+        config = choose_by_estimate(config).config
     print(
         report.opening(
             config,
@@ -169,11 +176,15 @@ def _train(
     folder = Path(config.run.runs) / config.run.name
     first = rank.groups.world_rank == 0
     samples = open_samples(config, mixture)
+    costs, chosen = None, ""
+    if config.parallel.schedule == AUTO:
+        config, costs, chosen = _choose_schedule(rank, samples)
     if first:
         data.write(folder)
         lines = filter(None, (mixture.describe(), samples[0].describe()))
         _open_run(config, "\n".join(lines), rank.device, device_line, told, folder)
-    trainer = Trainer(config, samples, rank.groups, rank.device)
+        print(chosen, end="", flush=True)
+    trainer = Trainer(config, samples, rank.groups, rank.device, costs)
     record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
         result = trainer.fit(log)
@@ -184,6 +195,26 @@ def _train(
             assert log is not None
             log.say(_closing(mixture, result, sample, folder, trainer))
     return 0
+
+
+def _choose_schedule(
+    rank: Rank, samples: tuple[Samples, Samples, Samples | None]
+) -> tuple[Config, Costs, str]:
+    """The fastest schedule by costs measured here, the costs of its stages, and the comparison."""
+    from megalite.data.loader import Loader
+    from megalite.profiling import measure_costs
+    from megalite.recorded_costs import memory_limit
+
+    config, groups = rank.config, rank.groups
+    groups.activity.enter("measuring what the model's parts cost")
+    loader = Loader(config, samples[0], samples[1], groups.dp, rank.device)
+    micro_batch = loader.train_batch(0).micro_batches[0]
+    costs = measure_costs(config, groups, rank.device, micro_batch)
+    limit = memory_limit(config, rank.device)
+    choices = predictions(config, costs, limit)
+    best = choose(choices, limit)
+    heading = "schedules by measured costs, forwards and backwards alone:\n"
+    return best.config, best.costs, heading + table(choices, best, "ms", 1e3) + "\n\n"
 
 
 def _open_run(

@@ -26,16 +26,21 @@ from megalite.optim.optimizer import Optimizer
 from megalite.parallel.groups import ParallelGroups
 from megalite.pipeline.actions import Program
 from megalite.pipeline.check import check_program
+from megalite.pipeline.costs import Costs
 from megalite.pipeline.lower import lower
 from megalite.pipeline.recorder import write_record
 from megalite.pipeline.runtime import Executor
-from megalite.pipeline.schedules import forward_only
+from megalite.pipeline.schedules import SCHEDULES, forward_only
 from megalite.pipeline.trace import traced_steps
-from megalite.run_plan import run_plan
+from megalite.recorded_costs import activation_limit, recorded_costs
+from megalite.run_plan import is_file, run_plan
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 )
+
+MEASURED_STEPS = (2, 3)
+"""By the costs of their actions weight gradients are placed from then on; 1 is the first step."""
 
 SLOWEST_DISK_BYTES_PER_S = 5e6
 """Slower than this, saving is a hang."""
@@ -64,6 +69,7 @@ class Trainer:
         samples: of training, validation and, if there is one, the test after training.
         groups: of this rank.
         device: of this rank.
+        costs: of the stages, by which weight gradients are placed at first; None: all alike.
     """
 
     def __init__(
@@ -72,14 +78,15 @@ class Trainer:
         samples: tuple[Samples, Samples, Samples | None],
         groups: ParallelGroups,
         device: torch.device,
+        costs: Costs | None = None,
     ):
         self.config, self.groups, self.device = config, groups, device
-        self._activity = groups.activity
+        self._activity, self._costs = groups.activity, costs
         dtype = DTYPES[config.train.precision]
-        plan = run_plan(config)
-        self._stage_rank = plan.stage_rank
         # A batch that grows has more micro-batches later.
-        self._programs = {config.num_micro_batches: _checked(lower(plan))}
+        self._programs: dict[int, Program] = {}
+        plan = self._program(config.num_micro_batches).plan
+        self._stage_rank = plan.stage_rank
         self.stages: dict[int, LlamaStage] = {}
         for spec in stage_specs(config):
             if plan.stage_rank[spec.stage] == groups.pp.rank:
@@ -199,6 +206,7 @@ class Trainer:
         valid_loss = None
         loss = float("nan")
         traced = traced_steps(self.config.run.trace_steps)
+        measured = MEASURED_STEPS if self._places_weight_gradients() else ()
 
         def record(step: int, reading: Reading | None) -> None:
             nonlocal loss
@@ -209,11 +217,13 @@ class Trainer:
 
         for step in range(1, train.steps + 1):
             self._activity.begin(f"step {step}", is_step=True)
-            if step in traced:
+            if step in (*traced, *measured):
                 self.executor.recorder.begin_step(step)
             scalars.begin()
             statistics = self.train_step(step - 1)
             self.executor.recorder.end_step()
+            if measured and step == measured[-1]:
+                self.plan_by_measured_costs()
             self._activity.enter("reading the figures of the step before")
             record(step - 1, scalars.push(statistics))
             if traced and step == traced[-1]:
@@ -229,6 +239,22 @@ class Trainer:
         if log is not None and test_loss is not None:
             log.test(train.steps, test_loss)
         return Result(loss, valid_loss, test_loss)
+
+    def plan_by_measured_costs(self) -> None:
+        """Place the weight gradients anew, by what the recorded steps' actions took.
+
+        Their order on each stage stays, and so does every sum: the numbers do not change.
+        """
+        self._activity.enter("planning by measured costs")
+        self._costs = recorded_costs(self.executor.recorder, self.config, self.groups, self._costs)
+        self.executor.recorder.clear()
+        self._programs.clear()
+
+    def _places_weight_gradients(self) -> bool:
+        """Whether the plan is made by costs that matter."""
+        schedule = self.config.parallel.schedule
+        splits = not is_file(schedule) and SCHEDULES[schedule].keeps is not None
+        return splits and self.groups.pp.size > 1
 
     def save(self, folder: Path) -> None:
         """Write the final weights; returns when all ranks have."""
@@ -273,8 +299,9 @@ class Trainer:
 
     def _program(self, num_micro_batches: int) -> Program:
         if num_micro_batches not in self._programs:
-            plan = run_plan(self.config, num_micro_batches)
-            self._programs[num_micro_batches] = _checked(lower(plan))
+            limit = None if self._costs is None else activation_limit(self.config, self.device)
+            plan = run_plan(self.config, num_micro_batches, self._costs, limit)
+            self._programs[num_micro_batches] = _checked(lower(plan, self._costs))
         return self._programs[num_micro_batches]
 
     def _forward_program(self, num_micro_batches: int) -> Program:

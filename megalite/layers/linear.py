@@ -137,6 +137,10 @@ class RowParallelLinear(nn.Module):
         return f"{name}; weight {tuple(self.weight.shape)}, tp {self.tp.rank}/{self.tp.size}"
 
 
+LINEAR = (ColumnParallelLinear, RowParallelLinear)
+"""Layers whose weight gradients a schedule may compute later."""
+
+
 def _pack_pieces(in_features: int, outputs: Sequence[Output], tp: TensorGroup) -> tuple[Piece, ...]:
     pieces, local_start = [], 0
     for output in outputs:
@@ -167,7 +171,8 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, later: WeightGradients) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.later = later
+        # What is saved may come back as another tensor, computed again; this stays the parameter.
+        ctx.parameter, ctx.later = weight, later
         return F.linear(x, weight)
 
     @staticmethod
@@ -175,7 +180,7 @@ class _Linear(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         dx = dy @ weight
-        if ctx.later.defer(weight, dy, x):
+        if ctx.later.defer(ctx.parameter, dy, x):
             return dx, None, None
         return dx, weight_gradient(dy, x), None
 
@@ -188,7 +193,7 @@ class _ColumnParallel(Function):
         ctx: Any, x: Tensor, weight: nn.Parameter, tp: TensorGroup, later: WeightGradients
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.tp, ctx.later = tp, later
+        ctx.tp, ctx.parameter, ctx.later = tp, weight, later
         whole = tp.start_all_gather(x).wait() if tp.sequence_parallel else x
         return F.linear(whole, weight)
 
@@ -199,7 +204,7 @@ class _ColumnParallel(Function):
         tp: TensorGroup = ctx.tp
         cut = tp.sequence_parallel
         reduce = tp.start_reduce_scatter if cut else tp.start_all_reduce
-        if ctx.later.defer(weight, dy, x, tp if cut else None):
+        if ctx.later.defer(ctx.parameter, dy, x, tp if cut else None):
             return reduce(dy @ weight).wait(), None, None, None
         gathered = tp.start_all_gather(x) if cut else Pending(x)
         input_gradient = reduce(dy @ weight)

@@ -126,7 +126,7 @@ class LlamaStage(nn.Module):
         tp, dtype, device: as in `Attention`.
 
     Attributes:
-        weight_gradients: of its linear layers, where a schedule computes them later.
+        weight_gradients: of its layers, where a schedule computes them later.
     """
 
     cos: Tensor
@@ -176,7 +176,7 @@ class LlamaStage(nn.Module):
                     )
                 ],
                 init_std=model.init_method_std,
-                weight_gradients=self.weight_gradients,
+                # Never later: that would keep the logits' gradients of several micro-batches.
                 **where,
             )
         if model.tie_embeddings:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from megalite.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.layers.linear import LINEAR
 from megalite.layers.shard import Shard, named_shards
 from megalite.parallel.data import DataGroup
 from megalite.parallel.group import AxisGroup, Pending
@@ -219,8 +219,9 @@ def _slots(stages: Mapping[int, nn.Module]) -> list[Slot]:
         for parameter, shard in named_shards(stage):
             found.setdefault(id(parameter), (parameter, shard))
             users.setdefault(id(parameter), []).append(number)
-        linear = (ColumnParallelLinear, RowParallelLinear)
-        deferrable |= {id(m.weight) for m in stage.modules() if isinstance(m, linear)}
+        later = getattr(stage, "weight_gradients", None)
+        linear = [m for m in stage.modules() if isinstance(m, LINEAR)]
+        deferrable |= {id(m.weight) for m in linear if m.weight_gradients is later}
     slots: list[Slot] = []
     for parameter, shard in sorted(found.values(), key=lambda item: not item[1].decays):
         key, start = id(parameter), slots[-1].stop if slots else 0

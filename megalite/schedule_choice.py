@@ -1,0 +1,129 @@
+"""`--schedule auto`: the schedule with the least predicted step time in the memory there is.
+
+No torch import: costs come from the shape (`megalite.block_costs`) or from measurements
+(`megalite.profiling`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megalite.block_costs import ModelCosts, estimated_costs, stage_costs
+from megalite.config import Config
+from megalite.errors import ConfigError
+from megalite.estimate import fixed_bytes
+from megalite.pipeline.costs import Costs
+from megalite.pipeline.lower import lower
+from megalite.pipeline.schedules import SCHEDULES
+from megalite.pipeline.simulate import simulate
+from megalite.run_plan import run_plan
+
+MOST_CHUNKS = 4
+"""Stages of a rank that are tried; each more halves the gain and adds messages."""
+
+CLEARLY_FASTER = 0.995
+"""A schedule that comes later in the list has to take at most this share of the time."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One schedule for a run.
+
+    Attributes:
+        config: of the run, with the schedule and its chunks.
+        costs: of its stages.
+        step_time: predicted, of forwards and backwards, in the costs' unit.
+        bubble: idle share of the ranks' time.
+        memory: predicted of the rank that needs most [bytes].
+        fits: within the limit.
+    """
+
+    config: Config
+    costs: Costs
+    step_time: float
+    bubble: float
+    memory: float
+    fits: bool
+
+
+def predictions(config: Config, costs: ModelCosts, limit: float) -> list[Choice]:
+    """Every schedule that the run could follow.
+
+    Args:
+        config: resolved, its precision too; its own schedule does not matter.
+        costs: of the model's parts.
+        limit: memory of a rank [bytes].
+    """
+    return [_predict(candidate, costs, limit) for candidate in _candidates(config)]
+
+
+def choose_by_estimate(config: Config) -> Choice:
+    """The schedule that the shape alone speaks for, within `--memory-limit`."""
+    if config.train.precision == "auto":
+        config = config.replace(precision="bf16")
+    limit = config.parallel.memory_limit * 2**30 or float("inf")
+    return choose(predictions(config, estimated_costs(config), limit), limit)
+
+
+def choose(choices: Sequence[Choice], limit: float) -> Choice:
+    """The fastest that fits; of those within half a percent of each other the first.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    fitting = [choice for choice in choices if choice.fits]
+    if not fitting:
+        least = min(choices, key=lambda choice: choice.memory)
+        raise ConfigError(
+            f"--schedule auto: no schedule fits {limit / 2**30:.3g} GiB; "
+            f"{least.config.parallel.schedule} needs least, {least.memory / 2**30:.3g} GiB: give "
+            "--recompute full, a smaller --micro-batch-size, or more ranks"
+        )
+    best = fitting[0]
+    for choice in fitting[1:]:
+        if choice.step_time < CLEARLY_FASTER * best.step_time:
+            best = choice
+    return best
+
+
+def table(choices: Sequence[Choice], chosen: Choice, unit: str, scale: float) -> str:
+    """All of them side by side, fastest first; times are shown in `unit`, `scale` x the costs'."""
+    lines = [f"  {'schedule':<14s}{'chunks':>6s}  {'step [' + unit + ']':>12s}  idle   memory"]
+    for choice in sorted(choices, key=lambda choice: choice.step_time):
+        parallel = choice.config.parallel
+        note = "" if choice.fits else "  does not fit"
+        lines.append(
+            f"  {parallel.schedule:<14s}{parallel.chunks:>6d}  {scale * choice.step_time:>12.4g}"
+            f"  {100 * choice.bubble:4.1f}%  {choice.memory / 2**30:.3g} GiB"
+            + ("  chosen" if choice is chosen else note)
+        )
+    return "\n".join(lines)
+
+
+def _candidates(config: Config) -> Iterator[Config]:
+    """The run under every schedule, those of whole backwards and few chunks first."""
+    stages = 2 * config.model.num_layers
+    for name, schedule in SCHEDULES.items():
+        default, most = schedule.chunks
+        for chunks in range(default, (most or MOST_CHUNKS) + 1):
+            candidate = config.replace(schedule=name, chunks=chunks)
+            split = config.parallel.pp_layers
+            if config.parallel.chunks not in (0, chunks):
+                continue
+            if split and len(split) != config.parallel.pp * chunks:
+                continue
+            is_1f1b_again = name == "1f1b" and chunks > 1
+            if config.parallel.pp * chunks <= stages and not is_1f1b_again:
+                yield candidate
+
+
+def _predict(config: Config, of_parts: ModelCosts, limit: float) -> Choice:
+    costs = stage_costs(config, of_parts)
+    fixed = fixed_bytes(config)
+    plan = run_plan(config, costs=costs, limit=limit - max(fixed))
+    timeline = simulate(lower(plan, costs), costs)
+    memory = max(
+        each + costs.peak(order) for each, order in zip(fixed, plan.ranks, strict=True)
+    )
+    return Choice(config, costs, timeline.makespan, timeline.bubble(), memory, memory <= limit)
