@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from megalite.config import Config
 from megalite.layers.batch import Documents
@@ -45,6 +44,9 @@ def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """The documents one after the other as sequences of their own: what lies between them is not
     computed. Source: Dao, "FlashAttention-2", arXiv:2307.08691."""
+    # It imports torch's compiler: a second at every start for what few runs need.
+    from torch.nn.attention.varlen import varlen_attn
+
     batch, heads, length, dim = q.shape
     # Not every version of torch takes fewer key/value heads here.
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))

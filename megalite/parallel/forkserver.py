@@ -18,12 +18,18 @@ QUIET_ROUNDS = 2
 
 PATIENCE_S = 5.0
 
+PRELOADED = (
+    "megalite.trainer",
+    "megalite.parallel.launch",
+    "torch.fx.experimental.symbolic_shapes",  # torch imports it in the first backward
+)
+
 
 def start_method() -> str:
     """Start the server, where there is one; returns the name of the method for multiprocessing."""
     if sys.platform != "linux":
         return "spawn"
-    multiprocessing.set_forkserver_preload(["megalite.trainer", "megalite.parallel.launch"])
+    multiprocessing.set_forkserver_preload([*PRELOADED])
     # The server would answer Ctrl-C with a traceback of its imports; it ends with this process.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     forkserver.ensure_running()
