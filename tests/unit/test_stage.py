@@ -19,6 +19,7 @@ from megalite.models.stage import (
 )
 from megalite.pipeline.placement import looped, v_shaped
 from megalite.presets import PRESETS
+from megalite.report import opening
 from megalite.run_plan import stage_rank
 
 HEADS = (0.0, 0.25, 0.5, 0.8, 1.3, 2.5, 7.0)
@@ -246,3 +247,13 @@ def test_the_head_of_a_preset() -> None:
     assert head_cost_in_layers(config) == pytest.approx(128256 / 61440, rel=1e-15)
     assert attention_cost_in_layers(config) == pytest.approx(18432 / 61440, rel=1e-15)
     assert tuple(spec.num_layers for spec in stage_specs(config)) == (8.5, 8.5, 8.5, 6.5)
+
+
+def test_the_opening_says_what_each_rank_owns() -> None:
+    config = resolve(
+        Config().replace(num_layers=4, pp=2, schedule="zb-v", pp_layers=(0.5, 1, 1.5, 1))
+    )
+    text = opening(config, version="", device="", back_ends=None, data="", folder="")
+    first, second = text.splitlines()[-3:-1]
+    assert "  embedding, attention of 0 + layer 3, head           " in first
+    assert "  MLP of 0 and attention of 1 + MLP of 1 and layer 2  " in second
