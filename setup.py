@@ -26,6 +26,7 @@ setup(
         "megalite.optim",
         "megalite.parallel",
         "megalite.pipeline",
+        "megalite.planning",
         "megalite.preprocessing",
         "megalite.reading",
         "megalite.tokenizer",

@@ -26,9 +26,9 @@ from megalite.config_file import to_toml
 from megalite.effects import notes
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World
+from megalite.planning.choice import choose, choose_by_estimate, predictions, table
 from megalite.program import Program, checked
 from megalite.run_plan import AUTO
-from megalite.schedule_choice import choose, choose_by_estimate, predictions, table
 
 if TYPE_CHECKING:
     import torch
@@ -202,14 +202,16 @@ def _choose_schedule(
 ) -> tuple[Config, Costs, str]:
     """The fastest schedule by costs measured here, the costs of its stages, and the comparison."""
     from megalite.data.loader import Loader
-    from megalite.profiling import measure_costs
-    from megalite.recorded_costs import memory_limit
+    from megalite.planning.measure import measure_costs
+    from megalite.planning.recorded import memory_limit
+    from megalite.trainer import DTYPES
 
     config, groups = rank.config, rank.groups
     groups.activity.enter("measuring what the model's parts cost")
     loader = Loader(config, samples[0], samples[1], groups.dp, rank.device)
     micro_batch = loader.train_batch(0).micro_batches[0]
-    costs = measure_costs(config, groups, rank.device, micro_batch)
+    dtype = DTYPES[config.train.precision]
+    costs = measure_costs(config, groups, rank.device, dtype, micro_batch)
     limit = memory_limit(config, rank.device)
     choices = predictions(config, costs, limit)
     best = choose(choices, limit)

@@ -32,7 +32,7 @@ from megalite.pipeline.recorder import write_record
 from megalite.pipeline.runtime import Executor
 from megalite.pipeline.schedules import SCHEDULES, forward_only
 from megalite.pipeline.trace import traced_steps
-from megalite.recorded_costs import activation_limit, recorded_costs
+from megalite.planning.recorded import activation_limit, recorded_costs
 from megalite.run_plan import is_file, run_plan
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(

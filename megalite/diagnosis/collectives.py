@@ -151,8 +151,7 @@ def _to_the_next(groups: ParallelGroups, line: PipelineGroup, x: Tensor) -> Tens
     peer = line.rank + 1 if is_first else line.rank - 1
     what = "sending to the next rank" if is_first else "receiving from the rank before"
     groups.activity.at(what, peer=line.world_ranks[peer])
-    for work in line.exchange([Message(x, peer, is_first)]):
-        work.wait()
+    line.start(Message(x, peer, is_first, later=True)).wait()
     groups.activity.at("")
     return x
 

@@ -187,7 +187,9 @@ class LlamaStage(nn.Module):
 
     def share_embedding(self, first: LlamaStage) -> None:
         """Make the tied head the very parameter of the embedding's stage, on the same rank."""
-        self.head.weight, self.head.shard = first.embedding.weight, first.embedding.shard
+        shard = replace(first.embedding.shard, tied_copy=None)
+        first.embedding.shard = self.head.shard = shard
+        self.head.weight = first.embedding.weight
 
     def _tie(self) -> None:
         """One matrix for embedding and head: one parameter, or a copy on each end's stage."""

@@ -1,9 +1,10 @@
 """A rank's parameters and gradients in flat buffers, and the reduction of the gradients.
 
-All parameters of a rank's stages are views of one contiguous buffer in the run's precision, all gradients
-views of another in fp32 (fp64 in fp64 runs), in the same order: the matrices of one stage after the
-other in order of definition, then the norm weights. So the optimizer updates a handful of long tensors, a bucket of
-gradients is a slice, and so are the norm weights, whose gradients are summed over the tensor ranks.
+All parameters of a rank's stages are views of one contiguous buffer in the run's precision, all
+gradients views of another in fp32 (fp64 in fp64 runs), in the same order: the matrices of one stage
+after the other in order of definition, then the norm weights. So the optimizer updates a handful of
+long tensors, a bucket of gradients is a slice, and so are the norm weights, whose gradients are
+summed over the tensor ranks.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from megalite.parallel.group import AxisGroup
 from megalite.parallel.pipeline import PipelineGroup
 from megalite.parallel.tensor import TensorGroup
 from megalite.parallel.topology import AXES, Topology
-from megalite.run_plan import stage_rank
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,8 @@ class ParallelGroups:
             _set_pg_timeout(timeout, group)
         back = topology.groups("pp") if topology.pp > 1 else ()
         back_group = _own_group("pipeline back", back, world_rank, timeout)
-        ends_apart = len({stage_rank(config)[0], stage_rank(config)[-1]}) > 1
-        tied_apart = config.model.tie_embeddings and ends_apart
-        pairs = topology.embedding_pairs() if tied_apart else ()
+        # Unused where both ends lie on one rank; which schedule it is may not be chosen yet.
+        pairs = topology.embedding_pairs() if config.model.tie_embeddings else ()
         embedding_group = _own_group("embedding", pairs, world_rank, timeout)
         copies = topology.kv_replica_groups(config.model.num_kv_heads)
         kv_group = _own_group("kv copies", copies, world_rank, timeout)

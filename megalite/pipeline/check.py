@@ -22,7 +22,7 @@ from megalite.pipeline.channels import (
     peer_rank,
 )
 from megalite.pipeline.costs import Costs
-from megalite.pipeline.simulate import Deadlock, simulate
+from megalite.pipeline.simulate import DeadlockError, simulate
 
 _MOST_TOLD = 20
 """Problems of one plan; a plan with one action missing often lacks a thousand others."""
@@ -62,7 +62,7 @@ def find_deadlock(program: Program) -> list[tuple[int, Action]]:
     """Ranks that never reach their end, with the message each waits for; empty if all do."""
     try:
         simulate(program, Costs.uniform(program.plan.num_stages))
-    except Deadlock as deadlock:
+    except DeadlockError as deadlock:
         return deadlock.waiting
     return []
 

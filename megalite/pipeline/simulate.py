@@ -74,7 +74,7 @@ class Timeline:
         return max(shares)
 
 
-class Deadlock(Exception):
+class DeadlockError(Exception):
     """A program that does not end.
 
     Attributes:
@@ -94,7 +94,7 @@ def simulate(program: Program, costs: Costs) -> Timeline:
     was started. See `megalite.pipeline.channels`.
 
     Raises:
-        Deadlock: it would never end.
+        DeadlockError: it would never end.
     """
     return _Run(program, costs).timeline()
 
@@ -121,7 +121,7 @@ class _Run:
                     todo.append(other)
         waiting = list(self._waiting())
         if waiting:
-            raise Deadlock(waiting)
+            raise DeadlockError(waiting)
         spans = tuple(sorted(self._spans, key=lambda span: (span.start, span.rank)))
         end = max((span.end for span in spans), default=0.0)
         return Timeline(spans, end, len(self._steps))

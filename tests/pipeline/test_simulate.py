@@ -13,7 +13,7 @@ from megalite.pipeline.actions import Action, Op, Plan, Program
 from megalite.pipeline.costs import Costs
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedules import SCHEDULES, make_plan
-from megalite.pipeline.simulate import Deadlock, Span, simulate
+from megalite.pipeline.simulate import DeadlockError, Span, simulate
 from megalite.pipeline.timing import end_times
 
 
@@ -66,7 +66,7 @@ def test_a_message_starts_when_both_ends_have_started_it() -> None:
 def test_a_deadlock_names_who_waits_in_what() -> None:
     plan = make_plan("1f1b", 2, 1)
     steps = (actions("0F0 0RECV_B0 0B0"), actions("1RECV_F0 1F0 1B0 1SEND_B0"))
-    with pytest.raises(Deadlock, match=r"rank 0 in 0RECV_B0, rank 1 in 1RECV_F0") as caught:
+    with pytest.raises(DeadlockError, match=r"rank 0 in 0RECV_B0, rank 1 in 1RECV_F0") as caught:
         simulate(Program(plan, steps), Costs.uniform(2))
     assert caught.value.waiting == [
         (0, Action.parse("0RECV_B0")),

@@ -5,26 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
+from itertools import pairwise
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from megalite.block_costs import BlockCosts, ModelCosts, estimated_costs, part_specs
 from megalite.config import Config
 from megalite.layers.batch import MicroBatch
 from megalite.layers.shard import initialize
 from megalite.models.llama import LlamaStage
-from megalite.models.stage import StageSpec
 from megalite.optim.flat import FlatParameters
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.pipeline import Message
+from megalite.planning.block_costs import BlockCosts, ModelCosts, estimated_costs, part_specs
 
 WARM_UPS, REPEATS = 2, 5
 
 
 def measure_costs(
-    config: Config, groups: ParallelGroups, device: torch.device, micro_batch: MicroBatch
+    config: Config,
+    groups: ParallelGroups,
+    device: torch.device,
+    dtype: torch.dtype,
+    micro_batch: MicroBatch,
 ) -> ModelCosts:
     """Time each part of the model, and a message between neighbours.
 
@@ -34,50 +38,50 @@ def measure_costs(
     Args:
         config: the run's; its schedule does not matter.
         groups, device: of this rank.
+        dtype: of the weights.
         micro_batch: any of the run.
     """
     estimate = estimated_costs(config)
     parts = {
-        name: _measure_part(config, spec, groups, device, micro_batch, getattr(estimate, name))
+        name: _measure_part(
+            LlamaStage(config, spec, tp=groups.tp, dtype=dtype, device=device),
+            groups,
+            micro_batch,
+            getattr(estimate, name),
+        )
         for name, spec in part_specs().items()
     }
-    message = _measure_message(config, groups, device, micro_batch)
+    message = _measure_message(config, groups, device, dtype, micro_batch)
     flat = [value for part in parts.values() for value in astuple(part)] + [message]
     agreed = torch.tensor(flat, dtype=torch.float64, device=device)
     for group in (groups.tp, groups.dp, groups.pp):
         group.all_reduce(agreed).div_(group.size)
     *values, message = agreed.tolist()
     width = len(values) // len(parts)
-    blocks = [BlockCosts(*values[at : at + width]) for at in range(0, len(values), width)]
-    return ModelCosts(*blocks, message=message)
+    blocks = {
+        name: BlockCosts(*values[at * width : (at + 1) * width]) for at, name in enumerate(parts)
+    }
+    return ModelCosts(**blocks, message=message)
 
 
 def _measure_part(
-    config: Config,
-    spec: StageSpec,
-    groups: ParallelGroups,
-    device: torch.device,
-    micro_batch: MicroBatch,
-    estimate: BlockCosts,
+    stage: LlamaStage, groups: ParallelGroups, micro_batch: MicroBatch, estimate: BlockCosts
 ) -> BlockCosts:
     """One part as a stage of its own, through the same code as in training."""
-    from megalite.trainer import DTYPES
-
-    dtype = DTYPES[config.train.precision]
-    stage = LlamaStage(config, spec, tp=groups.tp, dtype=dtype, device=device)
-    initialize(stage, config.train.seed)
-    part = _Part(stage, FlatParameters({spec.stage: stage}, groups), micro_batch)
-    clock = _gpu_seconds if device.type == "cuda" else _cpu_seconds
+    initialize(stage, stage.config.train.seed)
+    part = _Part(stage, FlatParameters({stage.spec.stage: stage}, groups), micro_batch)
+    on_gpu = stage.device.type == "cuda"
+    clock = _gpu_seconds if on_gpu else _cpu_seconds
     rounds = []
     for _ in range(WARM_UPS + REPEATS):
         split = clock([part.forward, part.input_gradient, part.weight_gradient])
         whole = clock([part.forward, part.backward])
         rounds.append((split[0], whole[1], split[1], split[2]))
-    times = [median(times) for times in zip(*rounds[WARM_UPS:], strict=True)]
+    forward, backward, inputs, weights = map(median, zip(*rounds[WARM_UPS:], strict=True))
     kept, for_weights = estimate.kept, estimate.kept_for_weights
-    if device.type == "cuda":
+    if on_gpu:
         kept, for_weights = part.sizes()
-    return BlockCosts(*times, kept, for_weights)
+    return BlockCosts(forward, backward, inputs, weights, kept, for_weights)
 
 
 class _Part:
@@ -129,7 +133,7 @@ def _cpu_seconds(actions: Sequence[Callable[[], None]]) -> list[float]:
     for action in actions:
         action()
         marks.append(time.perf_counter())
-    return [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    return [b - a for a, b in pairwise(marks)]
 
 
 def _gpu_seconds(actions: Sequence[Callable[[], None]]) -> list[float]:
@@ -139,22 +143,24 @@ def _gpu_seconds(actions: Sequence[Callable[[], None]]) -> list[float]:
         action()
         mark.record()
     marks[-1].synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
 
 
 def _measure_message(
-    config: Config, groups: ParallelGroups, device: torch.device, micro_batch: MicroBatch
+    config: Config,
+    groups: ParallelGroups,
+    device: torch.device,
+    dtype: torch.dtype,
+    micro_batch: MicroBatch,
 ) -> float:
     """Mean time of hidden states from one rank to the next, down the pipeline and back [s]."""
-    from megalite.trainer import DTYPES
-
     pp, tp = groups.pp, groups.tp
     if pp.size == 1:
         return 0.0
     samples, length = micro_batch.tokens.shape
     local = length // tp.size if tp.sequence_parallel else length
     shape = (local, samples, config.model.hidden_size)
-    hidden = torch.zeros(shape, dtype=DTYPES[config.train.precision], device=device)
+    hidden = torch.zeros(shape, dtype=dtype, device=device)
     times = []
     for _ in range(WARM_UPS + REPEATS):
         pp.all_reduce(torch.ones(1, device=device)).item()

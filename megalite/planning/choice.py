@@ -1,7 +1,7 @@
 """`--schedule auto`: the schedule with the least predicted step time in the memory there is.
 
-No torch import: costs come from the shape (`megalite.block_costs`) or from measurements
-(`megalite.profiling`).
+No torch import: costs come from the shape (`megalite.planning.block_costs`) or from measurements
+(`megalite.planning.measure`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megalite.block_costs import ModelCosts, estimated_costs, stage_costs
 from megalite.config import Config
 from megalite.errors import ConfigError
 from megalite.estimate import fixed_bytes
@@ -17,6 +16,7 @@ from megalite.pipeline.costs import Costs
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedules import SCHEDULES
 from megalite.pipeline.simulate import simulate
+from megalite.planning.block_costs import ModelCosts, estimated_costs, stage_costs
 from megalite.run_plan import run_plan
 
 MOST_CHUNKS = 4
@@ -123,7 +123,5 @@ def _predict(config: Config, of_parts: ModelCosts, limit: float) -> Choice:
     fixed = fixed_bytes(config)
     plan = run_plan(config, costs=costs, limit=limit - max(fixed))
     timeline = simulate(lower(plan, costs), costs)
-    memory = max(
-        each + costs.peak(order) for each, order in zip(fixed, plan.ranks, strict=True)
-    )
+    memory = max(each + costs.peak(order) for each, order in zip(fixed, plan.ranks, strict=True))
     return Choice(config, costs, timeline.makespan, timeline.bubble(), memory, memory <= limit)

@@ -7,7 +7,12 @@ from dataclasses import dataclass, fields, replace
 
 from megalite.config import Config
 from megalite.estimate import kept_bytes
-from megalite.models.stage import StageSpec, head_cost_in_layers, attention_cost_in_layers, stage_specs
+from megalite.models.stage import (
+    StageSpec,
+    attention_cost_in_layers,
+    head_cost_in_layers,
+    stage_specs,
+)
 from megalite.pipeline.costs import Costs
 
 SCORES_BACKWARD = 2.5
@@ -48,9 +53,7 @@ class ModelCosts:
 
 def _whole(costs: BlockCosts) -> BlockCosts:
     """A part whose weight gradient is computed with the input's."""
-    return replace(
-        costs, input_gradient=costs.backward, weight_gradient=0.0, kept_for_weights=0.0
-    )
+    return replace(costs, input_gradient=costs.backward, weight_gradient=0.0, kept_for_weights=0.0)
 
 
 def part_specs() -> dict[str, StageSpec]:
