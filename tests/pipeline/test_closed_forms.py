@@ -77,7 +77,7 @@ def test_schedules_with_unequal_times(name: str, times: Times) -> None:
 def test_all_schedules(name: str, chunks: int, ranks: int) -> None:
     for n in range(1, 4 * ranks + 2):
         check_size(name, ranks, n, chunks, EQUAL)
-    for times in UNEQUAL:
+    for times in UNEQUAL if ranks <= 8 else ():
         for n in sizes(ranks):
             check_size(name, ranks, n, chunks, times)
 
