@@ -49,8 +49,10 @@ def test_a_wrong_layout(tmp_path: Path) -> None:
 
 
 def test_activations_too() -> None:
+    one_thread = {"OMP_NUM_THREADS": "1"}
     plain, watched = (
-        launch([*VERIFY, *flags]) for flags in ([], ["--activations", "--sequence-parallel"])
+        launch([*VERIFY, *flags], env=one_thread)
+        for flags in ([], ["--activations", "--sequence-parallel"])
     )
     assert (plain.returncode, watched.returncode) == (0, 0)
     assert "note: --sequence-parallel has no effect with --tp 1" in watched.stdout
