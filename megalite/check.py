@@ -14,6 +14,7 @@ from math import isfinite
 from types import MappingProxyType
 
 from megalite import check_data, check_pipeline
+from megalite.check_memory import memory
 from megalite.check_trace import steps_to_trace
 from megalite.config import Config, fields, resolve
 from megalite.data.source import (
@@ -57,6 +58,9 @@ def check(
     if wrong:
         usable = resolve(config.given().replace(**defaults), world.size if world else None)
     found = [violation for rule in _RULES for violation in rule(usable)]
+    if not found and not wrong and not problems:
+        # Only of a valid run it is known what it needs.
+        found += memory(usable)
     found += _world(usable, world)
     found += without_effect(usable, {n: typed for n, typed in given.items() if n not in silent})
     names = "|".join(name.replace("_", "-") for name in silent)

@@ -19,7 +19,8 @@ LAYERS = [
     {"sampling", "verification", "diagnosis", "program"},
     {"trainer"},
     {"planning"},
-    {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline", "check", "check_trace"},
+    {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline", "check"}
+    | {"check_memory", "check_trace"},
     {"effects", "preprocessing", "check_data", "check_pipeline"},
     {"data", "models", "cli"},
     {"layers", "config_file"},
@@ -34,6 +35,7 @@ NO_TORCH = [
     "megalite.batch_sizes",
     "megalite.check",
     "megalite.check_data",
+    "megalite.check_memory",
     "megalite.check_pipeline",
     "megalite.check_trace",
     "megalite.cli",
