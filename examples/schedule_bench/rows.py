@@ -1,0 +1,181 @@
+"""What a row of the CSV holds, and how it is printed. No torch import."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernel_bench.table import append, check_columns, read
+
+MEASURED, FAILED = "ok", "failed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case. None: not measured. See `figures.Figures` for the shares.
+
+    Attributes:
+        op, case: what was measured.
+        status: `ok`, or `failed`.
+        ranks, micro_batches: of the pipeline; of a step.
+        step_ms: median of the steps that were not recorded.
+        spread: (slowest - fastest) / median of them.
+        recorded_ms, predicted_ms: see `Figures`.
+        stage_ms: the shortest forward of a stage.
+        call_us, calls: host time of one send or receive call, and how many a rank makes in a step.
+        memory_gib, estimate_gib: peak of the rank that needs most, and what was estimated for it.
+        tokens_per_s: per rank.
+        loss: of the last step; it is the same under every schedule.
+        action_us, computation_us, stages_us: see `executor.OwnTime`.
+        note: what else there is to say.
+    """
+
+    op: str
+    case: str
+    status: str = MEASURED
+    ranks: int | None = None
+    micro_batches: int | None = None
+    step_ms: float | None = None
+    spread: float | None = None
+    recorded_ms: float | None = None
+    predicted_ms: float | None = None
+    bubble: float | None = None
+    span_bubble: float | None = None
+    bubble_of_1f1b: float | None = None
+    cap: float | None = None
+    waiting: float | None = None
+    exposed: float | None = None
+    stage_ms: float | None = None
+    call_us: float | None = None
+    calls: float | None = None
+    memory_gib: float | None = None
+    estimate_gib: float | None = None
+    tokens_per_s: float | None = None
+    loss: float | None = None
+    action_us: float | None = None
+    computation_us: float | None = None
+    stages_us: float | None = None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured step over predicted step."""
+        if self.step_ms is None or self.predicted_ms is None:
+            return None
+        return self.step_ms / self.predicted_ms
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Row))
+WORDS = ("op", "case", "status", "note")
+COUNTS = ("ranks", "micro_batches")
+
+
+class Table:
+    """The rows of one CSV.
+
+    Args:
+        path: of the CSV.
+        where: first columns: date, commit, device, versions, flags.
+
+    Raises:
+        ValueError, OSError: the file is not one of this program's, or cannot be written.
+    """
+
+    def __init__(self, path: Path, where: Mapping[str, str]):
+        self._path, self._where = path, dict(where)
+        if path.exists() and path.stat().st_size:
+            check_columns(path, [*where, *FIELDS])
+        with path.open("a", encoding="utf-8"):
+            pass
+
+    def add(self, row: Row) -> None:
+        """Append a row and print it."""
+        values = {name: _plain(getattr(row, name)) for name in FIELDS}
+        append(self._path, [self._where | values])
+        print(show(row), flush=True)
+
+    def rows(self) -> list[Row]:
+        """Those measured here and thus: all first columns but the date are equal."""
+        found = read(self._path)
+        same = [name for name in self._where if name != "date"]
+        return [_row(each) for each in found if all(each[n] == self._where[n] for n in same)]
+
+
+def _row(values: Mapping[str, str]) -> Row:
+    """The row of a CSV's line."""
+    read_as = dict.fromkeys(FIELDS, float) | dict.fromkeys(WORDS, str) | dict.fromkeys(COUNTS, int)
+    return Row(
+        **{
+            name: read_as[name](values[name]) if values[name] or name in WORDS else None
+            for name in FIELDS
+        }
+    )
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+HEAD = (
+    f"{'case':<20s} {'step ms':>9s} {'spread':>6s} {'/ plan':>6s} {'bubble':>6s} {'span':>6s}"
+    f" {'1F1B':>6s} {'cap':>6s} {'waits':>6s} {'comm':>6s} {'stage ms':>8s} {'call us':>7s}"
+    f" {'GiB':>6s} {'est.':>6s} {'tok/s/rank':>10s} {'loss':>8s}"
+)
+LEGEND = (
+    "/ plan: measured over predicted; bubble: of all ranks' time, the optimizer counted as busy; "
+    "span: idle share of the idlest rank,\nfirst action to last; 1F1B: (p-1)/(n+p-1); cap: mean "
+    "rank over slowest; waits: for messages; comm: of that after their content was made;\n"
+    "stage ms: the shortest forward; call us: host time of a send or receive"
+)
+
+
+def show(row: Row) -> str:
+    """A printed line."""
+    if row.status == FAILED:
+        return f"{row.case:<20s} failed: {row.note}"
+    if row.computation_us is not None:
+        return (
+            f"{row.case:<20s} {row.computation_us:6.1f} us a computation with its messages, "
+            f"{row.action_us:.1f} us an action; stage and autograd, taken off, "
+            f"{row.stages_us:.1f} us"
+        )
+    if row.step_ms is None:
+        return f"{row.case:<20s} {_cell(row.call_us, 6, 1)} us a send or receive call on the host"
+    shares = (row.bubble, row.span_bubble, row.bubble_of_1f1b, row.cap, row.waiting, row.exposed)
+    cells = [
+        _cell(row.step_ms, 9, 2),
+        _share(row.spread),
+        _cell(row.ratio, 6, 3),
+        *map(_share, shares),
+        _cell(row.stage_ms, 8, 2),
+        _cell(row.call_us, 7, 1),
+        _cell(row.memory_gib, 6, 1),
+        _cell(row.estimate_gib, 6, 1),
+        _cell(row.tokens_per_s, 10, 0),
+        _cell(row.loss, 8, 4),
+    ]
+    note = f"  {row.note}" if row.note else ""
+    return f"{row.case:<20s} {' '.join(cells)}{note}"
+
+
+def _cell(value: float | None, width: int, digits: int) -> str:
+    return f"{'' if value is None else f'{value:.{digits}f}':>{width}s}"
+
+
+def _share(value: float | None) -> str:
+    return f"{'' if value is None else f'{value:.1%}':>6s}"
+
+
+def measured(rows: Iterable[Row], op: str) -> dict[str, Row]:
+    """The last good row of each case of an op."""
+    return {row.case: row for row in rows if row.op == op and row.status == MEASURED}
+
+
+def missing(rows: Sequence[Row], op: str, cases: Iterable[str]) -> list[str]:
+    """The cases without a row, failed ones among the rows."""
+    there = {row.case for row in rows if row.op == op}
+    return [case for case in cases if case not in there]
