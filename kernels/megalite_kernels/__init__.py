@@ -271,14 +271,16 @@ def adamw_(
     scale: Tensor | None = None,
     skip: Tensor | None = None,
     copy: Tensor | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    run: Tensor | None = None,
 ) -> None:
-    """One AdamW step over flat buffers, in place; see `reference.adamw_`."""
+    """One AdamW step over flat buffers, in place or to `out`; see `reference.adamw_`."""
     buffers = (master, gradient, exp_avg, exp_avg_sq, step)
     numbers = (lr, beta1, beta2, eps, weight_decay)
-    check.check_adamw(*buffers, *numbers, scale, skip, copy)
+    check.check_adamw(*buffers, *numbers, scale, skip, copy, out, run)
     if runs_fused(master):
         from megalite_kernels.fused.adamw import adamw_ as fused
 
-        fused(*buffers, *numbers, scale, skip, copy)
+        fused(*buffers, *numbers, scale, skip, copy, out, run)
         return
-    reference.adamw_(*buffers, *numbers, scale, skip, copy)
+    reference.adamw_(*buffers, *numbers, scale, skip, copy, out, run)

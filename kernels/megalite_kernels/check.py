@@ -285,6 +285,8 @@ def check_adamw(
     scale: Tensor | None,
     skip: Tensor | None,
     copy: Tensor | None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    run: Tensor | None = None,
 ) -> None:
     """Of `adamw_`."""
     if master.dtype not in PRECISE:
@@ -301,7 +303,10 @@ def check_adamw(
     if copy is not None:
         _floating("adamw_", "copy", copy)
         _buffer("copy", copy, master)
-    for name, flag in (("step", step), ("scale", scale), ("skip", skip)):
+    if out is not None:
+        read = {"gradient": gradient, "master": master, "exp_avg": exp_avg}
+        _check_out(out, {**read, "exp_avg_sq": exp_avg_sq}, copy)
+    for name, flag in (("step", step), ("scale", scale), ("skip", skip), ("run", run)):
         if flag is not None and flag.numel() != 1:
             _refuse("adamw_", f"{name} {_sizes(flag)}", "it has one element", "[] or [1]")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
@@ -311,6 +316,34 @@ def check_adamw(
     _at_least_0("adamw_", "lr", lr)
     _at_least_0("adamw_", "eps", eps)
     _at_least_0("adamw_", "weight_decay", weight_decay)
+
+
+def _check_out(
+    out: tuple[Tensor, Tensor, Tensor], read: dict[str, Tensor], copy: Tensor | None
+) -> None:
+    """What `adamw_` writes apart from what it reads."""
+    if len(out) != 3:
+        _refuse("adamw_", f"out of {len(out)}", "give new master, exp_avg and exp_avg_sq")
+    master = read["master"]
+    written = {"copy": copy} if copy is not None else {}
+    for name, buffer in zip(("out master", "out exp_avg", "out exp_avg_sq"), out, strict=True):
+        if buffer.dtype != master.dtype:
+            found = f"{name} is {buffer.dtype}"
+            _refuse("adamw_", found, "it has master's dtype", f"give {master.dtype}")
+        _buffer(name, buffer, master)
+        for other, x in (*read.items(), *written.items()):
+            if _overlap(buffer, x):
+                rule = "what is written to out stays apart"
+                _refuse("adamw_", f"{name} overlaps {other}", rule, "leave out to work in place")
+        written[name] = buffer
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two contiguous tensors share memory; a compiler that traces can't say."""
+    if torch.compiler.is_compiling() or x.device != y.device or not (x.numel() and y.numel()):
+        return False
+    starts, ends = zip(*((t.data_ptr(), t.data_ptr() + t.nbytes) for t in (x, y)), strict=True)
+    return max(starts) < min(ends)
 
 
 def _buffer(name: str, x: Tensor, master: Tensor) -> None:

@@ -162,8 +162,10 @@ def adamw_(
     scale: Tensor | None = None,
     skip: Tensor | None = None,
     copy: Tensor | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    run: Tensor | None = None,
 ) -> None:
-    """One AdamW step in place, by numbers that are read where the tensors are.
+    """One AdamW step, by numbers that are read where the tensors are.
 
     g = scale * gradient; m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2;
     w = w - lr weight_decay w - lr / c1 * m / (sqrt(v) / sqrt(c2) + eps), with c = 1 - beta^step.
@@ -175,19 +177,27 @@ def adamw_(
         step: one element, the count of steps with this one.
         lr, beta1, beta2, eps, weight_decay: hyper-parameters.
         scale: one element that the gradient is multiplied by: clipping, loss scale.
-        skip: one element; unless it is 0, nothing changes.
+        skip: one element; unless it is 0, the new w, m and v are the old ones.
         copy: flat, of any dtype; gets the new w too.
+        out: like w, m and v, apart from them; get the new ones, and the old ones stay. None: the
+            new ones take their place.
+        run: one element; if it is 0, nothing is written at all.
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101, as
     torch.optim.AdamW computes it.
     """
+    old = (master, exp_avg, exp_avg_sq)
+    new = old if out is None else out
     # torch's function does not, so a backward that saved one of them would be silently wrong.
-    torch.autograd.graph.increment_version((master, exp_avg, exp_avg_sq))
+    torch.autograd.graph.increment_version(new)
     # torch's function counts the step itself, and doesn't count one that is skipped.
     step = step.float().view(()) - 1.0
-    skip = None if skip is None else (skip != 0).float().view(())  # it asks for 1 exactly
+    skip = _held(skip, run)
     scale = None if scale is None else scale.to(master.dtype)
-    flat = (master, gradient, exp_avg, exp_avg_sq)
+    if out is not None:
+        for target, source in zip(new, old, strict=True):
+            _write(target, source, run)
+    flat = (new[0], gradient, *new[1:])
     for w, g, m, v in zip(*(buffer.split(ADAMW_BLOCK) for buffer in flat), strict=True):
         g = g.to(w.dtype) if scale is None else g.to(w.dtype) * scale
         adamw(
@@ -208,7 +218,21 @@ def adamw_(
             maximize=False,
         )
     if copy is not None:
-        copy.copy_(master)
+        _write(copy, new[0], run)
+
+
+def _held(skip: Tensor | None, run: Tensor | None) -> Tensor | None:
+    """1 where a step is not to be taken, which torch's function asks for exactly; fp32 []."""
+    flags = [] if skip is None else [skip != 0]
+    flags += [] if run is None else [run == 0]
+    return torch.stack([flag.view(()) for flag in flags]).any().float() if flags else None
+
+
+def _write(target: Tensor, source: Tensor, run: Tensor | None) -> None:
+    """Copy to `target`, unless `run` is 0."""
+    if run is not None:
+        source = source.to(target.dtype).where(run.view(()) != 0, target)
+    target.copy_(source)
 
 
 class _Rope(Function):

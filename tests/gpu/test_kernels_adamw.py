@@ -99,6 +99,65 @@ def test_scale_copy_and_skip(size: int, gradient_dtype: torch.dtype) -> None:
     assert all(map(torch.equal, before, (*ours.tensors(), copy)))
 
 
+@dataclass
+class Apart:
+    """A state in the middle of a run, and where the next one goes, full of NaN."""
+
+    size: int
+    gradient_dtype: torch.dtype
+    copy_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        w, m, v, g = (torch.randn(self.size, device="cuda") for _ in range(4))
+        self.old, self.gradient = (w, m, v.square()), g.to(self.gradient_dtype)
+        self.step = torch.tensor(4.0, device="cuda")
+        self.out = tuple(torch.full_like(x, torch.nan) for x in self.old)
+        self.copy = torch.full_like(w, torch.nan, dtype=self.copy_dtype)
+
+    def call(self, *, apart: bool, **flags: Tensor) -> list[Tensor]:
+        """New w, m, v and copy, of a step to `out` or, on clones, in place."""
+        w, m, v = self.old if apart else [x.clone() for x in self.old]
+        out = self.out if apart else None
+        copy = self.copy if apart else w.to(self.copy_dtype)
+        buffers = (w, self.gradient, m, v, self.step)
+        adamw_(*buffers, lr=1e-2, **NUMBERS, copy=copy, out=out, **flags)
+        return [x.clone() for x in (*(self.out if apart else (w, m, v)), copy)]
+
+
+@pytest.mark.parametrize("copy_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 2047, 100_000, 1_000_001])
+def test_apart_it_is_bit_for_bit_what_it_is_in_place(
+    size: int, gradient_dtype: torch.dtype, copy_dtype: torch.dtype
+) -> None:
+    """Without `skip`, with it, and skipped; with the factor 1 as without one."""
+    state = Apart(size, gradient_dtype, copy_dtype)
+    before = [x.clone() for x in state.old]
+    one, go = torch.ones((), dtype=torch.float64, device="cuda"), torch.zeros((), device="cuda")
+    plain = state.call(apart=False)
+    for flags in ({}, dict(skip=go), dict(scale=one), dict(scale=one, skip=go, run=go + 1)):
+        assert all(map(torch.equal, plain, state.call(apart=True, **flags)))
+    state.gradient.fill_(torch.nan)
+    skipped = state.call(apart=True, scale=one * torch.nan, skip=go + 1)
+    assert all(map(torch.equal, [*before, before[0].to(copy_dtype)], skipped))
+    assert all(map(torch.equal, before, state.old))
+    assert not torch.equal(plain[0], before[0])
+
+
+@pytest.mark.parametrize("size", [1, 100_000, 1_000_001])
+def test_a_wrong_guess_is_amended_and_a_right_one_left(size: int) -> None:
+    """What is done again, only where a flag on the device says so, has the bits of one call."""
+    state = Apart(size, torch.float32, torch.bfloat16)
+    factor = torch.tensor(0.2, dtype=torch.float64, device="cuda")
+    go, yes = torch.zeros((), device="cuda"), torch.ones((), device="cuda")
+    wanted = state.call(apart=False, scale=factor)
+    wrong = state.call(apart=True, scale=torch.full_like(factor, torch.nan))
+    assert all(x.isnan().all() for x in wrong)
+    left = state.call(apart=True, scale=factor, skip=go, run=go)
+    assert all(x.isnan().all() for x in left)
+    assert all(map(torch.equal, wanted, state.call(apart=True, scale=factor, skip=go, run=yes)))
+
+
 def test_slices_that_start_anywhere() -> None:
     wide, gradients = torch.randn(3000, device="cuda"), torch.randn(3000, device="cuda")
     for start, stop in ((1, 2999), (16, 2900), (3, 2051)):

@@ -144,6 +144,101 @@ def test_a_step_that_is_skipped_changes_nothing(name: str, skip: Tensor) -> None
     assert all(torch.equal(a, b) for a, b in zip(before, (*ours.tensors(), copy), strict=True))
 
 
+def numbers() -> dict[str, float]:
+    return dict(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+
+
+@dataclass
+class Apart:
+    """A state in the middle of a run, and where the next one goes, full of NaN."""
+
+    dtype: torch.dtype
+    copy_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        def normal() -> Tensor:
+            return torch.randn(SIZE, dtype=self.dtype)
+
+        self.old = (normal(), normal(), normal().square())
+        self.gradient, self.step = torch.randn(SIZE, dtype=self.dtype), torch.tensor(4.0)
+        self.out = tuple(torch.full_like(x, torch.nan) for x in self.old)
+        self.copy = torch.full((SIZE,), torch.nan, dtype=self.copy_dtype)
+
+    def call(self, *, apart: bool, **flags: Tensor) -> list[Tensor]:
+        """New w, m, v and copy, of a step to `out` or, on clones, in place."""
+        w, m, v = self.old if apart else [x.clone() for x in self.old]
+        out = self.out if apart else None
+        copy = self.copy if apart else w.to(self.copy_dtype)
+        adamw_(w, self.gradient, m, v, self.step, **numbers(), copy=copy, out=out, **flags)
+        return [x.clone() for x in (*(self.out if apart else (w, m, v)), copy)]
+
+
+DTYPES = [
+    (torch.float32, torch.float16),  # the interpreter rounds to bf16 otherwise
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+]
+SKIPS = [None, torch.zeros(()), torch.ones(1), torch.tensor(torch.nan)]
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("skip", SKIPS, ids=str)
+@pytest.mark.parametrize(("dtype", "copy"), DTYPES, ids=str)
+@pytest.mark.parametrize("name", BACK_ENDS)
+def test_apart_it_is_bit_for_bit_what_it_is_in_place(
+    name: str, dtype: torch.dtype, copy: torch.dtype, skip: Tensor | None
+) -> None:
+    """A step that is skipped writes the old state; the old buffers stay in any case."""
+    state = Apart(dtype, copy)
+    before = [x.clone() for x in state.old]
+    flags = dict(scale=torch.tensor(0.37), **({} if skip is None else dict(skip=skip)))
+    if skip is not None and skip != 0:
+        state.gradient[::3], state.gradient[1::3] = torch.inf, torch.nan
+    with use_backend(name):
+        wanted = state.call(apart=False, **flags)
+        found = state.call(apart=True, **flags)
+    assert all(map(torch.equal, wanted, found))
+    assert all(map(torch.equal, before, state.old))
+    moved = skip is None or skip == 0
+    assert moved != torch.equal(found[0], before[0])
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", BACK_ENDS)
+def test_a_call_that_does_not_run_writes_nothing(
+    name: str, dtype: torch.dtype, apart: bool
+) -> None:
+    state = Apart(dtype, torch.bfloat16)
+    with use_backend(name):
+        wanted = state.call(apart=apart)
+        state.gradient.neg_()
+        written = [x.clone() for x in (*state.out, state.copy)]
+        for skip in (None, torch.zeros(1), torch.ones(1)):
+            flags = {} if skip is None else dict(skip=skip)
+            found = state.call(apart=apart, run=torch.zeros(1), **flags)
+            still = written if apart else [*state.old, state.old[0].bfloat16()]
+            assert all(map(torch.equal, still, found))
+        # Any other number says that it runs.
+        found = state.call(apart=apart, run=torch.full((), 0.5, dtype=torch.float64))
+    assert not torch.equal(found[0], wanted[0])
+    state.gradient.neg_()
+    with use_backend(name):
+        assert all(map(torch.equal, wanted, state.call(apart=apart, run=torch.ones(1))))
+
+
+@pytest.mark.parametrize("name", BACK_ENDS)
+def test_a_wrong_guess_is_amended_from_the_old_state(name: str) -> None:
+    """A step to `out` with a wrong factor, and again with the right one."""
+    state, factor = Apart(torch.float32, torch.bfloat16), torch.tensor(0.2)
+    with use_backend(name):
+        wanted = state.call(apart=False, scale=factor)
+        state.call(apart=True, scale=torch.tensor(torch.nan))
+        assert all(x.isnan().any() for x in (*state.out, state.copy))
+        found = state.call(apart=True, scale=factor, run=torch.ones(()))
+    assert all(map(torch.equal, wanted, found))
+
+
 @pytest.mark.parametrize("size", [0, 1, 1023, 1024, 1025, 2048, 2049])
 def test_lengths(size: int) -> None:
     """A slice of a longer buffer; nothing beyond it is touched."""

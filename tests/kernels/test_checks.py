@@ -73,6 +73,14 @@ PARTS = [
     (dict(columns=11), "columns=11: it is from 0 to the 10 columns"),
     (dict(columns=-1), "columns=-1: it is from 0"),
 ]
+FLAT = torch.zeros(2 * H)
+
+
+def apart(master: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where `adamw_` writes: to this, and to moments of their own."""
+    return master, torch.zeros(H), torch.zeros(H)
+
+
 WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
     "rms_norm": NORMS,
     "add_rms_norm": [
@@ -165,8 +173,16 @@ WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
         (dict(copy=torch.zeros(2 * H)[::2]), "copy of strides [2]"),
         *(
             ({name: torch.ones(size)}, f"{name} [{size}]: it has one element; [] or [1]")
-            for name, size in (("step", 0), ("scale", 2), ("skip", 2))
+            for name, size in (("step", 0), ("scale", 2), ("skip", 2), ("run", 2))
         ),
+        (dict(out=apart(FLAT[:H])[:2]), "out of 2: give new master, exp_avg and exp_avg_sq"),
+        (dict(out=apart(FLAT[:H].double())), "out master is torch.float64: it has master's dtype"),
+        (dict(out=apart(FLAT[: H + 1])), "out master [7] beside master [6]"),
+        (dict(out=apart(FLAT[::2][:H])), "out master of strides [2]"),
+        (dict(out=apart(FLAT[:H]), master=FLAT[1 : H + 1]), "out master overlaps master: what is"),
+        (dict(out=apart(FLAT[:H]), gradient=FLAT[:H]), "out master overlaps gradient"),
+        (dict(out=apart(FLAT[:H]), copy=FLAT[H - 1 : 2 * H - 1]), "out master overlaps copy"),
+        (dict(out=(*apart(FLAT[:H])[:2], FLAT[1 : H + 1])), "out exp_avg_sq overlaps out master"),
         *(({name: 1.0}, f"{name}=1.0: it is from 0 to below 1") for name in ("beta1", "beta2")),
         (dict(lr=-1.0), "lr=-1.0: it is finite and at least 0"),
         (dict(lr=torch.ones(())), "lr is a tensor: it is a number"),

@@ -36,6 +36,17 @@ def test_who_kept_an_optimizer_s_buffer_is_told(name: str) -> None:
     assert changed == {"master", "exp_avg", "exp_avg_sq", "copy"}
 
 
+@pytest.mark.parametrize("name", BACK_ENDS)
+def test_who_kept_a_buffer_that_an_optimizer_reads_is_not(name: str) -> None:
+    buffers = {b: torch.rand(H) for b in ("master", "exp_avg", "exp_avg_sq", "gradient")}
+    out = tuple(torch.rand(H) for _ in range(3))
+    before = [x._version for x in (*buffers.values(), *out)]
+    with use_backend(name):
+        call("adamw_", **buffers, out=out)
+    changed = [x._version > b for x, b in zip((*buffers.values(), *out), before, strict=True)]
+    assert changed == [False] * 4 + [True] * 3
+
+
 EMPTY: dict[str, list[dict[str, Any]]] = {
     "rms_norm": [dict(x=normal(0, H)), dict(x=normal(S, 0, H))],
     "add_rms_norm": [{name: normal(S, 0, H) for name in ("x", "residual")}],
@@ -165,9 +176,11 @@ def operators() -> dict[str, tuple[Any, ...]]:
         "vocab_parallel_gradient": (logits, hits, sums, tokens, 0, V, V, 0.1, 0.1),
         "adamw_update": (
             *flat,
+            *(normal(S) for _ in range(3)),
             torch.ones(1),
             None,
             torch.zeros(1),
+            torch.ones(1),
             flat[0].half(),
             [0.5] * 6 + [-0.5] * 2,
         ),

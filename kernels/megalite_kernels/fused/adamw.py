@@ -29,8 +29,10 @@ def adamw_(
     scale: Tensor | None = None,
     skip: Tensor | None = None,
     copy: Tensor | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    run: Tensor | None = None,
 ) -> None:
-    """One AdamW step in place; nothing is read by the host, so nothing waits for the GPU.
+    """One AdamW step; nothing is read by the host, so nothing waits for the GPU.
 
     g = scale * gradient; m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2;
     w = w - lr weight_decay w - lr / c1 * m / (sqrt(v) / sqrt(c2) + eps), with c = 1 - beta^step.
@@ -45,20 +47,26 @@ def adamw_(
         step: one element on the GPU, the count of steps with this one.
         lr, beta1, beta2, eps, weight_decay: hyper-parameters; other values compile nothing anew.
         scale: one element that the gradient is multiplied by: clipping, loss scale.
-        skip: one element; unless it is 0, nothing changes.
-        copy: flat, bf16 or fp16; gets the new w too, rounded.
+        skip: one element; unless it is 0, the new w, m and v are the old ones.
+        copy: flat; gets the new w too, rounded to its dtype.
+        out: like w, m and v, apart from them; get the new ones, and the old ones stay. None: the
+            new ones take their place.
+        run: one element; if it is 0, nothing is written, nor read but this.
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101, as
     torch.optim.AdamW computes it; flags on the device as in torch's fused AdamW and NVIDIA apex.
     """
+    apart: tuple[Tensor | None, Tensor | None, Tensor | None] = out or (None, None, None)
     adamw_update(
         master,
         gradient,
         exp_avg,
         exp_avg_sq,
+        *apart,
         step,
         scale,
         skip,
+        run,
         copy,
         # Differences near 0 or 1 are taken in fp64 here, and rounded to fp32 once.
         [lr, lr * weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, eps, _log(beta1), _log(beta2)],
@@ -74,24 +82,34 @@ def _nothing(*arguments: object) -> None:
     return None
 
 
-@operator(fake=_nothing, mutates=("master", "exp_avg", "exp_avg_sq", "copy"))
+_IN_PLACE = ("master", "exp_avg", "exp_avg_sq")
+_APART = ("new_master", "new_exp_avg", "new_exp_avg_sq")
+
+
+@operator(fake=_nothing, mutates=(*_IN_PLACE, *_APART, "copy"))
 def adamw_update(
     master: Tensor,
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    new_master: Tensor | None,
+    new_exp_avg: Tensor | None,
+    new_exp_avg_sq: Tensor | None,
     step: Tensor,
     scale: Tensor | None,
     skip: Tensor | None,
+    run: Tensor | None,
     copy: Tensor | None,
     numbers: list[float],
 ) -> None:
     """`adamw_` with the numbers that the kernel takes, in its order.
 
     A Python float is fp32 in a kernel, and no value of it is compiled in. All buffers are
-    contiguous.
+    contiguous. Without new ones the old ones are written.
     """
-    written = (master, exp_avg, exp_avg_sq)
+    written = [master, exp_avg, exp_avg_sq]
+    if new_master is not None and new_exp_avg is not None and new_exp_avg_sq is not None:
+        written = [new_master, new_exp_avg, new_exp_avg_sq]
     torch.autograd.graph.increment_version(written if copy is None else (*written, copy))
     count = master.numel()
     if count:
@@ -101,12 +119,15 @@ def adamw_update(
                 gradient,
                 exp_avg,
                 exp_avg_sq,
+                *written,
                 copy,
                 step,
                 scale,
                 skip,
+                run,
                 count,
                 *numbers,
+                IN_PLACE=new_master is None,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )
@@ -133,10 +154,14 @@ def _kernel(
     gradient_ptr,
     exp_avg_ptr,
     exp_avg_sq_ptr,
+    new_master_ptr,
+    new_exp_avg_ptr,
+    new_exp_avg_sq_ptr,
     copy_ptr,
     step_ptr,
     scale_ptr,
     skip_ptr,
+    run_ptr,
     count,
     lr,
     decay,
@@ -146,9 +171,14 @@ def _kernel(
     eps,
     log_beta1,
     log_beta2,
+    IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    if skip_ptr is not None:  # noqa: SIM102 (answered by the compiler, the next one by the GPU)
+    # Questions about pointers and IN_PLACE are answered by the compiler, the others by the GPU.
+    if run_ptr is not None:  # noqa: SIM102
+        if tl.load(run_ptr) == 0:
+            return
+    if skip_ptr is not None and IN_PLACE:  # noqa: SIM102
         if tl.load(skip_ptr) != 0:
             return
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -166,13 +196,18 @@ def _kernel(
     if scale_ptr is not None:
         g = g * tl.load(scale_ptr).to(tl.float32)
 
-    m = tl.fma(g - m, one_minus_beta1, m)
-    v = tl.fma(v, beta2, one_minus_beta2 * (g * g))
-    w = tl.fma(w, -decay, w)
-    w = w - rate * (m / (tl.sqrt_rn(v) * to_root + eps))
+    new_m = tl.fma(g - m, one_minus_beta1, m)
+    new_v = tl.fma(v, beta2, one_minus_beta2 * (g * g))
+    new_w = tl.fma(w, -decay, w)
+    new_w = new_w - rate * (new_m / (tl.sqrt_rn(new_v) * to_root + eps))
+    if skip_ptr is not None and not IN_PLACE:
+        skipped = tl.load(skip_ptr) != 0
+        new_m = tl.where(skipped, m, new_m)
+        new_v = tl.where(skipped, v, new_v)
+        new_w = tl.where(skipped, w, new_w)
 
-    tl.store(master_ptr + offsets, w, mask=inside)
-    tl.store(exp_avg_ptr + offsets, m, mask=inside)
-    tl.store(exp_avg_sq_ptr + offsets, v, mask=inside)
+    tl.store(new_master_ptr + offsets, new_w, mask=inside)
+    tl.store(new_exp_avg_ptr + offsets, new_m, mask=inside)
+    tl.store(new_exp_avg_sq_ptr + offsets, new_v, mask=inside)
     if copy_ptr is not None:
-        tl.store(copy_ptr + offsets, w.to(copy_ptr.dtype.element_ty), mask=inside)
+        tl.store(copy_ptr + offsets, new_w.to(copy_ptr.dtype.element_ty), mask=inside)
