@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from megalite.parallel.topology import Topology
-from megalite.pipeline.actions import SENDS, Action, Op, Plan, Program
+from megalite.pipeline.actions import (
+    GIVES_INPUT_GRADIENT,
+    SENDS,
+    Action,
+    Op,
+    Plan,
+    Program,
+)
 
 # The operation at the other end of a message, and how many stages away that end is.
 _COUNTERPART: Mapping[Op, tuple[Op, int]] = MappingProxyType(
@@ -51,6 +58,17 @@ def received_for(plan: Plan, action: Action) -> Action | None:
     if source is None:
         return None
     return Action(action.stage, Op(f"RECV_{source[1]}"), action.micro_batch)
+
+
+def received_from(plan: Plan, action: Action) -> Action | None:
+    """The message that would bring a computation's result to who takes it, were that another rank;
+    None if nobody takes it."""
+    stage, i = action.stage, action.micro_batch
+    if action.op is Op.FORWARD and stage < plan.num_stages - 1:
+        return Action(stage + 1, Op.RECV_FORWARD, i)
+    if action.op in GIVES_INPUT_GRADIENT and stage > 0:
+        return Action(stage - 1, Op.RECV_BACKWARD, i)
+    return None
 
 
 def goes_later(plan: Plan, message: Action) -> bool:

@@ -16,7 +16,7 @@ from megalite.pipeline.actions import (
     Plan,
     Program,
 )
-from megalite.pipeline.channels import goes_later
+from megalite.pipeline.channels import counterpart, goes_later, received_from
 from megalite.pipeline.costs import Costs
 from megalite.pipeline.timing import end_times
 
@@ -93,19 +93,9 @@ def _messages(plan: Plan, order: Order, made: Mapping[Action, Made]) -> Iterator
             meanwhile = bisect_left(own, content[:1])
             place = min(meanwhile, max(0, index - 1))
             yield _Message(Action(stage, Op(f"RECV_{direction}"), i), content, place)
-        goes_to = _target(plan, action)
-        if goes_to is not None and plan.is_remote(stage, goes_to):
-            direction = Op.FORWARD if action.op is Op.FORWARD else Op.BACKWARD
-            yield _Message(Action(stage, Op(f"SEND_{direction}"), i), made[action], index + 1)
-
-
-def _target(plan: Plan, action: Action) -> int | None:
-    """Stage that takes the action's result."""
-    if action.op is Op.FORWARD and action.stage < plan.num_stages - 1:
-        return action.stage + 1
-    if action.op in GIVES_INPUT_GRADIENT and action.stage > 0:
-        return action.stage - 1
-    return None
+        received = received_from(plan, action)
+        if received is not None and plan.is_remote(stage, received.stage):
+            yield _Message(counterpart(received), made[action], index + 1)
 
 
 def _made(made: Mapping[Action, Made], stage: int, direction: Op, micro_batch: int) -> Made:

@@ -21,13 +21,14 @@ from megalite.layers.weight_gradients import WeightGradients
 from megalite.models.stage import StageSpec
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.pipeline import Message
-from megalite.pipeline.actions import GIVES_WEIGHT_GRADIENT, SENDS, Action, Op, Program
+from megalite.pipeline.actions import GIVES_WEIGHT_GRADIENT, SENDS, Action, Op, Plan, Program
 from megalite.pipeline.channels import (
     goes_later,
     is_message,
     message_number,
     peer_rank,
     received_for,
+    received_from,
     send_positions,
 )
 from megalite.pipeline.recorder import Recorder
@@ -75,18 +76,48 @@ Place = tuple[int, int]
 """(stage, micro-batch)"""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """An action and what follows from its plan: found once for a program, not in every step of it.
+
+    A result that a neighbouring stage takes has the number of the message that brings it there, or
+    would, were the stage on another rank; see `message_number`.
+
+    Attributes:
+        action: what to do.
+        words: the same for people.
+        is_message: whether it sends or receives.
+        number: of the message, or of the result that a computation takes; -1 if of none.
+        peer: pipeline rank at the other end of that message; -1 if there is no message.
+        awaits: that message as its receiver names it, if this rank receives it.
+        later: whether it goes from an earlier rank to a later one.
+        makes: number of the result that a computation hands on; -1 if of none.
+        is_last: it gives its stage's weights their last gradients.
+    """
+
+    action: Action
+    words: str
+    is_message: bool
+    number: int = -1
+    peer: int = -1
+    awaits: str = ""
+    later: bool = False
+    makes: int = -1
+    is_last: bool = False
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class _Transfer:
     """A message under way, its content, and the world rank at its other end."""
 
     work: dist.Work
-    action: Action
+    step: _Step
     peer: int
     tensor: Tensor
 
     def __str__(self) -> str:
-        preposition = "to" if self.action.op in SENDS else "from"
-        return f"{self.action.words()}, waiting {preposition} world rank {self.peer}"
+        preposition = "from" if self.step.awaits else "to"
+        return f"{self.step.words}, waiting {preposition} world rank {self.peer}"
 
 
 @dataclass
@@ -94,19 +125,17 @@ class _Flight:
     """What is alive during one run of a program.
 
     Attributes:
-        local: results of one stage for its neighbour on the same rank, by the message that would
-            have brought them.
-        outgoing: what a send will take: outputs and input gradients.
-        arriving: messages that are being received.
+        made: outputs and input gradients, by their numbers, until a send or a neighbour on the same
+            rank takes them.
+        arriving: messages that are being received, by their numbers.
         leaving: messages that are being sent; their tensors are kept until they have arrived.
         graphs: for each backward to come, the stage's input and the edge of its output; the output
             itself is not kept.
         results: what the head returned, by micro-batch.
     """
 
-    local: dict[Action, Tensor] = field(default_factory=dict)
-    outgoing: dict[Action, Tensor] = field(default_factory=dict)
-    arriving: dict[Action, _Transfer] = field(default_factory=dict)
+    made: dict[int, Tensor] = field(default_factory=dict)
+    arriving: dict[int, _Transfer] = field(default_factory=dict)
     leaving: deque[_Transfer] = field(default_factory=deque)
     graphs: dict[Place, tuple[Tensor, GradientEdge, Tensor | None]] = field(default_factory=dict)
     results: dict[int, Tensor] = field(default_factory=dict)
@@ -132,6 +161,7 @@ class Executor:
         self._gradients = gradients
         device = next(iter(stages.values())).device
         self.recorder = Recorder(device, self.pp.rank)
+        self._known: tuple[Program, tuple[_Step, ...]] | None = None
 
     def run(self, program: Program, batch: Sequence[MicroBatch], head: Head) -> dict[int, Tensor]:
         """Run one step.
@@ -146,31 +176,30 @@ class Executor:
             The head's results (detached) by micro-batch; empty on ranks without the last stage.
         """
         flight = _Flight()
-        steps = program.ranks[self.pp.rank]
-        last = {a.stage: i for i, a in enumerate(steps) if a.op in GIVES_WEIGHT_GRADIENT}
+        steps = self._steps(program)
         self._activity.sends = partial(send_positions, program, self._topology)
         self.recorder.runs(program.plan)
-        for index, action in enumerate(steps):
+        for index, step in enumerate(steps):
+            action = step.action
             micro_batch = batch[action.micro_batch]
-            if is_message(action):
-                self._activity.at(action.words(), index)
-                self._start(program, action, micro_batch, flight)
+            if step.is_message:
+                self._activity.at(step.words, index)
+                self._start(step, micro_batch, flight)
                 continue
-            taken = self._take_input(program, index, action, flight)
-            self._activity.enter(action.words(), index)
+            taken = self._take_input(index, step, flight)
+            self._activity.enter(step.words, index)
             self.recorder.begins(action)
-            is_last = last.get(action.stage) == index
-            if is_last:
+            if step.is_last:
                 deferred = action.op is Op.WEIGHT_GRADIENT
                 self._gradients.begin_last_gradients(action.stage, deferred=deferred)
             match action.op:
                 case Op.FORWARD:
-                    self._forward(program, action, taken, micro_batch, head, flight)
+                    self._forward(program, step, taken, micro_batch, head, flight)
                 case Op.WEIGHT_GRADIENT:
                     self._weight_gradients(action)
                 case _:
-                    self._backward(program, action, taken, flight)
-            if is_last:
+                    self._backward(step, taken, flight)
+            if step.is_last:
                 self._gradients.end_last_gradients(action.stage)
             self.recorder.ends()
             _forget_arrived(flight.leaving)
@@ -180,16 +209,23 @@ class Executor:
         self._activity.enter("", len(steps))
         return flight.results
 
+    def _steps(self, program: Program) -> tuple[_Step, ...]:
+        """This rank's steps, kept for the next run of the same program."""
+        if self._known is None or self._known[0] is not program:
+            self._known = program, _steps(program, self.pp.rank)
+        return self._known[1]
+
     def _forward(
         self,
         program: Program,
-        action: Action,
+        step: _Step,
         x: Tensor | None,
         micro_batch: MicroBatch,
         head: Head,
         flight: _Flight,
     ) -> None:
-        stage, differentiate = self.stages[action.stage], program.plan.has_backward
+        action, differentiate = step.action, program.plan.has_backward
+        stage = self.stages[action.stage]
         if x is None:
             x = micro_batch.tokens
         else:
@@ -203,12 +239,11 @@ class Executor:
             place = (action.stage, action.micro_batch)
             flight.graphs[place] = (x, get_gradient_edge(out), seed)
         if not stage.spec.has_head:
-            self._hand_on(program, Op.FORWARD, action, 1, out.detach(), flight)
+            flight.made[step.makes] = out.detach()
 
-    def _backward(
-        self, program: Program, action: Action, gradient: Tensor | None, flight: _Flight
-    ) -> None:
+    def _backward(self, step: _Step, gradient: Tensor | None, flight: _Flight) -> None:
         """The whole backward, or its input gradient while the weights' are left for later."""
+        action = step.action
         stage = self.stages[action.stage]
         x, edge, seed = flight.graphs.pop((action.stage, action.micro_batch))
         gradient = seed if gradient is None else gradient
@@ -219,7 +254,7 @@ class Executor:
             torch.autograd.backward(edge, gradient)
         if not stage.spec.has_embedding:
             assert x.grad is not None, f"{action} gave its input no gradient"
-            self._hand_on(program, Op.BACKWARD, action, -1, x.grad, flight)
+            flight.made[step.makes] = x.grad
 
     def _weight_gradients(self, action: Action) -> None:
         """What the input gradient left for later."""
@@ -228,64 +263,80 @@ class Executor:
             for parameter, gradient in later.compute(action.micro_batch):
                 self._gradients.add(parameter, gradient)
 
-    def _hand_on(
-        self,
-        program: Program,
-        direction: Op,
-        action: Action,
-        step: int,
-        tensor: Tensor,
-        flight: _Flight,
-    ) -> None:
-        """Give a result to the neighbouring stage, or to the message that sends it there."""
-        neighbour, i = action.stage + step, action.micro_batch
-        if program.plan.is_remote(action.stage, neighbour):
-            flight.outgoing[Action(action.stage, Op(f"SEND_{direction}"), i)] = tensor
-        else:
-            flight.local[Action(neighbour, Op(f"RECV_{direction}"), i)] = tensor
-
-    def _take_input(
-        self, program: Program, index: int, action: Action, flight: _Flight
-    ) -> Tensor | None:
+    def _take_input(self, index: int, step: _Step, flight: _Flight) -> Tensor | None:
         """What the neighbouring stage made for an action; None if it takes nothing of another."""
-        received = received_for(program.plan, action)
-        if received is None:
+        if step.number < 0:
             return None
-        if received in flight.local:
-            return flight.local.pop(received)
-        transfer = flight.arriving.pop(received)
+        if step.peer < 0:
+            return flight.made.pop(step.number)
+        transfer = flight.arriving.pop(step.number)
         # What a GPU comes to is this message, whose arrival the host does not wait for.
-        self._activity.enter(transfer.action.words(), index, str(received), transfer.peer)
-        self.recorder.waits(peer_rank(program.plan, received))
+        self._activity.enter(transfer.step.words, index, step.awaits, transfer.peer)
+        self.recorder.waits(step.peer)
         self._wait(transfer, index)
         return transfer.tensor
 
-    def _start(
-        self, program: Program, action: Action, micro_batch: MicroBatch, flight: _Flight
-    ) -> None:
+    def _start(self, step: _Step, micro_batch: MicroBatch, flight: _Flight) -> None:
         """Begin to send or to receive."""
-        plan = program.plan
-        sends = action.op in SENDS
+        sends = not step.awaits
         if sends:
-            tensor = flight.outgoing.pop(action).contiguous()
+            tensor = flight.made.pop(step.number).contiguous()
         else:
-            stage = self.stages[action.stage]
+            stage = self.stages[step.action.stage]
             samples, length = micro_batch.tokens.shape
             shape = stage.hidden_shape(length, samples)
             tensor = torch.empty(shape, dtype=stage.dtype, device=stage.device)
-        peer, tag = peer_rank(plan, action), message_number(plan, action)
-        message = Message(tensor, peer, sends, later=goes_later(plan, action), tag=tag)
+        message = Message(tensor, step.peer, sends, later=step.later, tag=step.number)
         work = self.pp.start(message)
-        transfer = _Transfer(work, action, self.pp.world_ranks[peer], tensor)
+        transfer = _Transfer(work, step, self.pp.world_ranks[step.peer], tensor)
         if sends:
             flight.leaving.append(transfer)
         else:
-            flight.arriving[action] = transfer
+            flight.arriving[step.number] = transfer
 
     def _wait(self, transfer: _Transfer, position: int) -> None:
-        awaits = "" if transfer.action.op in SENDS else str(transfer.action)
-        self._activity.at(transfer, position, awaits, transfer.peer)
+        self._activity.at(transfer, position, transfer.step.awaits, transfer.peer)
         transfer.work.wait()
+
+
+def _steps(program: Program, rank: int) -> tuple[_Step, ...]:
+    """A rank's steps of a program."""
+    order = program.ranks[rank]
+    last = {a.stage: index for index, a in enumerate(order) if a.op in GIVES_WEIGHT_GRADIENT}
+    return tuple(
+        _message(program.plan, action)
+        if is_message(action)
+        else _computation(program.plan, action, is_last=last.get(action.stage) == index)
+        for index, action in enumerate(order)
+    )
+
+
+def _message(plan: Plan, action: Action) -> _Step:
+    return _Step(
+        action,
+        action.words(),
+        is_message=True,
+        number=message_number(plan, action),
+        peer=peer_rank(plan, action),
+        awaits="" if action.op in SENDS else str(action),
+        later=goes_later(plan, action),
+    )
+
+
+def _computation(plan: Plan, action: Action, *, is_last: bool) -> _Step:
+    received, made = received_for(plan, action), received_from(plan, action)
+    peer = -1 if received is None else peer_rank(plan, received)
+    is_remote = received is not None and peer != plan.stage_rank[action.stage]
+    return _Step(
+        action,
+        action.words(),
+        is_message=False,
+        number=-1 if received is None else message_number(plan, received),
+        peer=peer if is_remote else -1,
+        awaits=str(received) if is_remote else "",
+        makes=-1 if made is None else message_number(plan, made),
+        is_last=is_last,
+    )
 
 
 def _forget_arrived(leaving: deque[_Transfer]) -> None:

@@ -61,9 +61,9 @@ def now(rank: Rank) -> bool:
 def missing_send(patch: Patch, rank: Rank) -> None:
     right = Executor._start
 
-    def broken(self: Any, program: Any, action: Action, *args: Any) -> None:
-        if str(action) != "0SEND_F1" or not now(rank):
-            right(self, program, action, *args)
+    def broken(self: Any, step: Any, *args: Any) -> None:
+        if str(step.action) != "0SEND_F1" or not now(rank):
+            right(self, step, *args)
 
     patch.setattr(Executor, "_start", broken)
 

@@ -257,8 +257,9 @@ def stale_receive_buffer(patch: Patch) -> None:
     """What is received second is what was received first."""
     right = runtime.Executor._take_input
 
-    def broken(self: Any, program: Any, index: int, action: Any, flight: Any) -> Any:
-        taken = right(self, program, index, action, flight)
+    def broken(self: Any, index: int, step: Any, flight: Any) -> Any:
+        taken = right(self, index, step, flight)
+        action = step.action
         if taken is not None and action.op is runtime.Op.FORWARD:
             first = flight.__dict__.setdefault("first", {})
             first.setdefault(action.stage, taken.clone())
