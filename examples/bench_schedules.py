@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from schedule_bench import rows
-from schedule_bench.case import ALONE, Case
+from schedule_bench.case import ALONE, FIRST_TIMED, RECORDED, Case
 from schedule_bench.goals import BUBBLE, EXECUTOR, PRESET, judge
 
 from megalite import cli
@@ -51,10 +51,7 @@ from megalite.program import checked
 if TYPE_CHECKING:
     from megalite.parallel.launch import Prepared
 
-WARM_UP_STEPS = 6
-"""Before the timed ones: see `schedule_bench.ranks`."""
-
-ALWAYS = "--mock-data --eval-steps 0 --sample-length 0 --no-save-weights --trace-steps 2"
+ALWAYS = "--mock-data --eval-steps 0 --sample-length 0 --no-save-weights"
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,8 @@ def configuration(flags: str, pp: int, steps: int, cases: Sequence[Case]) -> Con
     Raises:
         ConfigError: all that is wrong with the flags, or with a case.
     """
-    words = f"{flags} {ALWAYS} --pp {pp} --steps {WARM_UP_STEPS + steps}".split()
+    length = f"--steps {FIRST_TIMED - 1 + steps} --trace-steps {RECORDED}"
+    words = f"{flags} {ALWAYS} {length} --pp {pp}".split()
     command = cli.parse(words, prog="", description="", switches=PROGRAM.switches)
     config = checked(command, None)
     problems: list[str] = []

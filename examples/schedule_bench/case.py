@@ -5,6 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megalite.config import Config
+from megalite.pipeline.trace import FIRST_STEP
+
+RECORDED = 2
+"""Steps of a case that are recorded, from `FIRST_STEP` on."""
+
+FIRST_TIMED = FIRST_STEP + RECORDED + 1
+"""The recorded steps wait for the GPU; the one after them settles, and those from here on count."""
 
 ALONE = "one-rank"
 """The case in which the first rank trains the whole model while the others wait."""

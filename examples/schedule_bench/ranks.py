@@ -30,7 +30,6 @@ from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.launch import Rank
 from megalite.parallel.pipeline import Message, PipelineGroup
 from megalite.pipeline.costs import Costs
-from megalite.pipeline.trace import FIRST_STEP
 from megalite.pipeline.trace_file import read_trace
 from megalite.planning.choice import choose, predictions, table
 from megalite.planning.measure import measure_costs
@@ -38,12 +37,10 @@ from megalite.planning.recorded import memory_limit
 from megalite.run_plan import AUTO
 from megalite.trainer import DTYPES, Trainer
 from schedule_bench import executor
-from schedule_bench.case import ALONE, Case
+from schedule_bench.case import ALONE, FIRST_TIMED, Case
 from schedule_bench.figures import figures
 from schedule_bench.rows import Row, Table
 
-RECORDED = 2
-FIRST_TIMED = FIRST_STEP + RECORDED + 1
 CALLS = 200
 """Messages each way whose host time is measured by themselves."""
 
