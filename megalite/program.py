@@ -18,6 +18,7 @@ from megalite.check import check
 from megalite.config import Config, resolve
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World, detect_world, wrong_variables
+from megalite.parallel.stop import STOPS, ignore_stops, raise_at
 
 if TYPE_CHECKING:
     from megalite.parallel.launch import Prepared
@@ -83,18 +84,33 @@ class Program:
 def end(main: Callable[[], int]) -> NoReturn:
     """Run a program's `main` and end the process with its exit code."""
     try:
+        raise_at(_stops())
         code = main()
-    except KeyboardInterrupt:
+        ignore_stops()
+    except KeyboardInterrupt as stop:
         # An impatient second Ctrl-C has nothing more to stop.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print("\nmegalite: stopped by SIGINT", file=sys.stderr)
-        code = 130
+        ignore_stops()
+        number = getattr(stop, "sigval", signal.SIGINT)
+        print(f"\nmegalite: stopped by {number.name}", file=sys.stderr)
+        code = 128 + number
     dist = sys.modules.get("torch.distributed")
     if code and dist is not None and dist.is_initialized():
         from megalite.parallel.launch import leave
 
         leave(code)
     sys.exit(code)
+
+
+def _stops() -> tuple[signal.Signals, ...]:
+    """The signals that this process answers itself.
+
+    A launcher ends its ranks by SIGTERM, whose default action ends them at once, also in the middle
+    of a collective.
+    """
+    try:
+        return (signal.SIGINT,) if detect_world(os.environ) else STOPS
+    except ConfigError:
+        return STOPS  # `main` will say it
 
 
 def checked(command: cli.Command, world: World | None) -> Config:

@@ -6,17 +6,12 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
-ROUND_S = 0.05
-QUIET_ROUNDS = 2
-"""In one round a server has forked what it was asked for, or has buried what was killed."""
-
-PATIENCE_S = 5.0
+from megalite.parallel.stop import STOPS
 
 PRELOADED = (
     "megalite.trainer",
@@ -30,10 +25,15 @@ def start_method() -> str:
     if sys.platform != "linux":
         return "spawn"
     multiprocessing.set_forkserver_preload([*PRELOADED])
-    # The server would answer Ctrl-C with a traceback of its imports; it ends with this process.
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    forkserver.ensure_running()
-    signal.signal(signal.SIGINT, previous)
+    # The server would answer Ctrl-C with a traceback of its imports, and its end would look like a
+    # failure here; it ends with this process. It inherits the mask, and so do the ranks; here the
+    # signals only wait. The tracker comes first: starting it takes them out of the mask.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     # Once a first process has run, the imports are done and the ranks start without a wait in which
     # one of them could be left half started.
     first = multiprocessing.get_context("forkserver").Process(target=_nothing)
@@ -48,15 +48,15 @@ def kill_all() -> None:
     That one is nobody's child yet as far as `multiprocessing` knows. Left alone it would find what
     it was to inherit gone, and say so.
     """
-    quiet_rounds = 0 if sys.platform == "linux" else QUIET_ROUNDS
-    until = time.monotonic() + PATIENCE_S
-    while quiet_rounds < QUIET_ROUNDS and time.monotonic() < until:
-        ranks = [rank for server in _servers() for rank in _children(server)]
-        for rank in ranks:
-            with suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGKILL)
-        quiet_rounds = 0 if ranks else quiet_rounds + 1
-        time.sleep(ROUND_S)
+    for server in _servers() if sys.platform == "linux" else ():
+        with suppress(ProcessLookupError, ChildProcessError):
+            # Once it has stopped it forks no more; `multiprocessing` still wants its exit status.
+            os.kill(server, signal.SIGSTOP)
+            os.waitid(os.P_PID, server, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            for rank in _children(server):
+                with suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGKILL)
+            os.kill(server, signal.SIGKILL)
     for process in multiprocessing.active_children():
         process.kill()
         process.join()

@@ -37,6 +37,7 @@ from megalite.parallel.failures import claim_report, report_failure, report_once
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.machine import Machine, find_machine
 from megalite.parallel.progress import GpuProgress
+from megalite.parallel.stop import STOPS, ignore_stops
 from megalite.parallel.watchdog import Watchdog
 
 RENDEZVOUS_LIMIT = timedelta(seconds=300)
@@ -103,9 +104,9 @@ def launch(prepared: Prepared) -> int:
     try:
         return _launch_ranks(prepared)
     except (SignalException, KeyboardInterrupt) as stop:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ignore_stops()
         forkserver.kill_all()
-        number = stop.sigval if isinstance(stop, SignalException) else signal.SIGINT
+        number = getattr(stop, "sigval", signal.SIGINT)
         print(f"megalite: stopped by {number.name}", file=sys.stderr)
         return 128 + number
 
@@ -314,6 +315,7 @@ def _launched_rank(
     # The default actions end the process at once, also in the middle of a collective.
     signal.signal(signal.SIGINT, signal.SIG_IGN if ignores_interrupt else signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # see `forkserver.start_method`
     threading.Thread(target=_die_with, args=(launcher,), daemon=True).start()
     world = detect_world(os.environ)
     assert world is not None, "torchelastic sets RANK and WORLD_SIZE"

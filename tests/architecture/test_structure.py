@@ -75,6 +75,7 @@ NO_TORCH = [
     "megalite.parallel.activity",
     "megalite.parallel.environment",
     "megalite.parallel.hang",
+    "megalite.parallel.stop",
     "megalite.parallel.topology",
     "megalite.planning.block_costs",
     "megalite.planning.choice",

@@ -7,7 +7,7 @@ import sys
 import pytest
 from runs import launch
 
-SCRIPT = """
+SCRIPT = r"""
 import multiprocessing, os, sys, threading, time
 from megalite.parallel import forkserver
 
@@ -18,6 +18,13 @@ class Slow:
 
 def work(_):
     time.sleep(100)
+
+def is_running(pid):
+    "A process that has ended may wait for its new parent to ask for its exit status."
+    try:
+        return "State:\tZ" not in open(f"/proc/{pid}/status").read()
+    except OSError:
+        return False
 
 NAME = sys.argv[1]
 
@@ -36,7 +43,7 @@ if __name__ == "__main__":
     forkserver.kill_all()
     os.unlink(NAME)
     time.sleep(0.5)
-    print([pid for pid in pids if os.path.exists(f"/proc/{pid}")])
+    print([pid for pid in pids if is_running(pid)])
 """
 
 
