@@ -173,6 +173,7 @@ _EFFECTS = (
 _ON_ONE_RANK = (
     Effect(("sequence_parallel",), lambda c: c.parallel.tp > 1, "with --tp 1"),
     Effect(("schedule", "pp_layers"), lambda c: num_stages(c) > 1, "with --pp 1"),
+    Effect(("post_validation",), lambda c: c.parallel.pp > 1, "with --pp 1"),
     Effect(
         ("distributed_timeout_minutes", "start_timeout", "step_timeout"),
         lambda c: c.world_size > 1,

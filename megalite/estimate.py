@@ -90,7 +90,6 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
     parameters = rank_parameters(config, specs)
     width = WEIGHT_BYTES[train.precision]
     full = max(4, width)
-    master = 0 if width == full else full
     tokens = train.micro_batch_size * config.model.seq_length
     logits = 0
     if any(spec.has_head for spec in specs):
@@ -101,10 +100,17 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
         parameters=parameters,
         weights=parameters * width,
         gradients=parameters * full,
-        optimizer=parameters * (master + 2 * full),
+        optimizer=parameters * full * _states(config),
         activations=tokens * _peak_kept(config, specs, order, width),
         logits=logits,
     )
+
+
+def _states(config: Config) -> int:
+    """Optimizer's numbers per parameter: moments, and master weights of their own if there are."""
+    if config.train.post_validation and config.parallel.pp > 1:
+        return 6  # all of them, and as they were before the step
+    return 3 if config.train.precision == "bf16" else 2
 
 
 def fixed_bytes(config: Config) -> list[int]:

@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,27 +51,35 @@ class Reading:
 class DelayedScalars:
     """Scalars on the device, read one step late so that nothing waits for the step under way.
 
-    `begin` marks the start of a step; `push` starts a copy of its scalars to pinned memory and
-    returns the reading of the push before, which by then has arrived.
+    `begin` and `end` mark a step; `push`, which may come after the next step, starts a copy of its
+    scalars to pinned memory and returns the reading of the push before, which by then has arrived.
+    A step that has not ended ends when its scalars are pushed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._start = self._mark()
-        self._previous: tuple[Tensor, Any, Any] | None = None
+        self._ended: deque[tuple[Any, Any]] = deque()
+        self._previous: tuple[Tensor, Any, Any, Any] | None = None
 
     def begin(self) -> None:
         """A step starts here."""
         self._start = self._mark()
 
+    def end(self) -> None:
+        """The step ends here."""
+        self._ended.append((self._start, self._mark()))
+
     def push(self, scalars: Tensor) -> Reading | None:
         """Start reading `scalars` (1-d); returns the previous reading, None at the first call."""
+        if not self._ended:
+            self.end()
         if self._cuda:
             host = torch.empty(scalars.shape, dtype=scalars.dtype, pin_memory=True)
             host.copy_(scalars, non_blocking=True)
         else:
             host = scalars.clone()
-        current = (host, self._start, self._mark())
+        current = (host, *self._ended.popleft(), self._mark())
         previous = self.flush()
         self._previous = current
         return previous
@@ -79,10 +88,10 @@ class DelayedScalars:
         """The reading pushed last, once it has arrived."""
         if self._previous is None:
             return None
-        host, start, end = self._previous
+        host, start, end, arrived = self._previous
         self._previous = None
         if self._cuda:
-            end.synchronize()
+            arrived.synchronize()
             return Reading(host.tolist(), start.elapsed_time(end) / 1e3)
         return Reading(host.tolist(), end - start)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ class Trainer:
 
         Returns:
             fp64 [2] on the device: gradient norm before clipping, loss [nats per token]. Equal on
-            all ranks.
+            all ranks. Not there before `optimizer.validate` if the step `is_open`.
         """
         return self.update(step, self.accumulate(step))
 
@@ -123,6 +124,15 @@ class Trainer:
         batch = self.loader.train_batch(step)
         self._activity.enter("counting tokens")
         scale = 1.0 / self._global_tokens(batch)
+        is_guessed = self.optimizer.is_open  # what the forwards read
+        loss = self._gradients(batch, scale)
+        if self.optimizer.guessed_wrong() and is_guessed:
+            self._activity.enter("computing again what a wrong guess spoilt")
+            loss = self._gradients(batch, scale)
+        return loss
+
+    def _gradients(self, batch: Batch, scale: Tensor) -> Tensor:
+        """Forward and backward of a batch, returned and left behind as by `accumulate`."""
         self.flat.zero_gradients()
 
         def head(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
@@ -153,6 +163,7 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, batches: Iterable[Batch], what: str) -> float:
+        self.optimizer.validate()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
 
         def head(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
@@ -181,6 +192,7 @@ class Trainer:
             tokens are padded on the right to a multiple of tp, which a causal model does not see.
         """
         self._activity.begin("generating text")
+        self.optimizer.validate()
         last = len(tokens) - 1
         padding = -len(tokens) % (self.groups.tp.size if self.groups.tp.sequence_parallel else 1)
         row = torch.tensor([tokens + [0] * padding])
@@ -203,6 +215,7 @@ class Trainer:
         """
         train = self.config.train
         scalars = DelayedScalars(self.device)
+        taken: deque[tuple[int, Tensor]] = deque()
         valid_loss = None
         loss = float("nan")
         traced = traced_steps(self.config.run.trace_steps)
@@ -218,18 +231,26 @@ class Trainer:
         for step in range(1, train.steps + 1):
             self._activity.begin(f"step {step}", is_step=True)
             if step in (*traced, *measured):
+                self.optimizer.validate()  # so that no action is recorded twice
                 self.executor.recorder.begin_step(step)
             scalars.begin()
-            statistics = self.train_step(step - 1)
+            taken.append((step, self.train_step(step - 1)))
+            scalars.end()
             self.executor.recorder.end_step()
             if measured and step == measured[-1]:
                 self.plan_by_measured_costs()
+            evaluates = train.eval_interval and step % train.eval_interval == 0
+            if step == train.steps or evaluates:
+                self.optimizer.validate()
             self._activity.enter("reading the figures of the step before")
-            record(step - 1, scalars.push(statistics))
+            # Those of a step that was guessed are there when the next one has validated it.
+            while taken and (len(taken) > 1 or not self.optimizer.is_open):
+                number, statistics = taken.popleft()
+                record(number - 1, scalars.push(statistics))
             if traced and step == traced[-1]:
                 self._activity.enter("writing when actions ran")
                 self._write_trace()
-            if step == train.steps or (train.eval_interval and step % train.eval_interval == 0):
+            if step == train.steps or evaluates:
                 record(step, scalars.flush())
                 if train.eval_steps:
                     valid_loss = self.validate()
@@ -260,6 +281,7 @@ class Trainer:
         """Write the final weights; returns when all ranks have."""
         allowance_s = self.flat.parameters.nbytes / SLOWEST_DISK_BYTES_PER_S
         self._activity.begin("saving weights", allowance_s=allowance_s)
+        self.optimizer.validate()
         save_weights(folder, self.stages.values(), self.groups)
         self.groups.wait_for_all(self.device)
 

@@ -9,7 +9,7 @@ summed over the tensor ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -93,6 +93,8 @@ class FlatParameters:
         parameters: flat, in the parameters' dtype.
         gradients: flat, fp32 (fp64 for fp64 parameters).
         decaying: elements at the front of the buffers that weight decay applies to.
+        last_use: called when the first gradient of a step comes, if anyone uses those of the step
+            before until then; None: nobody does.
     """
 
     def __init__(
@@ -113,6 +115,8 @@ class FlatParameters:
         self._buckets = _make_buckets(self.slots, bucket_elements)
         self._bucket_of = {id(s.parameter): b for b in self._buckets for s in b.slots}
         self._closing: int | None = None
+        self.last_use: Callable[[], None] | None = None
+        self._are_old = False
         self._copies = _CopySums(self, groups)
         for slot in self.slots:
             view = slot.of(self.parameters)
@@ -121,10 +125,13 @@ class FlatParameters:
             slot.parameter.register_post_accumulate_grad_hook(self._take)
 
     def zero_gradients(self) -> None:
-        """Forget the gradients of the last step."""
-        self.gradients.zero_()
+        """Forget the gradients of the last step, at once or after their last use."""
         for bucket in self._buckets:
             bucket.open_stages = set(bucket.slots[0].stages)
+        if self.last_use is None:
+            self.gradients.zero_()
+        else:
+            self._are_old = True
 
     def begin_last_gradients(self, stage: int, *, deferred: bool) -> None:
         """From here on each gradient of the stage that arrives is final, until
@@ -153,6 +160,10 @@ class FlatParameters:
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """A micro-batch's gradient of a parameter, to the sum over micro-batches."""
+        if self._are_old and self.last_use is not None:
+            self.last_use()
+            self.gradients.zero_()
+            self._are_old = False
         self._slot_of[id(parameter)].of(self.gradients).add_(gradient)
         if self._closing is not None:
             self._bucket_of[id(parameter)].missing -= 1
@@ -207,6 +218,7 @@ class FlatParameters:
 
     def _launch(self, bucket: _Bucket) -> None:
         if bucket.pending is None:
+            assert not self._are_old, "no gradient came before the sums began"
             part = self.gradients[bucket.start : bucket.stop]
             bucket.pending = self._dp.start_gradient_sum(part)
 

@@ -51,7 +51,7 @@ class ParallelGroups:
         """Create every group of the layout. All ranks call it, after `init_process_group`.
 
         The order is fixed: the mesh with its axes, then the pipelines' way back, then embedding
-        pairs, then key/value copies.
+        pairs, then key/value copies, then the pipelines' norms.
         """
         parallel = config.parallel
         topology = Topology(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp)
@@ -75,6 +75,8 @@ class ParallelGroups:
         embedding_group = _own_group("embedding", pairs, world_rank, timeout)
         copies = topology.kv_replica_groups(config.model.num_kv_heads)
         kv_group = _own_group("kv copies", copies, world_rank, timeout)
+        norms = back if config.train.post_validation else ()
+        norm_group = _own_group("pipeline norm", norms, world_rank, timeout)
         groups = cls(
             topology,
             world_rank,
@@ -91,6 +93,7 @@ class ParallelGroups:
                 axis_group["pp"],
                 back_group=back_group.process_group if back_group else None,
                 embedding_group=embedding_group,
+                norm_group=norm_group,
             ),
             dp=DataGroup(place.dp, topology.dp, axis_group["dp"]),
             activity=activity or Activity(),
@@ -107,6 +110,8 @@ class ParallelGroups:
             "embedding": self.pp.embedding_group,
             "key/value": self.tp.kv_group or AxisGroup(),
         }
+        if self.pp.norm_group is not self.pp:
+            groups["norm"] = self.pp.norm_group
         return {n: (g.world_ranks, g.trace) for n, g in groups.items() if g.size > 1}
 
     def wait_for_all(self, device: torch.device) -> None:
@@ -117,7 +122,8 @@ class ParallelGroups:
     def _connect(self, device: torch.device) -> None:
         """One collective on each axis, and messages between all neighbours: NCCL connects at the
         first use, which is no moment to wait for each other in the middle of a schedule."""
-        for group in (self.tp, self.dp, self.pp, self.pp.embedding_group):
+        pipeline = (self.pp, self.pp.embedding_group, self.pp.norm_group)
+        for group in dict.fromkeys((self.tp, self.dp, *pipeline)):
             group.all_reduce(torch.ones(1, device=device))
         self.pp.connect(device)
 

@@ -42,6 +42,8 @@ class PipelineGroup(AxisGroup):
         back_group: of the same ranks, for messages to earlier ranks; None exactly if the size is 1.
         embedding_group: first and last stage's ranks, if they share a tied embedding and this is
             one of them.
+        norm_group: of the same ranks, for a norm that is summed while messages of the next step
+            pass, which must not queue behind it; None: there are none meanwhile.
     """
 
     def __init__(
@@ -52,11 +54,13 @@ class PipelineGroup(AxisGroup):
         *,
         back_group: dist.ProcessGroup | None = None,
         embedding_group: AxisGroup | None = None,
+        norm_group: AxisGroup | None = None,
     ):
         super().__init__(rank, size, process_group)
         assert (back_group is None) == (size == 1), f"size {size} with {back_group}"
         self._back_group = back_group
         self.embedding_group = embedding_group or AxisGroup()
+        self.norm_group: AxisGroup = norm_group or self
 
     def connect(self, device: torch.device) -> None:
         """Pass one number between neighbours in both directions, and from end to end.

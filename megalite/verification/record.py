@@ -112,6 +112,7 @@ class Recorder:
     ):
         samples = VerificationSamples(config)
         self.trainer = Trainer(config, (samples, samples, None), groups, device)
+        self.trainer.optimizer.guess_wrong()  # so that what is compared has been amended
         self._watch = watch
 
     def weights(self) -> list[Part]:
@@ -131,7 +132,9 @@ class Recorder:
         with self._watched(activations), self._poisoned(poisoned and is_last):
             loss = self.trainer.accumulate(step)
         gradients = list(_parts(self.trainer.flat, self.trainer.flat.gradients))
-        norm, mean_loss = self.trainer.update(step, loss).tolist()
+        statistics = self.trainer.update(step, loss)
+        self.trainer.optimizer.validate()
+        norm, mean_loss = statistics.tolist()
         return RankStep(mean_loss, norm, gradients, self.weights(), activations)
 
     @contextmanager

@@ -111,6 +111,7 @@ def told(words: str) -> tuple[str, ...]:
         ("--sequence-parallel", "with --tp 1"),
         ("--schedule gpipe", "with --pp 1"),
         ("--pp-layers 4", "with --pp 1"),
+        ("--post-validation", "with --pp 1"),
         ("--start-timeout 5", "on one rank, which waits for nobody"),
         ("--step-timeout 5", "on one rank, which waits for nobody"),
         ("--distributed-timeout-minutes 5", "on one rank, which waits for nobody"),

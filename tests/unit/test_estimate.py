@@ -139,6 +139,16 @@ def test_bytes_of_a_parameter(name: str, tp: int, pp: int) -> None:
         assert memory.total == states + memory.activations + memory.logits
 
 
+@pytest.mark.parametrize("name", ["fp32", "fp64", "bf16"])
+def test_bytes_of_a_parameter_with_post_validation(name: str) -> None:
+    """Master weights and moments twice, unless there is one pipeline rank."""
+    for pp, states in ((2, 24 if name != "fp64" else 48), (1, None)):
+        memory = rank_estimates(settings("tied", pp=pp, precision=name, post_validation=True))[0]
+        plain = rank_estimates(settings("tied", pp=pp, precision=name))[0]
+        assert memory.optimizer == (states * memory.parameters if states else plain.optimizer)
+        assert memory.total - memory.optimizer == plain.total - plain.optimizer
+
+
 def test_precision_must_be_known() -> None:
     config = settings("multi-head")
     with pytest.raises(KeyError, match="auto"):

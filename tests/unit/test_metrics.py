@@ -233,6 +233,20 @@ def test_seconds_are_those_between_begin_and_push(monkeypatch: pytest.MonkeyPatc
     assert scalars.flush().seconds == 4.0
 
 
+def test_scalars_may_be_pushed_after_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has the seconds of its own step."""
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    scalars = DelayedScalars(CPU)
+    for end in (3.0, 7.0):
+        scalars.begin()
+        now = end
+        scalars.end()
+    assert scalars.push(torch.tensor([1.0])) is None
+    assert scalars.push(torch.tensor([2.0])) == Reading([1.0], 3.0)
+    assert scalars.flush() == Reading([2.0], 4.0)
+
+
 # The device
 
 
