@@ -184,7 +184,7 @@ class _Judge:
     def initial(self, ranks: Sequence[Any]) -> None:
         missing = tuple(self._comparison.missing(ranks))
         if missing:
-            cause = f"{missing[0]} is on no rank, or not all of it"
+            cause = f"{missing[0]} is on no rank, or not all of it, or counts twice"
             self._failure = Failure(None, missing, cause, len(missing), 0)
         found = self._comparison.initial(ranks)
         self._take(found, lambda _: "initial values depend on the layout")

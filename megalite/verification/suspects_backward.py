@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megalite.run_plan import num_stages, stage_rank
+from megalite.run_plan import num_stages
 from megalite.verification.compare import Difference
 from megalite.verification.definition import EMBEDDING, HEAD, Weights, loss_gradients
 from megalite.verification.evidence import Evidence, common_factor, factor_in_words, same
@@ -21,6 +21,7 @@ def gradient_suspects(evidence: Evidence, first: Difference) -> Iterator[str]:
     yield from _tied_embedding(evidence, names)
     yield from _copies_over_tensor_ranks(evidence, names, first)
     yield from _data_ranks(evidence, names)
+    yield from _left_out(evidence, names)
     yield from _shared_factor(evidence, names)
 
 
@@ -34,11 +35,11 @@ def _tied_embedding(evidence: Evidence, names: set[str]) -> Iterator[str]:
         evidence, names, {EMBEDDING: 2 * (lookup + head)}
     ):
         yield f"{where} is counted twice"
-    owners = stage_rank(evidence.config)
-    of_rank = {owners[0]: lookup, owners[-1]: head}
-    parts = list(evidence.gradients(names))
-    apart = owners[0] != owners[-1]
-    if apart and all(same(p.value, p.of(of_rank[evidence.place(r).pp])) for r, p in parts):
+    uses = [
+        [same(part.value, part.of(use)) for use in (lookup, head)]
+        for _, part in evidence.gradients(names)
+    ]
+    if all(map(any, uses)) and all(any(found) for found in zip(*uses, strict=True)):
         yield f"{where} is not summed over the first and the last stage"
     for part, text in ((lookup, "lookup"), (head, "head")):
         if _is(evidence, names, {EMBEDDING: part}):
@@ -156,6 +157,17 @@ def _summed_over(evidence: Evidence, names: set[str], own: Sequence[Weights], ax
                 return False
             checked = True
     return checked
+
+
+def _left_out(evidence: Evidence, names: set[str]) -> Iterator[str]:
+    """One micro-batch's gradients, on all data ranks alike."""
+    right, count = evidence.defined.gradients, evidence.num_micro_batches
+    for number in range(count):
+        samples = evidence.micro_batches()[number::count]
+        own = [evidence.gradients_of(each) for each in samples]
+        without = {name: right[name] - sum(each[name] for each in own) for name in names}
+        if _is(evidence, names, without):
+            yield f"micro-batch {number} is missing from {_which(evidence, names)}"
 
 
 def _shared_factor(evidence: Evidence, names: set[str]) -> Iterator[str]:

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from megalite import trainer
 from megalite.data import host_batch
-from megalite.layers import attention, cross_entropy, embedding, linear, norm, shard
+from megalite.layers import (
+    attention,
+    cross_entropy,
+    embedding,
+    linear,
+    norm,
+    shard,
+    weight_gradients,
+)
 from megalite.layers.batch import Documents, MicroBatch
 from megalite.models import llama
 from megalite.optim import flat, optimizer
@@ -415,6 +423,40 @@ def last_micro_batch_not_reduced(patch: Patch) -> None:
     patch.setattr(flat.FlatParameters, "begin_last_gradients", broken)
 
 
+def deferred_gradient_forgotten(patch: Patch) -> None:
+    """What is computed later leaves out the first micro-batch."""
+    right = weight_gradients.WeightGradients.compute
+
+    def broken(self: Any, micro_batch: int) -> Any:
+        for parameter, gradient in right(self, micro_batch):
+            yield parameter, gradient * (micro_batch > 0)
+
+    patch.setattr(weight_gradients.WeightGradients, "compute", broken)
+
+
+def deferred_gradients_not_reduced(patch: Patch) -> None:
+    """Buckets are full before the last weight gradients, that are computed later, have come."""
+    right = flat.FlatParameters.begin_last_gradients
+
+    def broken(self: Any, stage: int, *, deferred: bool) -> None:
+        right(self, stage, deferred=deferred)
+        for bucket in self._own_buckets(stage) if deferred else ():
+            self._launch(bucket)
+            bucket.pending.wait()
+
+    patch.setattr(flat.FlatParameters, "begin_last_gradients", broken)
+
+
+def tied_on_one_rank_apart(patch: Patch) -> None:
+    """Embedding and head of one rank are tied by their initial values alone."""
+
+    def broken(self: Any, first: Any) -> None:
+        for layer in (first.embedding, self.head):
+            layer.shard = replace(layer.shard, tied_copy=None)
+
+    patch.setattr(llama.LlamaStage, "share_embedding", broken)
+
+
 def embedding_not_reduced(patch: Patch) -> None:
     """The vocabulary's parts of the lookup are not added."""
     patch.setattr(embedding.VocabParallelEmbedding, "forward", _lookup_alone)
@@ -613,6 +655,27 @@ FAULTS: dict[str, Fault] = {
     ),
     "last micro-batch not reduced": Fault(
         last_micro_batch_not_reduced, "--dp 2", "gradient", "lm_head", "the last micro-batch"
+    ),
+    "deferred gradient forgotten": Fault(
+        deferred_gradient_forgotten,
+        "--pp 2 --schedule zb-h1",
+        "gradient",
+        "layers",
+        "micro-batch 0 is missing",
+    ),
+    "deferred gradients not reduced": Fault(
+        deferred_gradients_not_reduced,
+        "--pp 2 --dp 2 --schedule zb-h1",
+        "gradient",
+        "",
+        "last micro-batch",
+    ),
+    "tied on one rank, apart": Fault(
+        tied_on_one_rank_apart,
+        f"--pp 2 --schedule zb-v {TIED}",
+        "gradient",
+        "embed_tokens",
+        "not summed over",
     ),
     "lookup not reduced": Fault(
         embedding_not_reduced,
