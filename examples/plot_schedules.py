@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megalite.pipeline.schedules import SCHEDULES
-from megalite.plan import Figures, figures, planned, read_times
+from megalite.pipeline.times import read_times
+from megalite.plan import Figures, figures, planned
 from megalite.preprocessing.flags import Flag, end, read_flags, together
 
 RANKS = (4, 8, 16, 32, 64)

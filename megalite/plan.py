@@ -14,29 +14,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-from types import MappingProxyType
 from typing import NoReturn
 
 from megalite.errors import ConfigError
 from megalite.field_values import suggest
 from megalite.pipeline.actions import SENDS, Plan, PlanError
 from megalite.pipeline.check import check_plan, check_program
-from megalite.pipeline.costs import Costs
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedules import SCHEDULES, make_plan
 from megalite.pipeline.simulate import simulate
+from megalite.pipeline.times import TIMES_HELP, TIMES_TEXT, costs_of, read_times
 from megalite.preprocessing.flags import Flag, Values, end, read_flags, together
 from megalite.run_plan import is_file, read_plan
 
 MOST_FORWARDS = 100_000
 """Of the schedules that are compared, together; they take a minute or so."""
-
-TIMES: Mapping[str, float] = MappingProxyType(
-    {"forward": 1.0, "input": 1.0, "weight": 1.0, "message": 0.0}
-)
-"""Of one micro-batch on a rank."""
 
 FLAGS = (
     Flag("--schedule", f"{', '.join(SCHEDULES)}, or a file of actions.", "1f1b",
@@ -45,13 +38,7 @@ FLAGS = (
     Flag("--micro-batches", "Of a step, on each data rank.", 8, metavar="COUNT"),
     Flag("--chunks", "Stages of each rank, of schedules that take any number. 0: their own.", 0,
          metavar="STAGES"),
-    Flag(
-        "--costs",
-        "What a forward, the two parts of a backward (the gradients of input and weights) and a "
-        "message take; those that are not named stay as they are.",
-        ",".join(f"{name}={value:g}" for name, value in TIMES.items()),
-        metavar="NAME=TIME,...",
-    ),
+    Flag("--costs", TIMES_HELP, TIMES_TEXT, metavar="NAME=TIME,..."),
     Flag("--compare", "Every schedule in place of one.", False),
 )  # fmt: skip
 
@@ -95,48 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     plans = [_plan(name, values, times) for name in names]
     print(table([figures(plan, times) for plan in plans]))
     return 0
-
-
-def read_times(text: str) -> Mapping[str, float]:
-    """`TIMES` with those of a text like `input=1.1,message=0.1` in their place.
-
-    Raises:
-        ConfigError: all that is wrong with it.
-    """
-    times, problems = dict(TIMES), []
-    for item in text.split(","):
-        name, equals, number = item.partition("=")
-        about = f"--costs {item}"
-        if not equals:
-            problems.append(f"{about}: expected NAME=TIME")
-            continue
-        if name not in TIMES:
-            problems.append(f"{about}: {name!r} is unknown{suggest(name, TIMES, every=True)}")
-            continue
-        try:
-            times[name] = float(number)
-        except ValueError:
-            problems.append(f"{about}: expected a number")
-            continue
-        if name == "message" and not 0 <= times[name] < float("inf"):
-            problems.append(f"{about} must be at least 0 and finite")
-        elif name != "message" and not (times[name] > 0 and isfinite(times[name])):
-            problems.append(f"{about} must be above 0 and finite")
-    if problems:
-        raise ConfigError(problems)
-    return times
-
-
-def costs_of(num_ranks: int, num_stages: int, times: Mapping[str, float]) -> Costs:
-    """Costs of stages of which all on a rank take the times together."""
-    chunks = num_stages / num_ranks
-    return Costs.uniform(
-        num_stages,
-        forward=times["forward"] / chunks,
-        input_gradient=times["input"] / chunks,
-        weight_gradient=times["weight"] / chunks,
-        message=times["message"],
-    )
 
 
 def planned(

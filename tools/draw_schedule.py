@@ -26,14 +26,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from pathlib import Path
 
 from megalite.errors import ConfigError
 from megalite.field_values import suggest
 from megalite.pipeline.actions import Plan, PlanError
 from megalite.pipeline.check import check_plan, check_program
-from megalite.pipeline.costs import Costs
 from megalite.pipeline.draw import draw_folded, legend
 from megalite.pipeline.draw_svg import draw_svg
 from megalite.pipeline.idle import comparison, idle_table, parts_table
@@ -42,6 +40,7 @@ from megalite.pipeline.perfetto import perfetto_trace
 from megalite.pipeline.picture import Picture, measured, planned
 from megalite.pipeline.schedules import SCHEDULES, make_plan
 from megalite.pipeline.text import plan_text
+from megalite.pipeline.times import TIMES_HELP, TIMES_TEXT, costs_of, read_times
 from megalite.pipeline.trace import Trace
 from megalite.pipeline.trace_file import read_trace
 from megalite.preprocessing.flags import Flag, Values, end, read_flags, together
@@ -50,8 +49,6 @@ from megalite.wording import counted
 
 MOST_ACTIONS = 200_000
 """Of a plan to draw, in forwards."""
-
-COSTS = {"forward": 1.0, "input": 1.0, "weight": 1.0, "message": 0.0}
 
 FLAGS = (
     Flag(
@@ -63,13 +60,7 @@ FLAGS = (
     Flag("--pp", "Pipeline ranks.", 4, metavar="RANKS"),
     Flag("--micro-batches", "Of a step, on each data rank.", 8, metavar="COUNT"),
     Flag("--chunks", "Stages of each rank. 0: the schedule's own number.", 0, metavar="STAGES"),
-    Flag(
-        "--costs",
-        "What a forward, the two parts of a backward and a message take, in one unit; those that "
-        "are not named stay as they are.",
-        ",".join(f"{name}={value:g}" for name, value in COSTS.items()),
-        metavar="NAME=TIME,...",
-    ),
+    Flag("--costs", TIMES_HELP, TIMES_TEXT, metavar="NAME=TIME,..."),
     Flag(
         "--trace",
         "Draw what a run of megalite.pretrain --trace-steps did, beside its plan.",
@@ -116,11 +107,11 @@ def _of_plan(values: Values, problems: list[str]) -> str:
     """A plan in the format that was asked for."""
     problems += values.no_effect("step", "without --trace")
     problems += _size_problems(values)
-    costs = together(problems, lambda: _costs(values["costs"]))
-    plan = _plan(values, costs)
+    times = together(problems, lambda: read_times(values["costs"]))
+    plan = _plan(values, times)
     if values["format"] == "actions":
         return plan_text(plan)
-    picture = planned(plan, Costs.uniform(plan.num_stages, **costs))
+    picture = planned(plan, costs_of(plan.num_ranks, plan.num_stages, times))
     if values["format"] != "text":
         return _drawn(values["format"], [picture])
     heading = f"{plan.name}, {counted(plan.num_ranks, 'rank')}, "
@@ -163,41 +154,7 @@ def _size_problems(values: Values) -> list[str]:
     return problems
 
 
-def _costs(text: str) -> dict[str, float]:
-    """Arguments of `Costs.uniform`.
-
-    Raises:
-        ConfigError: all that is wrong with the flag.
-    """
-    costs, problems = dict(COSTS), []
-    for item in text.split(","):
-        name, equals, number = item.partition("=")
-        about = f"--costs {item}"
-        if not equals:
-            problems.append(f"{about}: expected NAME=TIME")
-            continue
-        if name not in COSTS:
-            problems.append(f"{about}: {name!r} is unknown{suggest(name, COSTS, every=True)}")
-            continue
-        try:
-            costs[name] = float(number)
-        except ValueError:
-            problems.append(f"{about}: expected a number")
-            continue
-        least = "at least 0" if name == "message" else "above 0"
-        if not isfinite(costs[name]) or costs[name] < 0 or (name != "message" and not costs[name]):
-            problems.append(f"{about} must be {least} and finite")
-    if problems:
-        raise ConfigError(problems)
-    return {
-        "forward": costs["forward"],
-        "input_gradient": costs["input"],
-        "weight_gradient": costs["weight"],
-        "message": costs["message"],
-    }
-
-
-def _plan(values: Values, costs: Mapping[str, float]) -> Plan:
+def _plan(values: Values, times: Mapping[str, float]) -> Plan:
     """The plan, checked.
 
     Raises:
@@ -207,10 +164,8 @@ def _plan(values: Values, costs: Mapping[str, float]) -> Plan:
     if not is_file(name):
         chunks = values["chunks"]
         stages = len(SCHEDULES[name].place(values["pp"], chunks or SCHEDULES[name].chunks[0]))
-        uniform = Costs.uniform(stages, **costs)
-        return make_plan(
-            name, values["pp"], values["micro_batches"], chunks=chunks, costs=uniform
-        )  # fmt: skip
+        costs = costs_of(values["pp"], stages, times)
+        return make_plan(name, values["pp"], values["micro_batches"], chunks=chunks, costs=costs)
     try:
         plan = read_plan(name)
     except PlanError as error:

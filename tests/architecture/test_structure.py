@@ -96,6 +96,7 @@ NO_TORCH = [
     "megalite.pipeline.schedules",
     "megalite.pipeline.simulate",
     "megalite.pipeline.text",
+    "megalite.pipeline.times",
     "megalite.pipeline.timing",
     "megalite.pipeline.trace",
     "megalite.pipeline.trace_file",

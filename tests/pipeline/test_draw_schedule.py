@@ -125,9 +125,7 @@ def test_a_run_is_drawn_beside_its_plan(draw: Draw, run: str) -> None:
         "rank 1   ····F0- B0--- ········",
     ]
     text = "\n".join(lines)
-    assert (
-        "pipeline     measured 14.5 s, predicted 14 s, ratio 1.036; in the mean of" in text
-    )
+    assert "pipeline     measured 14.5 s, predicted 14 s, ratio 1.036; in the mean of" in text
     assert "step         measured 18.5 s, predicted 18 s, ratio 1.028" in text
 
 

@@ -12,7 +12,8 @@ import pytest
 from megalite.errors import ConfigError
 from megalite.pipeline.schedules import SCHEDULES, make_plan
 from megalite.pipeline.text import plan_text
-from megalite.plan import TIMES, figures, main, planned, read_times
+from megalite.pipeline.times import TIMES, read_times
+from megalite.plan import figures, main, planned
 
 
 def rows(text: str) -> dict[str, list[str]]:

@@ -673,9 +673,9 @@ FAULTS: dict[str, Fault] = {
     "tied on one rank, apart": Fault(
         tied_on_one_rank_apart,
         f"--pp 2 --schedule zb-v {TIED}",
-        "gradient",
+        "missing",
         "embed_tokens",
-        "not summed over",
+        "counts twice",
     ),
     "lookup not reduced": Fault(
         embedding_not_reduced,
