@@ -86,6 +86,7 @@ class Trainer:
         dtype = DTYPES[config.train.precision]
         # A batch that grows has more micro-batches later.
         self._programs: dict[int, Program] = {}
+        self._forward_programs: dict[int, Program] = {}
         plan = self._program(config.num_micro_batches).plan
         self._stage_rank = plan.stage_rank
         self.stages: dict[int, LlamaStage] = {}
@@ -327,7 +328,10 @@ class Trainer:
         return self._programs[num_micro_batches]
 
     def _forward_program(self, num_micro_batches: int) -> Program:
-        return lower(forward_only(num_micro_batches, self._stage_rank))
+        if num_micro_batches not in self._forward_programs:
+            plan = forward_only(num_micro_batches, self._stage_rank)
+            self._forward_programs[num_micro_batches] = lower(plan)
+        return self._forward_programs[num_micro_batches]
 
 
 def _checked(program: Program) -> Program:

@@ -23,7 +23,7 @@ MOST_CHUNKS = 4
 """Stages of a rank that are tried; each more halves the gain and adds messages."""
 
 CLEARLY_FASTER = 0.995
-"""A schedule that comes later in the list has to take at most this share of the time."""
+"""A schedule that takes more than this share of another's time is as fast."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def choose_by_estimate(config: Config) -> Choice:
 
 
 def choose(choices: Sequence[Choice], limit: float) -> Choice:
-    """The fastest that fits; of those within half a percent of each other the first.
+    """The fastest that fits; of those within half a percent of it the one that needs least memory.
 
     Raises:
         ConfigError: none fits.
@@ -80,11 +80,9 @@ def choose(choices: Sequence[Choice], limit: float) -> Choice:
             f"{least.config.parallel.schedule} needs least, {least.memory / 2**30:.3g} GiB: give "
             "--recompute full, a smaller --micro-batch-size, or more ranks"
         )
-    best = fitting[0]
-    for choice in fitting[1:]:
-        if choice.step_time < CLEARLY_FASTER * best.step_time:
-            best = choice
-    return best
+    fastest = min(choice.step_time for choice in fitting)
+    as_fast = [choice for choice in fitting if CLEARLY_FASTER * choice.step_time <= fastest]
+    return min(as_fast, key=lambda choice: choice.memory)
 
 
 def table(choices: Sequence[Choice], chosen: Choice, unit: str, scale: float) -> str:
