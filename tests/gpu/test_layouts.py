@@ -15,6 +15,10 @@ from runs import SMALL, Run, launch, pretrain_command, read_run, worst
 FLAGS = [*SMALL, "--steps", "20", "--lr-warmup-steps", "5", "--device", "cuda"]
 BOUNDS = {"fp32": (1e-5, 1e-4, 1e-5), "fp64": (1e-11, 1e-10, 1e-11)}
 LAYOUTS = ["--tp 2", "--tp 2 --no-sequence-parallel", "--pp 2", "--pp 2 --schedule gpipe", "--dp 2"]
+SCHEDULES = [
+    *("interleaved", "zb-h1", "zb-v --recompute full", "v-min", "dualpipe-v", "auto"),
+    "zb-h2 --post-validation --pp-layers 2.5,1.5",
+]
 
 
 def run(folder: Path, *flags: str, layout: str = "") -> Run:
@@ -47,7 +51,17 @@ def test_layout(
     tied: tuple[str, ...],
 ) -> None:
     want = one_gpu("--precision", precision, *tied)
-    got = run(tmp_path, "--precision", precision, *tied, layout=layout)
+    equals(run(tmp_path, "--precision", precision, *tied, layout=layout), want, precision)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedule(one_gpu: Callable[..., Run], tmp_path: Path, schedule: str) -> None:
+    flags = ("--precision", "fp32", "--tie-embeddings")
+    got = run(tmp_path, *flags, layout=f"--pp 2 --schedule {schedule}")
+    equals(got, one_gpu(*flags), "fp32")
+
+
+def equals(got: Run, want: Run, precision: str) -> None:
     loss_bound, norm_bound, weight_bound = BOUNDS[precision]
     assert worst(got.losses, want.losses) <= loss_bound
     assert worst(got.grad_norms, want.grad_norms) <= norm_bound
