@@ -18,7 +18,7 @@ from megalite.verification.run import Verdict, verify
 from megalite.verification.shrink import shrink
 
 SEED = 20261125
-COUNT = 60
+COUNT = 90
 SAMPLED = 6
 
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -41,7 +41,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "sequence": ("--seq-length 128", "--seq-length 127 --no-sequence-parallel"),
     "micro-batches": tuple(f"--micro-batch-size {m} --global-batch-size 24" for m in (1, 2, 4, 12)),
     "tied": ("", "--tie-embeddings"),
-    "schedule": ("", "--schedule gpipe"),
+    "schedule": (
+        *("", "--schedule gpipe", "--schedule interleaved", "--schedule zb-h1"),
+        *("--schedule zb-h2 --post-validation", "--schedule zb-v", "--schedule v-half"),
+    ),
     "recompute": ("", "--recompute selective", "--recompute full"),
     "dropout": ("", "--hidden-dropout 0.1", "--attention-dropout 0.2"),
     "clipping": ("", "--clip-grad 0.1", "--clip-grad 0"),
