@@ -35,5 +35,5 @@ def generate(trainer: Trainer, prompt: list[int], count: int) -> list[int]:
             key = make_key(config.train.seed, "sampling")
             threshold = uniform(key, torch.tensor([position], device=logits.device))
             choice = torch.searchsorted(shares, threshold).clamp(max=len(shares) - 1)
-        tokens.append(int(pp.broadcast(choice, pp.size - 1)))
+        tokens.append(int(pp.broadcast(choice, trainer.last_stage_rank)))
     return tokens[len(prompt) :]

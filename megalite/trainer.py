@@ -104,6 +104,11 @@ class Trainer:
         train_samples, valid_samples, self._tested = samples
         self.loader = Loader(config, train_samples, valid_samples, groups.dp, device)
 
+    @property
+    def last_stage_rank(self) -> int:
+        """Pipeline rank of the last stage, which has logits."""
+        return self._stage_rank[-1]
+
     def train_step(self, step: int) -> Tensor:
         """Optimizer step `step`, 0 first.
 
@@ -330,7 +335,7 @@ class Trainer:
     def _forward_program(self, num_micro_batches: int) -> Program:
         if num_micro_batches not in self._forward_programs:
             plan = forward_only(num_micro_batches, self._stage_rank)
-            self._forward_programs[num_micro_batches] = lower(plan)
+            self._forward_programs[num_micro_batches] = _checked(lower(plan))
         return self._forward_programs[num_micro_batches]
 
 

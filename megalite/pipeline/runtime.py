@@ -128,7 +128,8 @@ class _Flight:
         made: outputs and input gradients, by their numbers, until a send or a neighbour on the same
             rank takes them.
         arriving: messages that are being received, by their numbers.
-        leaving: messages that are being sent; their tensors are kept until they have arrived.
+        leaving: messages that are being sent to later and to earlier ranks; their tensors are kept
+            until they have arrived.
         graphs: for each backward to come, the stage's input and the edge of its output; the output
             itself is not kept.
         results: what the head returned, by micro-batch.
@@ -136,7 +137,9 @@ class _Flight:
 
     made: dict[int, Tensor] = field(default_factory=dict)
     arriving: dict[int, _Transfer] = field(default_factory=dict)
-    leaving: deque[_Transfer] = field(default_factory=deque)
+    leaving: tuple[deque[_Transfer], deque[_Transfer]] = field(
+        default_factory=lambda: (deque(), deque())
+    )
     graphs: dict[Place, tuple[Tensor, GradientEdge, Tensor | None]] = field(default_factory=dict)
     results: dict[int, Tensor] = field(default_factory=dict)
 
@@ -202,9 +205,12 @@ class Executor:
             if step.is_last:
                 self._gradients.end_last_gradients(action.stage)
             self.recorder.ends()
-            _forget_arrived(flight.leaving)
-        while flight.leaving:
-            self._wait(flight.leaving.popleft(), len(steps))
+            del taken
+            for channel in flight.leaving:
+                _forget_arrived(channel)
+        for channel in flight.leaving:
+            while channel:
+                self._wait(channel.popleft(), len(steps))
         # Past the last message, for whoever still waits for one.
         self._activity.enter("", len(steps))
         return flight.results
@@ -290,7 +296,7 @@ class Executor:
         work = self.pp.start(message)
         transfer = _Transfer(work, step, self.pp.world_ranks[step.peer], tensor)
         if sends:
-            flight.leaving.append(transfer)
+            flight.leaving[step.later].append(transfer)
         else:
             flight.arriving[step.number] = transfer
 
@@ -342,4 +348,5 @@ def _computation(plan: Plan, action: Action, *, is_last: bool) -> _Step:
 def _forget_arrived(leaving: deque[_Transfer]) -> None:
     """Free what has been sent, without waiting for what has not."""
     while leaving and leaving[0].work.is_completed():
-        leaving.popleft()
+        # No wait any more, but NCCL's own hold on the tensor ends here.
+        leaving.popleft().work.wait()

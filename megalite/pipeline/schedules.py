@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from types import MappingProxyType
 
 from megalite.pipeline.actions import Action, Op, Order, Plan
@@ -76,16 +77,24 @@ def make_plan(
 
 
 def forward_only(num_micro_batches: int, stage_rank: tuple[int, ...]) -> Plan:
-    """Forwards in order, for validation and generation."""
-    ranks = tuple(
-        tuple(
-            Action(stage, Op.FORWARD, i)
-            for i in range(num_micro_batches)
-            for stage, owner in enumerate(stage_rank)
-            if owner == rank
-        )
-        for rank in range(max(stage_rank) + 1)
-    )
+    """Forwards alone, for validation and generation: each rank the furthest that it can.
+
+    If each stage takes one unit, the makespan is n v + p - 1 for looped stages where p divides n or
+    v is 1, and 2 n + 2 p - 2 for V-shaped ones.
+    """
+    orders: list[list[Action]] = [[] for _ in range(max(stage_rank) + 1)]
+    ready: list[list[tuple[int, int]]] = [[] for _ in orders]
+    ready[stage_rank[0]] = [(0, i) for i in range(num_micro_batches)]
+    while any(ready):
+        begun = [
+            (order, heappop(queue)) for order, queue in zip(orders, ready, strict=True) if queue
+        ]
+        for order, (furthest, i) in begun:
+            stage = -furthest
+            order.append(Action(stage, Op.FORWARD, i))
+            if stage + 1 < len(stage_rank):
+                heappush(ready[stage_rank[stage + 1]], (-stage - 1, i))
+    ranks = tuple(map(tuple, orders))
     return Plan("forward", num_micro_batches, stage_rank, ranks, has_backward=False)
 
 

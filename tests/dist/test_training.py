@@ -162,11 +162,19 @@ def logits_job(lengths: list[int], values: dict[str, Any]) -> Any:
     return found, generate(trainer, [100], 20)
 
 
-@pytest.mark.parametrize("layout", [dict(tp=4), dict(tp=2, pp=2), dict(pp=2, dp=2)], ids=str)
+GENERATING = [
+    *(dict(tp=4), dict(tp=2, pp=2), dict(pp=2, dp=2)),
+    *(dict(tp=2, pp=2, schedule="zb-v"), dict(pp=4, schedule="interleaved")),
+]
+
+
+@pytest.mark.parametrize("layout", GENERATING, ids=str)
 def test_generation_at_odd_lengths_equals_one_rank(pool: RankPool, layout: dict[str, Any]) -> None:
     lengths = [1, 2, 3, 5, 7, 15, 16]
     want, want_tokens = pool.run(1, logits_job, lengths, {})[0].value
-    for outcome in pool.run(4, logits_job, lengths, layout):
+    outcomes = pool.run(4, logits_job, lengths, layout)
+    assert any(outcome.value[0][0] is not None for outcome in outcomes), "the last stage's ranks"
+    for outcome in outcomes:
         found, tokens = outcome.value
         assert tokens == want_tokens
         for ours, theirs in zip(found, want, strict=True):

@@ -107,16 +107,19 @@ def test_zb_h2_gains_only_in_the_span_of_each_rank() -> None:
     assert h1.bubble_of_spans() == pytest.approx(3 / 39)
 
 
-@pytest.mark.parametrize("stage_rank", [placement.looped(4), placement.v_shaped(3)])
-def test_forward_only(stage_rank: tuple[int, ...]) -> None:
-    program = lower(forward_only(5, stage_rank))
+def forwards_take(count: int, stage_rank: tuple[int, ...]) -> float:
+    program = lower(forward_only(count, stage_rank))
     check_program(program)
-    stages = len(stage_rank)
-    chunks = stages // (max(stage_rank) + 1)
-    took = simulate(program, Costs.uniform(stages)).makespan
-    assert took >= 5 * chunks + (stages - chunks) / chunks
-    if chunks == 1:
-        assert took == 5 + stages - 1
+    return simulate(program, Costs.uniform(len(stage_rank))).makespan
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, 4, 8])
+def test_forward_only(p: int) -> None:
+    for n in range(1, 3 * p + 2):
+        assert forwards_take(n, placement.looped(p)) == n + p - 1
+        assert forwards_take(n, placement.v_shaped(p)) == 2 * n + 2 * p - 2
+        for v in (2, 3) if n % p == 0 else ():
+            assert forwards_take(n, placement.looped(p, v)) == n * v + p - 1
 
 
 def mutant(module: ModuleType, old: str, new: str) -> ModuleType:
