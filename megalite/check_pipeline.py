@@ -2,46 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from os.path import isfile
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from os.path import isdir, isfile
 
 from megalite.config import Config, ParallelConfig
 from megalite.field_values import suggest
 from megalite.pipeline.actions import Plan, PlanError
-from megalite.pipeline.check import check_plan, check_program
-from megalite.pipeline.lower import lower
 from megalite.pipeline.schedules import SCHEDULES
-from megalite.run_plan import AUTO, is_file, least_chunks, num_stages, read_plan
+from megalite.run_plan import AUTO, checked_plan, is_file, least_chunks, num_stages, read_plan
 from megalite.wording import counted
+
+_MOST_TOLD = 5
+"""Pairs of stages in one sentence."""
 
 
 def schedule(config: Config) -> Iterator[str]:
     """The schedule exists and can have these chunks; a plan in a file is right and fits the run."""
     name = config.parallel.schedule
     if not is_file(name):
-        yield from _wrong_chunks(config.parallel)
+        yield from wrong_chunks(name, config.parallel.chunks)
         return
-    if not isfile(name):
-        nearest = suggest(name.lower(), (AUTO, *SCHEDULES), every=True)
-        yield f"--schedule {name}: there is no such schedule or file{nearest}"
+    missing = list(missing_file(name, (AUTO, *SCHEDULES)))
+    yield from missing
+    if missing:
         return
     try:
         plan = read_plan(name)
-        misfits = list(_misfits(config, plan))
+        misfits = [*_misfits(config, plan), *_misplaced(config, plan)]
         yield from misfits
         if not misfits:
             # It is as large as the run, so this takes no longer than a run's own plan.
-            check_plan(plan)
-            check_program(lower(plan))
+            checked_plan(name)
     except PlanError as error:
-        yield f"--schedule {name}: {str(error).removeprefix(f'plan {name}').lstrip(': ')}"
+        yield str(error)
 
 
 def stages(config: Config) -> Iterator[str]:
     """Each stage owns at least one block, and `--pp-layers` has a number for each."""
     layers, parallel = config.model.num_layers, config.parallel
     split = parallel.pp_layers
-    if any(_wrong_chunks(parallel)):
+    if any(wrong_chunks(parallel.schedule, parallel.chunks)):
         return
     try:
         count = num_stages(config)
@@ -77,9 +78,18 @@ def _wrong_split(given: str, split: tuple[float, ...], layers: int) -> Iterator[
         yield f"{given} adds up to {sum(split):.15g}, but --num-layers is {layers}"
 
 
-def _wrong_chunks(parallel: ParallelConfig) -> Iterator[str]:
-    """A number of chunks that the schedule cannot have."""
-    name, chunks = parallel.schedule, parallel.chunks
+def missing_file(name: str, schedules: Iterable[str]) -> Iterator[str]:
+    """That the name is neither one of these schedules nor a file."""
+    if isdir(name):
+        known = ", ".join(schedules)
+        yield f"--schedule {name} is a folder; give a file of actions, or one of {known}"
+    elif not isfile(name):
+        nearest = suggest(name.lower(), schedules, every=True)
+        yield f"--schedule {name}: there is no such schedule or file{nearest}"
+
+
+def wrong_chunks(name: str, chunks: int) -> Iterator[str]:
+    """That the schedule of this name cannot have so many chunks; 0: its own number."""
     if is_file(name) or name == AUTO or not chunks:
         return
     least, most = SCHEDULES[name].chunks
@@ -117,6 +127,29 @@ def _misfits(config: Config, plan: Plan) -> Iterator[str]:
             f"{given} is for {counted(count, 'micro-batch')}, but a step has "
             f"{config.num_micro_batches}; give --global-batch-size {count * unit} "
             f"(--micro-batch-size {train.micro_batch_size} x dp {parallel.dp} x {count})"
+        )
+
+
+def _misplaced(config: Config, plan: Plan) -> Iterator[str]:
+    """Stages on ranks that are not connected; see `PipelineGroup.connect` and its groups."""
+    given, last = f"--schedule {config.parallel.schedule}", plan.num_ranks - 1
+    far = [
+        f"stage {stage} on rank {here} and stage {stage + 1} on rank {there}"
+        for stage, (here, there) in enumerate(pairwise(plan.stage_rank))
+        if abs(here - there) > 1 and {here, there} != {0, last}
+    ]
+    if far:
+        more = f", and {len(far) - _MOST_TOLD} more" if len(far) > _MOST_TOLD else ""
+        yield (
+            f"{given} has {', '.join(far[:_MOST_TOLD])}{more}: consecutive stages lie on the same "
+            f"rank, on neighbouring ranks, or on the first and the last, 0 and {last}"
+        )
+    ends = (plan.stage_rank[0], plan.stage_rank[-1])
+    if config.model.tie_embeddings and ends[0] != ends[1] and set(ends) != {0, last}:
+        yield (
+            f"--tie-embeddings and {given}: the first stage lies on rank {ends[0]}, the last on "
+            f"rank {ends[1]}, but what they share is summed on ranks 0 and {last}; put them there, "
+            "or both on one rank"
         )
 
 

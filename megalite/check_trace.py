@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 
 from megalite.config import Config
@@ -21,5 +22,14 @@ def steps_to_trace(config: Config) -> Iterator[str]:
         yield (
             f"{given}, but there are {config.train.steps}; try {shorter}--steps {steps[-1]} or more"
         )
-    elif config.batch_sizes.size(steps[0] - 1) != config.batch_sizes.size(steps[-1] - 1):
-        yield f"{given}, among which the batch grows: they have no plan in common"
+        return
+
+    def size(step: int) -> int:
+        return config.batch_sizes.size(step - 1)
+
+    alike = bisect_right(steps, size(steps[0]), key=size)  # sizes only grow
+    if alike < count:
+        yield (
+            f"{given}, among which the batch grows: they have no plan in common; try "
+            f"--trace-steps {alike}, or leave --rampup-batch-size out"
+        )

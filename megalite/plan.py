@@ -14,33 +14,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
-from megalite.errors import ConfigError
-from megalite.field_values import suggest
-from megalite.pipeline.actions import SENDS, Plan, PlanError
-from megalite.pipeline.check import check_plan, check_program
+from megalite.pipeline.actions import SENDS, Plan
 from megalite.pipeline.lower import lower
-from megalite.pipeline.schedules import SCHEDULES, make_plan
+from megalite.pipeline.schedules import SCHEDULES
 from megalite.pipeline.simulate import simulate
-from megalite.pipeline.times import TIMES_HELP, TIMES_TEXT, costs_of, read_times
-from megalite.preprocessing.flags import Flag, Values, end, read_flags, together
-from megalite.run_plan import is_file, read_plan
+from megalite.pipeline.times import costs_of, read_times
+from megalite.preprocessing.flags import Flag, end, read_flags, together
+from megalite.schedule_flags import (
+    SCHEDULE_FLAGS,
+    plan_of,
+    planned,
+    schedule_problems,
+    size_problems,
+    takes,
+)
 
 MOST_FORWARDS = 100_000
 """Of the schedules that are compared, together; they take a minute or so."""
 
-FLAGS = (
-    Flag("--schedule", f"{', '.join(SCHEDULES)}, or a file of actions.", "1f1b",
-         metavar="NAME|FILE"),
-    Flag("--pp", "Pipeline ranks.", 4, metavar="RANKS"),
-    Flag("--micro-batches", "Of a step, on each data rank.", 8, metavar="COUNT"),
-    Flag("--chunks", "Stages of each rank, of schedules that take any number. 0: their own.", 0,
-         metavar="STAGES"),
-    Flag("--costs", TIMES_HELP, TIMES_TEXT, metavar="NAME=TIME,..."),
-    Flag("--compare", "Every schedule in place of one.", False),
-)  # fmt: skip
+FLAGS = (*SCHEDULE_FLAGS, Flag("--compare", "Every schedule in place of one.", False))
 
 
 @dataclass(frozen=True)
@@ -76,27 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     values, problems = read_flags(
         words, FLAGS, prog="python -m megalite.plan", description=__doc__ or ""
     )
-    problems += _size_problems(values)
+    if values["compare"]:
+        problems += values.no_effect("schedule", "with --compare, which shows them all")
+        problems += size_problems(values, MOST_FORWARDS, "simulate")
+    else:
+        problems += schedule_problems(values, MOST_FORWARDS, "simulate")
     times = together(problems, lambda: read_times(values["costs"]))
-    names = list(SCHEDULES) if values["compare"] else [values["schedule"]]
-    plans = [_plan(name, values, times) for name in names]
+    if values["compare"]:
+        sizes = (values["pp"], values["micro_batches"], times, values["chunks"])
+        plans = [planned(name, *sizes) for name in SCHEDULES]
+    else:
+        plans = [plan_of(values, times)]
     print(table([figures(plan, times) for plan in plans]))
+    if values["compare"]:
+        print(_without_chunks(values["chunks"]), end="")
     return 0
-
-
-def planned(
-    name: str, num_ranks: int, num_micro_batches: int, times: Mapping[str, float], chunks: int = 0
-) -> Plan:
-    """The plan of a schedule whose ranks take the times for a micro-batch.
-
-    Args:
-        chunks: of schedules that take any number; 0: their own.
-    """
-    own, most = SCHEDULES[name].chunks
-    number = chunks if chunks and not most else own
-    stages = len(SCHEDULES[name].place(num_ranks, number))
-    costs = costs_of(num_ranks, stages, times)
-    return make_plan(name, num_ranks, num_micro_batches, chunks=number, costs=costs)
 
 
 def figures(plan: Plan, times: Mapping[str, float]) -> Figures:
@@ -139,53 +127,12 @@ def table(rows: Sequence[Figures]) -> str:
     )
 
 
-def _size_problems(values: Values) -> list[str]:
-    """What is wrong with the schedule's name and sizes."""
-    name, chunks = values["schedule"], values["chunks"]
-    problems = []
-    if values["compare"]:
-        problems += values.no_effect("schedule", "with --compare, which shows them all")
-    elif is_file(name):
-        if not Path(name).is_file():
-            nearest = suggest(name.lower(), SCHEDULES, every=True)
-            return [f"--schedule {name}: there is no such schedule or file{nearest}"]
-        why = "with a file of actions, which names its own"
-        flags = ("pp", "micro_batches", "chunks")
-        return [problem for flag in flags for problem in values.no_effect(flag, why)]
-    elif chunks > 0 and SCHEDULES[name].chunks[1] not in (0, chunks):
-        problems.append(f"--chunks {chunks}: {name} has {SCHEDULES[name].chunks[1]} on each rank")
-    problems += [
-        f"{flag} {number} must be above 0"
-        for flag, number in (("--pp", values["pp"]), ("--micro-batches", values["micro_batches"]))
-        if number < 1
-    ]
-    if chunks < 0:
-        problems.append(f"--chunks {chunks} must be above 0, or 0 for the schedule's own number")
-    count = values["pp"] * values["micro_batches"] * max(1, chunks)
-    if not problems and count > MOST_FORWARDS:
-        problems.append(
-            f"--pp {values['pp']} with --micro-batches {values['micro_batches']}: {count:,} "
-            f"forwards are too many to simulate, the most is {MOST_FORWARDS:,}"
-        )
-    return problems
-
-
-def _plan(name: str, values: Values, times: Mapping[str, float]) -> Plan:
-    """The plan, checked if it is someone's own.
-
-    Raises:
-        ConfigError: a file that holds none.
-    """
-    if not is_file(name):
-        return planned(name, values["pp"], values["micro_batches"], times, values["chunks"])
-    try:
-        plan = read_plan(name)
-        check_plan(plan)
-        check_program(lower(plan))
-    except PlanError as error:
-        told = str(error).removeprefix(f"plan {name}").lstrip(": ")
-        raise ConfigError(f"--schedule {name}: {told}") from None
-    return plan
+def _without_chunks(chunks: int) -> str:
+    """Which schedules keep their own number of stages, if one was given."""
+    own = [name for name in SCHEDULES if chunks and not takes(name, chunks)]
+    if not own:
+        return ""
+    return f"--chunks {chunks} has no effect on {', '.join(own)}, which have their own number.\n"
 
 
 def cli_main() -> NoReturn:

@@ -23,7 +23,9 @@ from megalite.config import fields, resolve
 from megalite.config_file import to_toml
 from megalite.effects import notes
 from megalite.parallel.environment import World
+from megalite.planning.choice import choose_by_estimate
 from megalite.program import Program, checked
+from megalite.run_plan import AUTO, plan_facts
 from megalite.verification.shrink import MOST_RANKS, Small, shrink
 
 if TYPE_CHECKING:
@@ -67,6 +69,9 @@ def _small(command: cli.Command, world: World | None) -> Small:
     config = checked(command, world).replace(**boundaries)
     if config.parallel.device == "auto":
         config = config.replace(device="cpu")
+    if config.parallel.schedule == AUTO:
+        chosen = choose_by_estimate(config).config.parallel
+        config = config.replace(schedule=chosen.schedule, chunks=chosen.chunks)
     return shrink(config, max(MOST_RANKS, world.size if world else 0))
 
 
@@ -96,16 +101,23 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     device, _ = choose_device(small.config, machine)
     precisions = _precisions(command.config.train.precision, device)
     require_kernels(device, precisions, machine)
+    told = notes(resolve(command.config, world.size if world else None), command.given)
+    if command.config.parallel.schedule == AUTO and small.config.parallel.pp > 1:
+        chosen = small.config.parallel
+        told += (
+            f"--schedule auto: {chosen.schedule} with --chunks {chosen.chunks} is verified, the "
+            "choice by shape; a run chooses by measured costs",
+        )
     job = partial(
         _compare,
         name=command.config.model.model,
         changes=small.changes,
         precisions=precisions,
         watch="--activations" in command.switches,
-        told=notes(resolve(command.config, world.size if world else None), command.given),
+        told=told,
     )
     config = small.config.replace(device=device, precision=precisions[0])
-    return Prepared(config, job, {})
+    return Prepared(config, job, plan_facts(command.config))
 
 
 def _precisions(asked: str, device: str) -> tuple[str, ...]:

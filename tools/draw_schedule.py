@@ -25,42 +25,28 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megalite.errors import ConfigError
-from megalite.field_values import suggest
-from megalite.pipeline.actions import Plan, PlanError
-from megalite.pipeline.check import check_plan, check_program
 from megalite.pipeline.draw import draw_folded, legend
 from megalite.pipeline.draw_svg import draw_svg
 from megalite.pipeline.idle import comparison, idle_table, parts_table
-from megalite.pipeline.lower import lower
 from megalite.pipeline.perfetto import perfetto_trace
 from megalite.pipeline.picture import Picture, measured, planned
-from megalite.pipeline.schedules import SCHEDULES, make_plan
 from megalite.pipeline.text import plan_text
-from megalite.pipeline.times import TIMES_HELP, TIMES_TEXT, costs_of, read_times
+from megalite.pipeline.times import costs_of, read_times
 from megalite.pipeline.trace import Trace
 from megalite.pipeline.trace_file import read_trace
 from megalite.preprocessing.flags import Flag, Values, end, read_flags, together
-from megalite.run_plan import is_file, read_plan
+from megalite.schedule_flags import SCHEDULE_FLAGS, plan_of, schedule_problems
 from megalite.wording import counted
 
 MOST_ACTIONS = 200_000
 """Of a plan to draw, in forwards."""
 
 FLAGS = (
-    Flag(
-        "--schedule",
-        f"{', '.join(SCHEDULES)}, or a file of actions as --format actions prints it.",
-        "1f1b",
-        metavar="NAME|FILE",
-    ),
-    Flag("--pp", "Pipeline ranks.", 4, metavar="RANKS"),
-    Flag("--micro-batches", "Of a step, on each data rank.", 8, metavar="COUNT"),
-    Flag("--chunks", "Stages of each rank. 0: the schedule's own number.", 0, metavar="STAGES"),
-    Flag("--costs", TIMES_HELP, TIMES_TEXT, metavar="NAME=TIME,..."),
+    *SCHEDULE_FLAGS,
     Flag(
         "--trace",
         "Draw what a run of megalite.pretrain --trace-steps did, beside its plan.",
@@ -106,9 +92,9 @@ def _output_problems(name: str) -> list[str]:
 def _of_plan(values: Values, problems: list[str]) -> str:
     """A plan in the format that was asked for."""
     problems += values.no_effect("step", "without --trace")
-    problems += _size_problems(values)
+    problems += schedule_problems(values, MOST_ACTIONS, "draw")
     times = together(problems, lambda: read_times(values["costs"]))
-    plan = _plan(values, times)
+    plan = plan_of(values, times)
     if values["format"] == "actions":
         return plan_text(plan)
     picture = planned(plan, costs_of(plan.num_ranks, plan.num_stages, times))
@@ -120,73 +106,6 @@ def _of_plan(values: Values, problems: list[str]) -> str:
         [f"{heading} ({legend(picture)})", _text(picture, picture.unit, values["output"]), "",
          *picture.figures(), ""]
     )  # fmt: skip
-
-
-def _size_problems(values: Values) -> list[str]:
-    """What is wrong with the schedule's name and sizes."""
-    name, chunks = values["schedule"], values["chunks"]
-    if is_file(name):
-        if not Path(name).exists():
-            nearest = suggest(name.lower(), SCHEDULES, every=True)
-            return [f"--schedule {name}: there is no such schedule or file{nearest}"]
-        why = "with a file of actions, which names its own"
-        return [
-            problem
-            for flag in ("pp", "micro_batches", "chunks")
-            for problem in values.no_effect(flag, why)
-        ]
-    problems = [
-        f"{flag} {number} must be above 0"
-        for flag, number in (("--pp", values["pp"]), ("--micro-batches", values["micro_batches"]))
-        if number < 1
-    ]
-    most = SCHEDULES[name].chunks[1]
-    if chunks < 0:
-        problems.append(f"--chunks {chunks} must be above 0, or 0 for the schedule's own number")
-    elif most and chunks > 0 and chunks != most:
-        problems.append(f"--chunks {chunks}: {name} has {most} on each rank")
-    count = values["pp"] * values["micro_batches"] * max(1, chunks)
-    if not problems and count > MOST_ACTIONS:
-        problems.append(
-            f"--pp {values['pp']} with --micro-batches {values['micro_batches']}: {count} forwards "
-            f"are too many to draw, the most is {MOST_ACTIONS}"
-        )
-    return problems
-
-
-def _plan(values: Values, times: Mapping[str, float]) -> Plan:
-    """The plan, checked.
-
-    Raises:
-        ConfigError: a file that holds none; ranks, actions and lines are named.
-    """
-    name = values["schedule"]
-    if not is_file(name):
-        chunks = values["chunks"]
-        stages = len(SCHEDULES[name].place(values["pp"], chunks or SCHEDULES[name].chunks[0]))
-        costs = costs_of(values["pp"], stages, times)
-        return make_plan(name, values["pp"], values["micro_batches"], chunks=chunks, costs=costs)
-    try:
-        plan = read_plan(name)
-    except PlanError as error:
-        raise ConfigError(_about_file(name, error)) from None
-    try:
-        check_plan(plan)
-        check_program(lower(plan))
-    except PlanError as error:
-        lines = ", ".join(map(str, _lines_of_ranks(name)))
-        told = f"{_about_file(name, error)} (the ranks in order stand on lines {lines})"
-        raise ConfigError(told) from None
-    return plan
-
-
-def _about_file(name: str, error: PlanError) -> str:
-    return f"--schedule {name}: {str(error).removeprefix(f'plan {name}').lstrip(': ')}"
-
-
-def _lines_of_ranks(path: str) -> list[int]:
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [n for n, line in enumerate(lines, start=1) if line.split("#", 1)[0].strip()]
 
 
 def _of_run(values: Values, problems: list[str]) -> str:

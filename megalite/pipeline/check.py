@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import zip_longest
 
 from megalite.pipeline.actions import (
@@ -96,22 +96,31 @@ def _placed_wrongly(plan: Plan) -> Iterator[str]:
 
 def _counted_wrongly(plan: Plan) -> Iterator[str]:
     """Actions that are missing, or stand more than once."""
-    seen = Counter(action for order in plan.ranks for action in order)
-    yield from (f"{action} stands {n} times" for action, n in seen.items() if n > 1)
-    for stage in range(plan.num_stages):
+    for rank, order in enumerate(plan.ranks):
+        for action, n in Counter(order).items():
+            if n > 1:
+                yield f"rank {rank}: {action} stands {n} times"
+    seen = {action for order in plan.ranks for action in order}
+    for stage, rank in enumerate(plan.stage_rank):
         for i in range(plan.num_micro_batches):
-            forward, whole, inputs, weights = (Action(stage, op, i) for op in COMPUTE)
-            if forward not in seen:
-                yield f"{forward} is missing"
-            if not plan.has_backward:
-                continue
-            if whole in seen and (inputs in seen or weights in seen):
-                part = inputs if inputs in seen else weights
-                yield f"{whole} and {part} both stand: a backward is whole or split"
-            elif whole not in seen and inputs not in seen and weights not in seen:
-                yield f"{whole} is missing"
-            elif whole not in seen:
-                yield from (f"{part} is missing" for part in (inputs, weights) if part not in seen)
+            for problem in _incomplete(plan, seen, stage, i):
+                yield f"rank {rank}: {problem}"
+
+
+def _incomplete(plan: Plan, seen: Set[Action], stage: int, micro_batch: int) -> Iterator[str]:
+    """What a micro-batch lacks on a stage, or has in two ways."""
+    forward, whole, inputs, weights = (Action(stage, op, micro_batch) for op in COMPUTE)
+    if forward not in seen:
+        yield f"{forward} is missing"
+    if not plan.has_backward:
+        return
+    if whole in seen and (inputs in seen or weights in seen):
+        part = inputs if inputs in seen else weights
+        yield f"{whole} and {part} both stand: a backward is whole or split"
+    elif whole not in seen and inputs not in seen and weights not in seen:
+        yield f"{whole} is missing"
+    elif whole not in seen:
+        yield from (f"{part} is missing" for part in (inputs, weights) if part not in seen)
 
 
 def _ordered_wrongly(plan: Plan) -> Iterator[str]:

@@ -37,12 +37,10 @@ def parse_plan(text: str, name: str) -> Plan:
         PlanError: with every word that is no computation, its line named; a stage that stands on
             two ranks, or none; a micro-batch that is left out.
     """
-    orders: list[tuple[int, list[Action]]] = []
     problems: list[str] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        content = line.split("#", 1)[0].strip()
-        if content:
-            orders.append((number, list(_computations(number, content, problems))))
+    orders = [
+        (number, list(_computations(number, content, problems))) for number, content in _lines(text)
+    ]
     owners: dict[int, int] = {}
     for rank, (number, order) in enumerate(orders):
         for action in order:
@@ -63,6 +61,19 @@ def parse_plan(text: str, name: str) -> Plan:
         tuple(owners[stage] for stage in range(len(owners))),
         tuple(tuple(order) for _, order in orders),
     )
+
+
+def rank_lines(text: str) -> list[int]:
+    """The line (1 first) on which each rank stands."""
+    return [number for number, _ in _lines(text)]
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Number and content of each line that has any, comments left out."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        content = line.split("#", 1)[0].strip()
+        if content:
+            yield number, content
 
 
 def _computations(number: int, content: str, problems: list[str]) -> Iterator[Action]:

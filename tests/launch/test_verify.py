@@ -73,6 +73,21 @@ def test_what_runs_can_be_seen_without_running_it(tmp_path: Path) -> None:
     assert again.stdout == result.stdout
 
 
+def test_a_schedule_that_a_run_would_choose() -> None:
+    result = launch([*VERIFY, "--pp", "2", "--schedule", "auto"])
+    assert (result.returncode, result.stderr) == (0, "")
+    first, note, last = result.stdout.splitlines()
+    name, chunks = (
+        note.removeprefix("note: --schedule auto: ")
+        .split(" is verified")[0]
+        .split(" with --chunks ")
+    )
+    assert f", {name}; 4 steps in " in first
+    assert last.startswith("verified: ")
+    shown = launch([*VERIFY, "--pp", "2", "--schedule", "auto", "--print-config"])
+    assert f'schedule = "{name}"\nchunks = {chunks}\n' in shown.stdout
+
+
 @pytest.mark.parametrize("switch", [[], ["--print-config"]])
 def test_bad_flags(switch: list[str]) -> None:
     result = launch([*VERIFY, "--tp", "3", "--lr-wsd-decay-steps", "3", *switch])

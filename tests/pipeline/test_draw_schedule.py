@@ -143,10 +143,10 @@ def test_a_step_of_a_run_in_other_formats(draw: Draw, run: str) -> None:
     ("words", "told"),
     [
         ("--schedule 1F1B", ["--schedule 1F1B: there is no such schedule or file; did you mean"]),
-        ("--schedule zb-v --chunks 3", ["--chunks 3: zb-v has 2 on each rank"]),
+        ("--schedule zb-v --chunks 3", ["--chunks 3: --schedule zb-v has always 2 stages on"]),
         ("--chunks -1", ["--chunks -1 must be above 0, or 0"]),
         ("--pp 0 --micro-batches -2", ["--pp 0 must be above 0", "--micro-batches -2 must be"]),
-        ("--pp 400 --micro-batches 4000", ["1600000 forwards are too many to draw"]),
+        ("--pp 400 --micro-batches 4000", ["1,600,000 forwards are too many to draw"]),
         ("--costs forward=0,message=-1", ["forward=0 must be above 0", "message=-1 must be at"]),
         ("--costs a=1,weight,input=x,message=inf", ["'a' is unknown", "weight: expected NAME=TIME",
          "input=x: expected a number", "message=inf must be at least 0 and finite"]),
@@ -156,8 +156,9 @@ def test_a_step_of_a_run_in_other_formats(draw: Draw, run: str) -> None:
         ("--trace nothing --pp 2", ["--pp 2 has no effect with --trace", "nothing/trace/plan.txt"]),
         ("--trace run --step 9", ["--step 9 is not in the trace; there are 3, 4, 5"]),
         ("--schedule missing.txt", ["--schedule missing.txt: there is no such schedule or file"]),
-        ("--schedule . --chunks 2", ["--chunks 2 has no effect with a file of actions"]),
-        ("--schedule .", ["--schedule .: cannot be read"]),
+        ("--schedule run/trace/plan.txt --chunks 2", ["--chunks 2 has no effect with a file of"]),
+        ("--schedule .", ["--schedule . is a folder; give a file of actions, or one of gpipe"]),
+        ("--schedule auto", ["--schedule auto is chosen for a run"]),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("draw", "run")
@@ -175,9 +176,12 @@ def test_bad_input(words: str, told: list[str]) -> None:
             "0F0 0X0\n1F0 1SEND_B0",
             "line 1: '0X0' is not an action .* line 2: 1SEND_B0 is a message",
         ),
-        ("# mine\n\n0F0 0B0\n1B0 1F0", r"rank 1: 1B0 stands before 1F0 \(.* on lines 3, 4\)"),
-        ("0F0 0F1 0B0 0B1\n1F0 1B0 1F1", r"1B1 is missing \(.* on lines 1, 2\)"),
-        ("0F0 0B0 0F1 0B1\n1F0 1F1 1B0 1B1", "would hang: rank 0 in 0B0, rank 1 in 1F1"),
+        ("# mine\n\n0F0 0B0\n1B0 1F0", r"rank 1 \(line 4\): 1B0 stands before 1F0"),
+        ("0F0 0F1 0B0 0B1\n1F0 1B0 1F1", r"rank 1 \(line 2\): 1B1 is missing"),
+        (
+            "0F0 0B0 0F1 0B1\n1F0 1F1 1B0 1B1",
+            r"would hang: rank 0 \(line 1\) in 0B0, rank 1 \(line 2\) in 1F1",
+        ),
     ],
 )
 @pytest.mark.usefixtures("draw")

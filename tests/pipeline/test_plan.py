@@ -45,6 +45,23 @@ def test_chunks_count_only_where_a_schedule_takes_any_number() -> None:
     assert planned("gpipe", 2, 4, TIMES, chunks=3).num_stages == 6
 
 
+def test_schedules_that_keep_their_own_number_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(chunks: str) -> tuple[dict[str, str], list[str]]:
+        assert main(["--pp", "2", "--micro-batches", "3", "--compare", *chunks.split()]) == 0
+        text = capsys.readouterr().out
+        number = {name: cells[0] for name, cells in rows(text).items()}
+        return number, [line for line in text.splitlines() if "no effect" in line]
+
+    number, lines = told("--chunks 3")
+    own = [name for name in SCHEDULES if number[name] != "3"]
+    assert set(SCHEDULES) - set(own) == {"gpipe", "1f1b", "interleaved"}
+    assert lines == [f"--chunks 3 has no effect on {', '.join(own)}, which have their own number."]
+    number, (line,) = told("--chunks 1")
+    assert (number["interleaved"], number["zb-h1"]) == ("2", "1")
+    assert "on interleaved, zb-v, " in line
+    assert told("")[1] == []
+
+
 def test_a_message_costs_what_is_given() -> None:
     times = read_times("message=0.25")
     assert times == {"forward": 1.0, "input": 1.0, "weight": 1.0, "message": 0.25}
@@ -68,8 +85,12 @@ def test_a_file_of_actions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         ("--schedule zb-w", ["--schedule zb-w: there is no such schedule or file; did you mean"]),
         ("--pp 0 --micro-batches -1", ["--pp 0 must be above 0", "--micro-batches -1 must be"]),
-        ("--schedule zb-v --chunks 3", ["--chunks 3: zb-v has 2 on each rank"]),
+        ("--schedule zb-v --chunks 3", ["--chunks 3: --schedule zb-v has always 2 stages on"]),
         ("--chunks -1", ["--chunks -1 must be above 0, or 0 for the schedule's own number"]),
+        ("--schedule interleaved --chunks 1", ["--schedule interleaved has at least 2 stages on"]),
+        ("--schedule auto", ["--schedule auto is chosen for a run, by its model's costs; name on"]),
+        ("--schedule zb-w --pp 0", ["no such schedule or file", "--pp 0 must be above 0"]),
+        ("--schedule /", ["--schedule / is a folder; give a file of actions, or one of gpipe"]),
         ("--compare --schedule 1f1b", ["--schedule 1f1b has no effect with --compare"]),
         ("--costs forwards=1", ["'forwards' is unknown; did you mean forward"]),
         ("--costs forward", ["--costs forward: expected NAME=TIME"]),
@@ -90,7 +111,7 @@ def test_what_is_wrong_is_told_at_once(flags: str, complaints: list[str]) -> Non
 def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("0F0 0B0\n1F0\n")
-    with pytest.raises(ConfigError, match=r"mine.txt: 1B0 is missing"):
+    with pytest.raises(ConfigError, match=r"mine.txt: rank 1 \(line 2\): 1B0 is missing"):
         main(["--schedule", str(path)])
     path.write_text("0F0 0B0\n1F0 1X0\n")
     with pytest.raises(ConfigError, match=r"mine.txt: line 2: '1X0' is not an action"):

@@ -45,9 +45,9 @@ def swap(order: list[Action], old: str, *new: str) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("1f1b", lambda r: r[1].remove(Action.parse("1F0")), "plan 1f1b: 1F0 is missing"),
-        ("1f1b", lambda r: r[1].remove(Action.parse("1B3")), "1B3 is missing"),
-        ("1f1b", lambda r: put(r, 1, "1F2"), "1F2 stands 2 times"),
+        ("1f1b", lambda r: r[1].remove(Action.parse("1F0")), "plan 1f1b: rank 1: 1F0 is missing"),
+        ("1f1b", lambda r: r[1].remove(Action.parse("1B3")), "rank 1: 1B3 is missing"),
+        ("1f1b", lambda r: put(r, 1, "1F2"), "rank 1: 1F2 stands 2 times"),
         ("1f1b", lambda r: put(r, 0, "2F1"), "rank 0: 2F1 belongs to rank 2"),
         ("1f1b", lambda r: put(r, 0, "7F0"), "rank 0: 7F0 names stage 7, the last is 2"),
         ("1f1b", lambda r: put(r, 2, "2F4"), "rank 2: 2F4 names micro-batch 4, the last is 3"),
@@ -55,7 +55,7 @@ def swap(order: list[Action], old: str, *new: str) -> None:
         ("1f1b", lambda r: move(r[2], "2B0", "2F0"), "rank 2: 2B0 stands before 2F0"),
         ("1f1b", lambda r: put(r, 1, "1W0"), "1B0 and 1W0 both stand: a backward is whole or"),
         ("1f1b", lambda r: swap(r[1], "1B0", "1I0"), "1W0 is missing"),
-        ("zb-h1", lambda r: r[0].remove(Action.parse("0I2")), "0I2 is missing"),
+        ("zb-h1", lambda r: r[0].remove(Action.parse("0I2")), "rank 0: 0I2 is missing"),
         ("zb-h1", lambda r: r[0].remove(Action.parse("0W2")), "0W2 is missing"),
         ("zb-h1", lambda r: move(r[1], "1W1", "1I1"), "rank 1: 1W1 stands before 1I1"),
         ("zb-v", lambda r: move(r[2], "3F1", "2F1"), "rank 2: 3F1 stands before 2F1"),

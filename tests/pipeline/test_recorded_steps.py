@@ -224,7 +224,7 @@ def test_what_is_wrong_with_all_ranks_is_told_at_once(tmp_path: Path) -> None:
             "--steps 50 --trace-steps 9 --micro-batch-size 2 --global-batch-size 8 "
             "--rampup-batch-size 2,2,60",
             "--trace-steps 9 records steps 4 to 12, among which the batch grows: they have no plan "
-            "in common",
+            "in common; try --trace-steps 7, or leave --rampup-batch-size out",
         ),
     ],
 )
@@ -232,7 +232,15 @@ def test_steps_that_cannot_be_recorded_are_refused(flags: str, told: str) -> Non
     assert violations(*flags.split()) == [told]
 
 
-@pytest.mark.parametrize("flags", ["--steps 7 --trace-steps 4", "--trace-steps 0 --steps 1"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--steps 7 --trace-steps 4",
+        "--trace-steps 0 --steps 1",
+        "--trace-steps 7 --steps 50 --micro-batch-size 2 --global-batch-size 8 "
+        "--rampup-batch-size 2,2,60",
+    ],
+)
 def test_steps_that_can_be_recorded(flags: str) -> None:
     run(*flags.split())
 

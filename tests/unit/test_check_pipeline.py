@@ -39,7 +39,7 @@ WRONG = {
     ),
     "a folder": (
         "--schedule /",
-        "--schedule /: there is no such schedule or file; there are auto, " + ", ".join(SCHEDULES),
+        "--schedule / is a folder; give a file of actions, or one of auto, " + ", ".join(SCHEDULES),
     ),
     "a V of three": (
         "--pp 2 --schedule zb-v --chunks 3",
@@ -189,14 +189,17 @@ def test_a_plan_of_ours_is_accepted_as_a_file(tmp_path: Path, name: str) -> None
             ),
         ),
         ("0F0 0F1 0B0 0B1\n2F0 2F1 2B0 2B1", "stage 1 is missing, but stage 2 is there"),
-        ("0F0 0F1 0B0 0B1\n1F0 1B0 1F1", "1B1 is missing"),
-        ("0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1I1", "1W1 is missing"),
-        ("0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1 1F0", "1F0 stands 2 times"),
+        ("0F0 0F1 0B0 0B1\n1F0 1B0 1F1", "rank 1 (line 2): 1B1 is missing"),
+        ("0F0 0F1 0B0 0B1\n\n1F0 1B0 1F1 1I1", "rank 1 (line 3): 1W1 is missing"),
+        ("0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1 1F0", "rank 1 (line 2): 1F0 stands 2 times"),
         (
-            "0F0 0F1 0B0 0B1\n1F0 1B0 1B1 1F1",
-            "rank 1: 1B1 stands before 1F1",
+            "# mine\n0F0 0F1 0B0 0B1\n# the last\n1F0 1B0 1B1 1F1",
+            "rank 1 (line 4): 1B1 stands before 1F1",
         ),
-        ("0F0 0B0 0F1 0B1\n1F0 1F1 1B0 1B1", "would hang: rank 0 in 0B0, rank 1 in 1F1"),
+        (
+            "0F0 0B0 0F1 0B1\n1F0 1F1 1B0 1B1",
+            "would hang: rank 0 (line 1) in 0B0, rank 1 (line 2) in 1F1",
+        ),
     ],
 )
 def test_a_wrong_plan_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
@@ -287,3 +290,55 @@ def test_more_stages_in_a_file_than_blocks(tmp_path: Path) -> None:
         "--schedule FILE makes 6 stages, more than the 4 blocks of --num-layers 2: every stage "
         "owns at least an attention or an MLP; try --num-layers 3 or more"
     ]
+
+
+def placed(*stage_rank: int) -> str:
+    """A plan of two micro-batches, all forwards first, of stages on these ranks."""
+    lines = []
+    for rank in range(max(stage_rank) + 1):
+        own = [stage for stage, owner in enumerate(stage_rank) if owner == rank]
+        words = [f"{stage}F{i}" for stage in own for i in range(2)]
+        lines.append(" ".join(words + [f"{stage}B{i}" for stage in own[::-1] for i in range(2)]))
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("stage_rank", "far"),
+    [
+        ((0, 2, 1, 3), "stage 0 on rank 0 and stage 1 on rank 2, stage 2 on rank 1 and stage 3 on "
+         "rank 3"),
+        ((3, 1, 0, 0, 1, 2), "stage 0 on rank 3 and stage 1 on rank 1"),
+        ((0, 2, 0, 2, 0, 2, 0, 1, 2, 3), "stage 0 on rank 0 and stage 1 on rank 2, stage 1 on rank "
+         "2 and stage 2 on rank 0, stage 2 on rank 0 and stage 3 on rank 2, stage 3 on rank 2 and "
+         "stage 4 on rank 0, stage 4 on rank 0 and stage 5 on rank 2, and 1 more"),
+    ],
+)  # fmt: skip
+def test_stages_on_ranks_that_are_not_connected(
+    tmp_path: Path, stage_rank: tuple[int, ...], far: str
+) -> None:
+    argv = ["--pp", "4", "--num-layers", "8"]
+    assert of_file(tmp_path / "plan.txt", placed(*stage_rank), *argv) == [
+        f"--schedule FILE has {far}: consecutive stages lie on the same rank, on neighbouring "
+        "ranks, or on the first and the last, 0 and 3"
+    ]
+
+
+@pytest.mark.parametrize("stage_rank", [(1, 0, 2), (0, 0, 1, 2, 2), (2, 1, 0), (0, 1, 2, 0, 2, 1)])
+def test_stages_on_ranks_that_are_connected(tmp_path: Path, stage_rank: tuple[int, ...]) -> None:
+    (tmp_path / "plan.txt").write_text(placed(*stage_rank))
+    config = run("--pp", "3", *BATCH, "--schedule", f"{tmp_path}/plan.txt")
+    assert run_plan(config).stage_rank == stage_rank
+
+
+def test_tied_embeddings_lie_where_their_gradients_are_summed(tmp_path: Path) -> None:
+    argv = ["--pp", "3", "--tie-embeddings"]
+    for first, last in ((1, 2), (0, 1), (1, 0)):
+        text = placed(first, 3 - first - last, last)
+        assert of_file(tmp_path / "plan.txt", text, *argv) == [
+            f"--tie-embeddings and --schedule FILE: the first stage lies on rank {first}, the last "
+            f"on rank {last}, but what they share is summed on ranks 0 and 2; put them there, or "
+            "both on one rank"
+        ]
+    for fine in ((0, 1, 2), (2, 1, 0), (1, 0, 2, 1), (0, 1, 2, 0)):
+        (tmp_path / "plan.txt").write_text(placed(*fine))
+        run(*argv, *BATCH, "--schedule", f"{tmp_path}/plan.txt")
