@@ -26,9 +26,10 @@ from megalite.config_file import to_toml
 from megalite.effects import notes
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World
+from megalite.pipeline.text import plan_text
 from megalite.planning.choice import choose, choose_by_estimate, predictions, table
 from megalite.program import Program, checked
-from megalite.run_plan import AUTO
+from megalite.run_plan import AUTO, is_file, plan_facts, run_plan
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +128,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     data = record_of(mixture, tokenizer.fingerprint)
     job = partial(_train, mixture=mixture, data=data, device_line=why, told=told)
     facts = {"corpus": mixture.fingerprint, "tokenizer": tokenizer.fingerprint}
+    facts |= plan_facts(config)
     return Prepared(resolve_device(config, device), job, facts, _claim_folder)
 
 
@@ -230,6 +232,9 @@ def _open_run(
     import json
 
     (folder / "config.json").write_text(json.dumps(config.to_saved(), indent=2), encoding="utf-8")
+    if is_file(config.parallel.schedule):
+        # The file may be edited later.
+        (folder / "plan.txt").write_text(plan_text(run_plan(config)), encoding="utf-8")
     print(
         report.opening(
             config,
@@ -298,6 +303,8 @@ def _closing(
             known += f", {mixture.bigram_nats:.4f} knowing pairs of neighbours"
         lines.append(known)
     written = ["metrics.jsonl", "config.json", "data.json"]
+    if is_file(trainer.config.parallel.schedule):
+        written.append("plan.txt")
     lines.append("")
     if trainer.config.run.save_weights:
         written.append("weights/")

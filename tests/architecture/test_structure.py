@@ -20,7 +20,7 @@ LAYERS = [
     {"trainer"},
     {"planning"},
     {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline", "check"}
-    | {"check_memory", "check_trace"},
+    | {"check_memory", "check_trace", "schedule_flags"},
     {"effects", "preprocessing", "check_data", "check_pipeline"},
     {"data", "models", "cli"},
     {"layers", "config_file"},
@@ -114,6 +114,7 @@ NO_TORCH = [
     "megalite.reading.records",
     "megalite.report",
     "megalite.run_plan",
+    "megalite.schedule_flags",
     "megalite.tokenizer.bpe",
     "megalite.tokenizer.byte",
     "megalite.tokenizer.choose",

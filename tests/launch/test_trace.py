@@ -43,6 +43,11 @@ def test_the_plan_in_use_stands_beside_the_record(run: Path, trace: Trace) -> No
     assert list(trace.steps) == [4, 5, 6], "the three steps after the warm-up"
 
 
+def test_the_plan_is_kept_beside_the_configuration(run: Path) -> None:
+    given = (run.parent / "mine.txt").read_text().splitlines()
+    assert (run / "plan.txt").read_text().splitlines()[1:] == given[1:]
+
+
 def test_no_action_began_before_its_input_was_made(trace: Trace) -> None:
     for ranks in trace.steps.values():
         spans = {span.action: span for rank in ranks for span in rank.spans}
