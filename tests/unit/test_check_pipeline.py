@@ -11,7 +11,7 @@ from commands import run, violations
 from megalite.models.stage import stage_specs
 from megalite.pipeline.schedules import SCHEDULES, make_plan
 from megalite.pipeline.text import plan_text
-from megalite.run_plan import run_plan
+from megalite.run_plan import run_plan, stage_rank
 
 BATCH = ["--micro-batch-size", "4", "--global-batch-size", "8"]
 """Two micro-batches."""
@@ -155,6 +155,13 @@ def test_1f1b_with_chunks_is_interleaved() -> None:
     assert run_plan(plain).stage_rank == (0, 1, 0, 1)
 
 
+def test_a_schedule_that_is_not_chosen_yet_has_no_plan() -> None:
+    config = run("--pp", "2", "--schedule", "auto")
+    for follow in (run_plan, stage_rank):
+        with pytest.raises(AssertionError, match="has to be chosen first"):
+            follow(config)
+
+
 # Files
 
 
@@ -292,18 +299,18 @@ def test_more_stages_in_a_file_than_blocks(tmp_path: Path) -> None:
     ]
 
 
-def placed(*stage_rank: int) -> str:
+def placed(*owners: int) -> str:
     """A plan of two micro-batches, all forwards first, of stages on these ranks."""
     lines = []
-    for rank in range(max(stage_rank) + 1):
-        own = [stage for stage, owner in enumerate(stage_rank) if owner == rank]
+    for rank in range(max(owners) + 1):
+        own = [stage for stage, owner in enumerate(owners) if owner == rank]
         words = [f"{stage}F{i}" for stage in own for i in range(2)]
         lines.append(" ".join(words + [f"{stage}B{i}" for stage in own[::-1] for i in range(2)]))
     return "\n".join(lines)
 
 
 @pytest.mark.parametrize(
-    ("stage_rank", "far"),
+    ("owners", "far"),
     [
         ((0, 2, 1, 3), "stage 0 on rank 0 and stage 1 on rank 2, stage 2 on rank 1 and stage 3 on "
          "rank 3"),
@@ -314,20 +321,20 @@ def placed(*stage_rank: int) -> str:
     ],
 )  # fmt: skip
 def test_stages_on_ranks_that_are_not_connected(
-    tmp_path: Path, stage_rank: tuple[int, ...], far: str
+    tmp_path: Path, owners: tuple[int, ...], far: str
 ) -> None:
     argv = ["--pp", "4", "--num-layers", "8"]
-    assert of_file(tmp_path / "plan.txt", placed(*stage_rank), *argv) == [
+    assert of_file(tmp_path / "plan.txt", placed(*owners), *argv) == [
         f"--schedule FILE has {far}: consecutive stages lie on the same rank, on neighbouring "
         "ranks, or on the first and the last, 0 and 3"
     ]
 
 
-@pytest.mark.parametrize("stage_rank", [(1, 0, 2), (0, 0, 1, 2, 2), (2, 1, 0), (0, 1, 2, 0, 2, 1)])
-def test_stages_on_ranks_that_are_connected(tmp_path: Path, stage_rank: tuple[int, ...]) -> None:
-    (tmp_path / "plan.txt").write_text(placed(*stage_rank))
+@pytest.mark.parametrize("owners", [(1, 0, 2), (0, 0, 1, 2, 2), (2, 1, 0), (0, 1, 2, 0, 2, 1)])
+def test_stages_on_ranks_that_are_connected(tmp_path: Path, owners: tuple[int, ...]) -> None:
+    (tmp_path / "plan.txt").write_text(placed(*owners))
     config = run("--pp", "3", *BATCH, "--schedule", f"{tmp_path}/plan.txt")
-    assert run_plan(config).stage_rank == stage_rank
+    assert stage_rank(config) == run_plan(config).stage_rank == owners
 
 
 def test_tied_embeddings_lie_where_their_gradients_are_summed(tmp_path: Path) -> None:
