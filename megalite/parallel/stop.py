@@ -60,7 +60,9 @@ def _raise(
     """Handler of the signal, and of the alarm that repeats it."""
     waits = _would_lose(frame, outermost)
     signal.signal(signal.SIGALRM, partial(_raise, stop, outermost))
-    signal.setitimer(signal.ITIMER_REAL, WAIT_S if waits else UNHEARD_S)
+    # Again and again: a signal just before a system call is seen only when the call ends.
+    pause_s = WAIT_S if waits else UNHEARD_S
+    signal.setitimer(signal.ITIMER_REAL, pause_s, pause_s)
     if not waits:
         raise Stop(stop)
 

@@ -156,7 +156,7 @@ def test_the_opening_says_what_runs(one_rank: Run) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--tp", "3", "--pp", "9"], ["--tp 3", "--pp 9 is more than --num-layers 4", "problems"]),
+        (["--tp", "3", "--pp", "9"], ["--tp 3", "--pp 9 makes 9 stages, more than", "problems"]),
         (["--data", "/no/such/file.txt"], ["/no/such/file.txt"]),
         (["--bogus"], ["unknown flag --bogus"]),
     ],
