@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megalite.config import Config
-from megalite.estimate import rank_estimates
+from megalite.estimate import fixed_bytes
 from megalite.pipeline.schedules import SCHEDULES
-from megalite.run_plan import AUTO
+from megalite.planning.block_costs import estimated_costs, stage_costs
+from megalite.run_plan import AUTO, run_plan
 
 GIB = 2**30
 
@@ -39,8 +40,15 @@ def memory(config: Config) -> Iterator[str]:
 
 
 def _needs(config: Config) -> list[float]:
-    """What the ranks at each place of the pipeline need [GiB]."""
-    return [each.total / GIB for each in rank_estimates(config)]
+    """What the ranks at each place of the pipeline need [GiB].
+
+    Weight gradients are placed under the limit, by the costs that the first step plans by.
+    """
+    costs, fixed = stage_costs(config, estimated_costs(config)), fixed_bytes(config)
+    limit = config.parallel.memory_limit * GIB - max(fixed)
+    plan = run_plan(config, costs=costs, limit=limit)
+    peaks = [costs.peak(order) for order in plan.ranks]
+    return [(each + peak) / GIB for each, peak in zip(fixed, peaks, strict=True)]
 
 
 def _most(config: Config, schedule: str) -> float | None:

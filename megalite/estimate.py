@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 from megalite.config import Config
 from megalite.models.stage import StageSpec, stage_specs
-from megalite.pipeline.actions import GIVES_WEIGHT_GRADIENT, Op, Order
-from megalite.run_plan import run_plan
+from megalite.pipeline.actions import Op, Order
+from megalite.run_plan import run_plan, stage_rank
 
 WEIGHT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp32": 4, "fp64": 8})
 
@@ -66,11 +66,17 @@ def stage_parameters(config: Config, spec: StageSpec) -> int:
 
 def rank_estimates(config: Config) -> tuple[RankEstimate, ...]:
     """Memory of the ranks at each place of the pipeline, for a precision other than `auto`."""
-    plan, specs = run_plan(config), stage_specs(config)
+    plan = run_plan(config)
     return tuple(
-        _rank_estimate(config, [s for s in specs if plan.stage_rank[s.stage] == rank], order)
-        for rank, order in enumerate(plan.ranks)
+        _rank_estimate(config, specs, order)
+        for specs, order in zip(_specs_of_ranks(config), plan.ranks, strict=True)
     )
+
+
+def _specs_of_ranks(config: Config) -> list[list[StageSpec]]:
+    """The stages at each place of the pipeline."""
+    specs, owners = stage_specs(config), stage_rank(config)
+    return [[s for s in specs if owners[s.stage] == rank] for rank in range(config.parallel.pp)]
 
 
 def rank_parameters(config: Config, specs: Sequence[StageSpec]) -> int:
@@ -115,13 +121,25 @@ def _states(config: Config) -> int:
 
 def fixed_bytes(config: Config) -> list[int]:
     """What the ranks at each place of the pipeline need beside activations."""
-    return [each.total - each.activations for each in rank_estimates(config)]
+    return [_rank_estimate(config, specs, order=()).total for specs in _specs_of_ranks(config)]
 
 
 def kept_bytes(config: Config, spec: StageSpec) -> int:
     """What a stage keeps of one micro-batch for its backward."""
     tokens = config.train.micro_batch_size * config.model.seq_length
     return tokens * _stage_activation_bytes(config, spec, WEIGHT_BYTES[config.train.precision])
+
+
+def kept_for_weights_bytes(config: Config, spec: StageSpec) -> int:
+    """What a stage keeps of one micro-batch after the input gradient, for the weight gradient.
+
+    Counted are the two factors of each linear layer of its blocks, the input x and the gradient dy
+    of the output, whatever the forward kept or computed again: a column-parallel layer has x
+    [S/tp, B, H] with sequence parallelism ([S, B, H] without) and dy [S, B, O/tp], a row-parallel
+    one x [S, B, I/tp] and dy [S, B, H], gathered. The head leaves nothing for later.
+    """
+    tokens = config.train.micro_batch_size * config.model.seq_length
+    return tokens * _stage_factor_bytes(config, spec, WEIGHT_BYTES[config.train.precision])
 
 
 def flops_per_token(config: Config) -> float:
@@ -186,6 +204,19 @@ def _block_activations(config: Config, hidden: float, width: int) -> tuple[float
     return attention, mlp
 
 
+def _stage_factor_bytes(config: Config, spec: StageSpec, width: int) -> int:
+    """Bytes per token of a micro-batch of what weight gradients are the products of."""
+    model, parallel = config.model, config.parallel
+    tp = parallel.tp
+    both_sides = model.hidden_size / (tp if parallel.sequence_parallel else 1) + model.hidden_size
+    heads = model.num_attention_heads / tp * model.head_dim
+    kv = max(1, model.num_kv_heads / tp) * model.head_dim
+    # dy of packed q, k, v, and x of the output's; dy of packed gate and up, and x of down's.
+    attention = both_sides + heads + 2 * kv + heads
+    mlp = both_sides + 3 * model.ffn_hidden_size / tp
+    return int(width * sum((attention, mlp)[block % 2] for block in spec.blocks))
+
+
 def _attention_core(config: Config, heads: float, width: int) -> float:
     """Elements per token that the core keeps beside q, k and v; `heads`: features of its output."""
     model, drops = config.model, config.model.attention_dropout
@@ -199,14 +230,16 @@ def _attention_core(config: Config, heads: float, width: int) -> float:
 def _peak_kept(config: Config, specs: Sequence[StageSpec], order: Order, width: int) -> int:
     """Most bytes per token of a micro-batch that a rank keeps at one time for its backwards.
 
-    A split backward is taken to keep everything until its weight gradient.
+    That is between actions: what a backward needs while it runs is not counted.
     """
-    of_stage = {spec.stage: _stage_activation_bytes(config, spec, width) for spec in specs}
-    kept = peak = 0
+    growth: dict[tuple[int, Op], int] = {}
+    for spec in specs:
+        stage, kept = spec.stage, _stage_activation_bytes(config, spec, width)
+        left = _stage_factor_bytes(config, spec, width)
+        growth[stage, Op.FORWARD], growth[stage, Op.BACKWARD] = kept, -kept
+        growth[stage, Op.INPUT_GRADIENT], growth[stage, Op.WEIGHT_GRADIENT] = left - kept, -left
+    held = peak = 0
     for action in order:
-        if action.op is Op.FORWARD:
-            kept += of_stage[action.stage]
-            peak = max(peak, kept)
-        elif action.op in GIVES_WEIGHT_GRADIENT:
-            kept -= of_stage[action.stage]
+        held += growth[action.stage, action.op]
+        peak = max(peak, held)
     return peak

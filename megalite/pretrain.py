@@ -27,9 +27,9 @@ from megalite.effects import notes
 from megalite.errors import ConfigError
 from megalite.parallel.environment import World
 from megalite.pipeline.text import plan_text
-from megalite.planning.choice import choose, choose_by_estimate, predictions, table
+from megalite.planning.choice import choose_by_estimate, has_choice, table, without_choice
 from megalite.program import Program, checked
-from megalite.run_plan import AUTO, is_file, plan_facts, run_plan
+from megalite.run_plan import is_file, plan_facts, run_plan
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,8 @@ def _describe(config: Config, told: Sequence[str]) -> None:
     device = config.parallel.device
     if device != "auto":
         config = resolve_device(config, device)
-    if config.parallel.schedule == AUTO:
+    config = without_choice(config)
+    if has_choice(config):
         told = (*told, "the schedule is chosen again at start, by measured costs")
         config = choose_by_estimate(config).config
     print(
@@ -174,12 +175,12 @@ def _train(
     from megalite.metrics import RunLog
     from megalite.trainer import Trainer
 
-    config = rank.config
+    config = without_choice(rank.config)
     folder = Path(config.run.runs) / config.run.name
     first = rank.groups.world_rank == 0
     samples = open_samples(config, mixture)
     costs, chosen = None, ""
-    if config.parallel.schedule == AUTO:
+    if has_choice(config):
         config, costs, chosen = _choose_schedule(rank, samples)
     if first:
         data.write(folder)
@@ -202,10 +203,13 @@ def _train(
 def _choose_schedule(
     rank: Rank, samples: tuple[Samples, Samples, Samples | None]
 ) -> tuple[Config, Costs, str]:
-    """The fastest schedule by costs measured here, the costs of its stages, and the comparison."""
+    """The fastest schedule by costs measured here, the costs of its stages, and the comparison.
+
+    World rank 0 compares and tells the others; their text is empty.
+    """
     from megalite.data.loader import Loader
     from megalite.planning.measure import measure_costs
-    from megalite.planning.recorded import memory_limit
+    from megalite.planning.shared import choose_on_first_rank, memory_limit
     from megalite.trainer import DTYPES
 
     config, groups = rank.config, rank.groups
@@ -214,9 +218,11 @@ def _choose_schedule(
     micro_batch = loader.train_batch(0).micro_batches[0]
     dtype = DTYPES[config.train.precision]
     costs = measure_costs(config, groups, rank.device, dtype, micro_batch)
-    limit = memory_limit(config, rank.device)
-    choices = predictions(config, costs, limit)
-    best = choose(choices, limit)
+    limit = memory_limit(config, groups, rank.device)
+    groups.activity.enter("choosing a schedule on rank 0")
+    best, choices = choose_on_first_rank(config, costs, limit, groups, rank.device)
+    if not choices:
+        return best.config, best.costs, ""
     heading = "schedules by measured costs, forwards and backwards alone:\n"
     return best.config, best.costs, heading + table(choices, best, "ms", 1e3) + "\n\n"
 

@@ -16,6 +16,7 @@ from megalite.config import Config
 from megalite.data.host_batch import Batch
 from megalite.data.loader import Loader
 from megalite.data.samples import Samples
+from megalite.estimate import fixed_bytes
 from megalite.layers.batch import MicroBatch
 from megalite.layers.shard import initialize
 from megalite.metrics import DelayedScalars, Reading, RunLog
@@ -33,7 +34,10 @@ from megalite.pipeline.recorder import write_record
 from megalite.pipeline.runtime import Executor
 from megalite.pipeline.schedules import SCHEDULES, forward_only
 from megalite.pipeline.trace import traced_steps
-from megalite.planning.recorded import activation_limit, recorded_costs
+from megalite.planning.block_costs import estimated_costs, stage_costs
+from megalite.planning.measure import measure_message
+from megalite.planning.recorded import recorded_costs
+from megalite.planning.shared import memory_limit
 from megalite.run_plan import is_file, run_plan
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -70,7 +74,7 @@ class Trainer:
         samples: of training, validation and, if there is one, the test after training.
         groups: of this rank.
         device: of this rank.
-        costs: of the stages, by which weight gradients are placed at first; None: all alike.
+        costs: of the stages, by which weight gradients are placed at first; None: estimates.
     """
 
     def __init__(
@@ -83,6 +87,10 @@ class Trainer:
     ):
         self.config, self.groups, self.device = config, groups, device
         self._activity, self._costs = groups.activity, costs
+        self._limit: float | None = None
+        if self._splits_backwards():
+            self._costs = costs or stage_costs(config, estimated_costs(config))
+            self._limit = memory_limit(config, groups, device) - max(fixed_bytes(config))
         dtype = DTYPES[config.train.precision]
         # A batch that grows has more micro-batches later.
         self._programs: dict[int, Program] = {}
@@ -273,15 +281,22 @@ class Trainer:
         Their order on each stage stays, and so does every sum: the numbers do not change.
         """
         self._activity.enter("planning by measured costs")
-        self._costs = recorded_costs(self.executor.recorder, self.config, self.groups, self._costs)
+        assert self._costs is not None, "split backwards are planned by costs"
+        dtype = DTYPES[self.config.train.precision]
+        message = measure_message(self.config, self.groups, self.device, dtype)
+        recorder = self.executor.recorder
+        self._costs = recorded_costs(recorder, self.groups, self._costs, message)
         self.executor.recorder.clear()
         self._programs.clear()
 
-    def _places_weight_gradients(self) -> bool:
-        """Whether the plan is made by costs that matter."""
+    def _splits_backwards(self) -> bool:
+        """Whether weight gradients are placed by costs and by the memory there is."""
         schedule = self.config.parallel.schedule
-        splits = not is_file(schedule) and SCHEDULES[schedule].keeps is not None
-        return splits and self.groups.pp.size > 1
+        return not is_file(schedule) and SCHEDULES[schedule].keeps is not None
+
+    def _places_weight_gradients(self) -> bool:
+        """Whether there are waits to place them in."""
+        return self._splits_backwards() and self.groups.pp.size > 1
 
     def save(self, folder: Path) -> None:
         """Write the final weights; returns when all ranks have."""
@@ -327,8 +342,7 @@ class Trainer:
 
     def _program(self, num_micro_batches: int) -> Program:
         if num_micro_batches not in self._programs:
-            limit = None if self._costs is None else activation_limit(self.config, self.device)
-            plan = run_plan(self.config, num_micro_batches, self._costs, limit)
+            plan = run_plan(self.config, num_micro_batches, self._costs, self._limit)
             self._programs[num_micro_batches] = _checked(lower(plan, self._costs))
         return self._programs[num_micro_batches]
 

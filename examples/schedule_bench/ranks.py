@@ -31,9 +31,9 @@ from megalite.parallel.launch import Rank
 from megalite.parallel.pipeline import Message, PipelineGroup
 from megalite.pipeline.costs import Costs
 from megalite.pipeline.trace_file import read_trace
-from megalite.planning.choice import choose, predictions, table
+from megalite.planning.choice import table
 from megalite.planning.measure import measure_costs
-from megalite.planning.recorded import memory_limit
+from megalite.planning.shared import choose_on_first_rank, memory_limit
 from megalite.run_plan import AUTO
 from megalite.trainer import DTYPES, Trainer
 from schedule_bench import executor
@@ -166,9 +166,8 @@ def _chosen(
     micro_batch = Loader(config, train, valid, groups.dp, device).train_batch(0).micro_batches[0]
     dtype = DTYPES[config.train.precision]
     costs = measure_costs(config, groups, device, dtype, micro_batch)
-    limit = memory_limit(config, device)
-    choices = predictions(config, costs, limit)
-    best = choose(choices, limit)
+    limit = memory_limit(config, groups, device)
+    best, choices = choose_on_first_rank(config, costs, limit, groups, device)
     if groups.world_rank == 0:
         print(table(choices, best, "ms", 1e3), flush=True)
     parallel = best.config.parallel

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from megalite.config import Config
-from megalite.estimate import kept_bytes
+from megalite.estimate import kept_bytes, kept_for_weights_bytes
 from megalite.models.stage import (
     StageSpec,
     attention_cost_in_layers,
@@ -75,7 +75,17 @@ def stage_costs(config: Config, costs: ModelCosts) -> Costs:
         )
         for name in names
     }
+    again = tuple(_kept_once(config, spec) for spec in stage_specs(config))
+    sums["kept"] = tuple(k - twice for k, twice in zip(sums["kept"], again, strict=True))
     return Costs(message=costs.message, **sums)
+
+
+def _kept_once(config: Config, spec: StageSpec) -> float:
+    """Bytes that the parts count twice: a layer that is computed again keeps one input."""
+    if config.train.recompute != "full":
+        return 0.0
+    checkpoint = kept_bytes(config, part_specs()["mlp"])
+    return float(checkpoint * sum(part.is_whole for part in spec.parts))
 
 
 def estimated_costs(config: Config) -> ModelCosts:
@@ -100,7 +110,8 @@ def estimated_costs(config: Config) -> ModelCosts:
         elif config.train.recompute == "selective":
             inputs += unweighted
         kept = kept_bytes(config, specs[name])
-        return BlockCosts(forward, inputs + matrices, inputs, matrices, kept, kept)
+        left = kept_for_weights_bytes(config, specs[name])
+        return BlockCosts(forward, inputs + matrices, inputs, matrices, kept, left)
 
     lookup = BlockCosts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     return ModelCosts(

@@ -17,7 +17,7 @@ from megalite.pipeline.lower import lower
 from megalite.pipeline.schedules import SCHEDULES
 from megalite.pipeline.simulate import simulate
 from megalite.planning.block_costs import ModelCosts, estimated_costs, stage_costs
-from megalite.run_plan import run_plan
+from megalite.run_plan import AUTO, num_stages, run_plan
 
 MOST_CHUNKS = 4
 """Stages of a rank that are tried; each more halves the gain and adds messages."""
@@ -55,7 +55,18 @@ def predictions(config: Config, costs: ModelCosts, limit: float) -> list[Choice]
         costs: of the model's parts.
         limit: memory of a rank [bytes].
     """
-    return [_predict(candidate, costs, limit) for candidate in _candidates(config)]
+    return [predict(candidate, costs, limit) for candidate in candidates(config)]
+
+
+def has_choice(config: Config) -> bool:
+    """Whether `--schedule auto` asks for a choice: one stage follows the same plan under all."""
+    return config.parallel.schedule == AUTO and num_stages(config) > 1
+
+
+def without_choice(config: Config) -> Config:
+    """The run as it is where nothing is to be chosen: `auto` on one stage is 1f1b."""
+    is_open = config.parallel.schedule == AUTO and not has_choice(config)
+    return config.replace(schedule="1f1b", chunks=1) if is_open else config
 
 
 def choose_by_estimate(config: Config) -> Choice:
@@ -67,19 +78,34 @@ def choose_by_estimate(config: Config) -> Choice:
 
 
 def choose(choices: Sequence[Choice], limit: float) -> Choice:
-    """The fastest that fits; of those within half a percent of it the one that needs least memory.
+    """The best of them.
 
     Raises:
         ConfigError: none fits.
     """
-    fitting = [choice for choice in choices if choice.fits]
-    if not fitting:
-        least = min(choices, key=lambda choice: choice.memory)
+    chosen = best(choices)
+    refuse_too_much(chosen, limit)
+    return chosen
+
+
+def refuse_too_much(chosen: Choice, limit: float) -> None:
+    """Raise ConfigError unless the best choice fits."""
+    if not chosen.fits:
         raise ConfigError(
             f"--schedule auto: no schedule fits {limit / 2**30:.3g} GiB; "
-            f"{least.config.parallel.schedule} needs least, {least.memory / 2**30:.3g} GiB: give "
+            f"{chosen.config.parallel.schedule} needs least, {chosen.memory / 2**30:.3g} GiB: give "
             "--recompute full, a smaller --micro-batch-size, or more ranks"
         )
+
+
+def best(choices: Sequence[Choice]) -> Choice:
+    """The fastest that fits; of those within half a percent of it the one that needs least memory.
+
+    If none fits, the one that needs least.
+    """
+    fitting = [choice for choice in choices if choice.fits]
+    if not fitting:
+        return min(choices, key=lambda choice: choice.memory)
     fastest = min(choice.step_time for choice in fitting)
     as_fast = [choice for choice in fitting if CLEARLY_FASTER * choice.step_time <= fastest]
     return min(as_fast, key=lambda choice: choice.memory)
@@ -94,9 +120,14 @@ def table(choices: Sequence[Choice], chosen: Choice, unit: str, scale: float) ->
         lines.append(
             f"  {parallel.schedule:<14s}{parallel.chunks:>6d}  {scale * choice.step_time:>12.4g}"
             f"  {100 * choice.bubble:4.1f}%  {choice.memory / 2**30:.3g} GiB"
-            + ("  chosen" if choice is chosen else note)
+            + ("  chosen" if choice == chosen else note)
         )
     return "\n".join(lines)
+
+
+def candidates(config: Config) -> list[Config]:
+    """The run under every schedule that it could follow."""
+    return list(_candidates(config))
 
 
 def _candidates(config: Config) -> Iterator[Config]:
@@ -116,7 +147,8 @@ def _candidates(config: Config) -> Iterator[Config]:
                 yield candidate
 
 
-def _predict(config: Config, of_parts: ModelCosts, limit: float) -> Choice:
+def predict(config: Config, of_parts: ModelCosts, limit: float) -> Choice:
+    """What one schedule would take, with weight gradients placed under the limit [bytes]."""
     costs = stage_costs(config, of_parts)
     fixed = fixed_bytes(config)
     plan = run_plan(config, costs=costs, limit=limit - max(fixed))

@@ -19,6 +19,7 @@ from megalite.optim.flat import FlatParameters
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.pipeline import Message
 from megalite.planning.block_costs import BlockCosts, ModelCosts, estimated_costs, part_specs
+from megalite.planning.shared import sum_over_ranks
 
 WARM_UPS, REPEATS = 2, 5
 
@@ -32,8 +33,8 @@ def measure_costs(
 ) -> ModelCosts:
     """Time each part of the model, and a message between neighbours.
 
-    All ranks call it and get the same: means over all of them [s]. On a GPU the sizes that a part
-    keeps are measured too; on a CPU they are `estimated_costs`'s.
+    All ranks call it and get the same bits: means over all of them [s]. On a GPU the sizes that a
+    part keeps are measured too; on a CPU they are `estimated_costs`'s.
 
     Args:
         config: the run's; its schedule does not matter.
@@ -51,12 +52,11 @@ def measure_costs(
         )
         for name, spec in part_specs().items()
     }
-    message = _measure_message(config, groups, device, dtype, micro_batch)
+    message = measure_message(config, groups, device, dtype)
     flat = [value for part in parts.values() for value in astuple(part)] + [message]
     agreed = torch.tensor(flat, dtype=torch.float64, device=device)
-    for group in (groups.tp, groups.dp, groups.pp):
-        group.all_reduce(agreed).div_(group.size)
-    *values, message = agreed.tolist()
+    means = sum_over_ranks(agreed, groups) / groups.topology.world_size
+    *values, message = means.tolist()
     width = len(values) // len(parts)
     blocks = {
         name: BlockCosts(*values[at * width : (at + 1) * width]) for at, name in enumerate(parts)
@@ -146,20 +146,19 @@ def _gpu_seconds(actions: Sequence[Callable[[], None]]) -> list[float]:
     return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
 
 
-def _measure_message(
-    config: Config,
-    groups: ParallelGroups,
-    device: torch.device,
-    dtype: torch.dtype,
-    micro_batch: MicroBatch,
+def measure_message(
+    config: Config, groups: ParallelGroups, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Mean time of hidden states from one rank to the next, down the pipeline and back [s]."""
+    """Mean time of hidden states from one rank to the next, down the pipeline and back [s].
+
+    All ranks call it, while no other message is under way; those of one pipeline get the same.
+    """
     pp, tp = groups.pp, groups.tp
     if pp.size == 1:
         return 0.0
-    samples, length = micro_batch.tokens.shape
+    length = config.model.seq_length
     local = length // tp.size if tp.sequence_parallel else length
-    shape = (local, samples, config.model.hidden_size)
+    shape = (local, config.train.micro_batch_size, config.model.hidden_size)
     hidden = torch.zeros(shape, dtype=dtype, device=device)
     times = []
     for _ in range(WARM_UPS + REPEATS):

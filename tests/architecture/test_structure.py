@@ -18,9 +18,9 @@ LAYERS = [
     {"pretrain", "verify", "doctor", "plan"},
     {"sampling", "verification", "diagnosis", "program"},
     {"trainer"},
-    {"planning"},
-    {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline", "check"}
-    | {"check_memory", "check_trace", "schedule_flags"},
+    {"planning", "check", "check_memory"},
+    {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline"}
+    | {"check_trace", "schedule_flags"},
     {"effects", "preprocessing", "check_data", "check_pipeline"},
     {"data", "models", "cli"},
     {"layers", "config_file"},

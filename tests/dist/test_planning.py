@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import astuple, replace
+from itertools import pairwise
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
+from held import held_for_weights
 from pool import RankPool
 from torch import Tensor
-from worlds import make_trainer
+from worlds import make_trainer, world_groups
 
+from megalite.config import Config, resolve
+from megalite.errors import ConfigError
+from megalite.estimate import kept_for_weights_bytes
+from megalite.models.stage import StageSpec
 from megalite.pipeline.actions import Op
 from megalite.pipeline.costs import Costs
-from megalite.planning.block_costs import ModelCosts
+from megalite.pipeline.schedules import SCHEDULES
+from megalite.planning import shared
+from megalite.planning.block_costs import ModelCosts, estimated_costs
 from megalite.planning.measure import measure_costs
+from megalite.planning.shared import from_first_rank, sum_over_ranks
 from megalite.trainer import MEASURED_STEPS
 
 LAYOUT: dict[str, Any] = dict(pp=2, schedule="zb-v", num_layers=4, global_batch_size=16)
+CPU = torch.device("cpu")
+
+
+def small(ranks: int, **values: Any) -> Config:
+    """A small run, resolved for a world of so many ranks."""
+    sizes = dict(num_layers=4, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48)
+    batch = dict(seq_length=16, micro_batch_size=2, global_batch_size=16, steps=4)
+    kind = dict(precision="fp32", device="cpu")
+    return resolve(Config().replace(**sizes, **batch, **kind, **values), ranks)
 
 
 def measured_job() -> ModelCosts:
@@ -37,6 +57,104 @@ def test_all_ranks_measure_the_same(pool: RankPool) -> None:
         assert part.forward > 0 and part.backward > 0
         # Nothing of theirs is left for later: taking nothing up again costs next to nothing.
         assert part.weight_gradient < 0.2 * part.backward
+
+
+def sums_job() -> list[str]:
+    """A sum that rounding makes depend on its order, told as its bits."""
+    groups = world_groups(small(8, tp=2, pp=2))
+    numbers = torch.tensor([0.1, 1e16, -1e16, 0.3], dtype=torch.float64).roll(groups.world_rank)
+    return [number.hex() for number in sum_over_ranks(numbers, groups).tolist()]
+
+
+def test_sums_are_the_same_bits_on_all_ranks(pool: RankPool) -> None:
+    first, *others = [outcome.value for outcome in pool.run(8, sums_job)]
+    assert all(other == first for other in others)
+
+
+def first_rank_job() -> float:
+    groups = world_groups(small(8, tp=2, pp=2))
+    mine = torch.tensor([7.0 + groups.world_rank])
+    return from_first_rank(mine, groups).item()
+
+
+def test_the_first_rank_tells_all(pool: RankPool) -> None:
+    assert [outcome.value for outcome in pool.run(8, first_rank_job)] == [7.0] * 8
+
+
+def limit_job() -> float:
+    """GPUs of unlike memory, the smallest in the middle of the grid."""
+    config = small(4, tp=2, pp=2)
+    groups = world_groups(config)
+    own = (4e9, 3e9, 1e9, 2e9)[groups.world_rank]
+    with mock.patch.object(shared, "_usable", return_value=own):
+        return shared.memory_limit(config, groups, CPU)
+
+
+def test_the_smallest_gpu_limits_all(pool: RankPool) -> None:
+    assert [outcome.value for outcome in pool.run(4, limit_job)] == [1e9] * 4
+
+
+def choice_job(limit: float) -> tuple[str, Costs | None, int]:
+    """What is chosen, or why nothing is; its costs; and how many plans this rank made."""
+    config = small(2, pp=2, schedule="auto")
+    groups = world_groups(config)
+    costs = estimated_costs(config)
+    with mock.patch.object(shared, "predict", wraps=shared.predict) as predict:
+        try:
+            best, choices = shared.choose_on_first_rank(config, costs, limit, groups, CPU)
+        except ConfigError as error:
+            return str(error), None, predict.call_count
+    assert (best in choices) == (groups.world_rank == 0), "what the table marks"
+    return best.config.parallel.schedule, best.costs, predict.call_count
+
+
+def test_only_the_first_rank_plans(pool: RankPool) -> None:
+    first, second = (o.value for o in pool.run(2, choice_job, float("inf")))
+    assert first[:2] == second[:2]
+    assert first[0] in SCHEDULES
+    assert first[2] > 5 and second[2] == 0
+
+
+def test_all_ranks_refuse_alike(pool: RankPool) -> None:
+    first, second = (o.value for o in pool.run(2, choice_job, 1.0))
+    assert first[:2] == second[:2]
+    assert "no schedule fits" in first[0]
+
+
+def test_a_limit_binds_from_the_first_step(pool: RankPool) -> None:
+    """Where no memory is left, each weight gradient follows its input gradient at once."""
+    free, tight = (pool.run(2, left_for_later_job, gib)[0].value for gib in (0.0, 1e-6))
+    assert free > 0
+    assert tight == 0
+
+
+def left_for_later_job(memory_limit: float) -> int:
+    """Input gradients of rank 0 that something else follows than their weight gradient."""
+    trainer = make_trainer(**LAYOUT, memory_limit=memory_limit)
+    order = trainer._program(trainer.config.num_micro_batches).plan.ranks[0]
+    return sum(
+        after != replace(action, op=Op.WEIGHT_GRADIENT)
+        for action, after in pairwise(order)
+        if action.op is Op.INPUT_GRADIENT
+    )
+
+
+def held_job(sequence_parallel: bool, recompute: str) -> tuple[int, int]:
+    """Bytes held for the weight gradients of an inner stage, and estimated."""
+    config = small(2, tp=2, sequence_parallel=sequence_parallel, recompute=recompute)
+    spec = StageSpec(1, 2, 3, has_embedding=False, has_head=False)
+    held = held_for_weights(config, spec, world_groups(config).tp)
+    return held, kept_for_weights_bytes(config, spec)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_tensor_ranks_hold_what_is_estimated(
+    pool: RankPool, sequence_parallel: bool, recompute: str
+) -> None:
+    for outcome in pool.run(2, held_job, sequence_parallel, recompute):
+        held, estimated = outcome.value
+        assert held == estimated > 0
 
 
 def odd_costs(stages: int) -> Costs:
@@ -92,7 +210,7 @@ def test_a_run_plans_by_what_its_steps_took(pool: RankPool) -> None:
     assert costs is not None
     assert all(number > 0 for number in (*costs.forward, *costs.input_gradient))
     assert all(number > 0 for number in costs.weight_gradient)
-    assert costs.kept[0] > 0 and str(Op.WEIGHT_GRADIENT) in plan
+    assert costs.message > 0 and costs.kept[0] > 0 and str(Op.WEIGHT_GRADIENT) in plan
 
 
 def untouched_job() -> Costs | None:

@@ -31,3 +31,15 @@ def test_a_run_chooses_its_schedule_once(tmp_path: Path) -> None:
     assert "schedules by measured costs" not in again.stdout
     # Where weight gradients are placed is measured anew and changes no bit.
     assert read_run(tmp_path / "again").losses == second.losses
+
+
+def test_on_one_stage_nothing_is_measured(tmp_path: Path) -> None:
+    flags = [*FLAGS, "--runs", str(tmp_path), "--device", "cpu", "--pp", "1", "--schedule", "auto"]
+    plain = launch(pretrain_command(*flags, "--name", "one"))
+    told = launch(pretrain_command(*flags, "--dry-run"))
+    assert (plain.returncode, told.returncode) == (0, 0), plain.stderr + told.stderr
+    assert "schedules by measured costs" not in plain.stdout
+    saved = json.loads((tmp_path / "one/config.json").read_text())["parallel"]
+    assert saved["schedule"] == "1f1b"
+    assert "--schedule auto has no effect with --pp 1" in told.stdout
+    assert "chosen again at start" not in told.stdout

@@ -9,10 +9,10 @@ from commands import run
 
 from megalite.config import Config
 from megalite.errors import ConfigError
-from megalite.estimate import kept_bytes
+from megalite.estimate import kept_bytes, kept_for_weights_bytes
 from megalite.models.stage import head_cost_in_layers, stage_specs
 from megalite.planning.block_costs import BlockCosts, ModelCosts, estimated_costs, stage_costs
-from megalite.planning.choice import choose, predictions, table
+from megalite.planning.choice import choose, has_choice, predictions, table, without_choice
 
 FLAGS = ("--model", "1b", "--pp", "4", "--micro-batch-size", "1", "--global-batch-size", "16")
 
@@ -54,6 +54,29 @@ def test_estimates_are_in_forwards_of_a_layer() -> None:
     per_layer = costs.attention.kept + costs.mlp.kept
     spec = stage_specs(given)[1]
     assert kept_bytes(given, spec) == pytest.approx(per_layer * spec.num_layers)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_stages_keep_what_is_estimated_of_them(recompute: str) -> None:
+    """The parts' sizes add up, also where a layer that is computed again keeps one input for two
+    blocks, and the halves of a cut layer one each."""
+    given = config("--recompute", recompute, "--num-layers", "4", "--pp-layers", "1,1.5,0.5,1")
+    costs = stage_costs(given, estimated_costs(given))
+    specs = stage_specs(given)
+    assert costs.kept == tuple(kept_bytes(given, spec) for spec in specs)
+    assert costs.kept_for_weights == tuple(kept_for_weights_bytes(given, spec) for spec in specs)
+    if recompute == "full":
+        assert costs.kept_for_weights[0] > 10 * costs.kept[0]
+
+
+def test_one_stage_leaves_nothing_to_choose() -> None:
+    alone = config("--pp", "1", "--schedule", "auto")
+    assert not has_choice(alone)
+    assert without_choice(alone).parallel.schedule == "1f1b"
+    for flags in (("--pp", "1", "--chunks", "2"), ("--pp", "4")):
+        several = config(*flags, "--schedule", "auto")
+        assert has_choice(several)
+        assert without_choice(several) is several
 
 
 def test_what_is_computed_again_belongs_to_the_input_gradient() -> None:

@@ -9,10 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from held import held_for_weights
 from torch import Tensor
 
 from megalite.config import Config, resolve
-from megalite.estimate import flops_per_token, rank_estimates, whole_parameters
+from megalite.estimate import (
+    flops_per_token,
+    kept_for_weights_bytes,
+    rank_estimates,
+    whole_parameters,
+)
 from megalite.layers.batch import DropoutPlace
 from megalite.layers.shard import named_shards
 from megalite.models.llama import EMBEDDING, LlamaStage
@@ -160,6 +166,22 @@ def test_activations_are_what_autograd_saves(recompute: str, shape: dict[str, An
     for spec, estimate in zip(stage_specs(config), rank_estimates(config), strict=True):
         measured, estimated = saved_bytes(config, spec), estimate.activations
         assert 0.97 < measured / estimated < 7 / 6, (spec, measured / estimated)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *({}, dict(num_kv_heads=2), dict(head_dim=32), dict(pp=3, pp_layers=(1.5, 0.5, 1))),
+        dict(attention="fused-softmax"),
+    ],
+    ids=str,
+)
+def test_weight_gradients_hold_what_is_estimated(recompute: str, shape: dict[str, Any]) -> None:
+    config = configure(**dict(precision="fp32", micro_batch_size=2, recompute=recompute), **shape)
+    for spec in stage_specs(config):
+        held = held_for_weights(config, spec, TensorGroup.solo())
+        assert held == kept_for_weights_bytes(config, spec)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
