@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megalite.config import Config
 from megalite.data.loader import Loader
@@ -85,6 +86,19 @@ class TimedCalls:
             del vars(pp)["start"]
 
 
+class TimedTrainer(Trainer):
+    """A trainer that times the messages of its steps, not those sent to be measured."""
+
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
+        self.calls = TimedCalls()
+
+    def accumulate(self, step: int) -> Tensor:
+        """As a trainer does."""
+        with self.calls.of(self.groups.pp):
+            return super().accumulate(step)
+
+
 def measure_cases(
     rank: Rank, *, op: str, cases: Sequence[Case], mixture: Mixture, rows: Table
 ) -> int:
@@ -115,11 +129,12 @@ def _measure(rank: Rank, op: str, case: Case, mixture: Mixture, name: str) -> Ro
     if config.parallel.schedule == AUTO:
         config, costs, note = _chosen(config, groups, device, mixture)
     _forget(device)
-    log, calls = StepLog(), TimedCalls()
+    log = StepLog()
     samples = open_samples(config, mixture)
-    trainer = Trainer(config, samples, groups, device, costs)
-    with fastest_attention(device), calls.of(groups.pp):
+    trainer = TimedTrainer(config, samples, groups, device, costs)
+    with fastest_attention(device):
         trainer.fit(cast("RunLog", log))
+    seconds = trainer.calls.seconds
     used = peak_memory_bytes(device)
     del trainer
     _forget(device)
@@ -131,7 +146,7 @@ def _measure(rank: Rank, op: str, case: Case, mixture: Mixture, name: str) -> Ro
     peaks = [peak for (peak,) in _of_ranks(groups.pp, [float(used)], device)]
     most = max(range(len(peaks)), key=peaks.__getitem__)
     shown = figures(trace, step_s)
-    per_step = len(calls.seconds) / config.train.steps
+    per_step = len(seconds) / config.train.steps
     return Row(
         op=op,
         case=str(case),
@@ -148,7 +163,7 @@ def _measure(rank: Rank, op: str, case: Case, mixture: Mixture, name: str) -> Ro
         waiting=shown.waiting,
         exposed=shown.exposed,
         stage_ms=1e3 * shown.stage_s,
-        call_us=1e6 * median(calls.seconds) if calls.seconds else None,
+        call_us=1e6 * median(seconds) if seconds else None,
         calls=per_step,
         memory_gib=peaks[most] / 2**30,
         estimate_gib=rank_estimates(config)[most].total / 2**30,
