@@ -68,11 +68,13 @@ def make_plan(
     if schedule.keeps is None:
         return plan
     costs = costs or Costs.uniform(plan.num_stages)
-    limits = []
-    for rank in range(num_ranks):
-        whole = sum(k for k, at in zip(costs.kept, stage_rank, strict=True) if at == rank)
-        bound = schedule.keeps(num_ranks) * whole
-        limits.append(bound if limit is None else min(bound, limit))
+    # A micro-batch counts until its weight gradients, whichever of its two sizes is larger.
+    sizes = map(max, costs.kept, costs.kept_for_weights)
+    whole = [0.0] * num_ranks
+    for size, rank in zip(sizes, stage_rank, strict=True):
+        whole[rank] += size
+    bounds = (schedule.keeps(num_ranks) * size for size in whole)
+    limits = [bound if limit is None else min(bound, limit) for bound in bounds]
     return place_weight_gradients(plan, costs, limits)
 
 
