@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from megalite.layers.linear import LINEAR
 from megalite.layers.shard import Shard, named_shards
@@ -118,11 +119,18 @@ class FlatParameters:
         self.last_use: Callable[[], None] | None = None
         self._are_old = False
         self._copies = _CopySums(self, groups)
+        self._hooks: list[RemovableHandle] = []
         for slot in self.slots:
             view = slot.of(self.parameters)
             view.copy_(slot.parameter.data)
             slot.parameter.data = view
-            slot.parameter.register_post_accumulate_grad_hook(self._take)
+            hook = slot.parameter.register_post_accumulate_grad_hook(self._take)
+            self._hooks.append(hook)
+
+    def release(self) -> None:
+        """Take no more gradients: hooks, which the garbage collector does not see, keep buffers."""
+        for hook in self._hooks:
+            hook.remove()
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the last step, at once or after their last use."""

@@ -81,6 +81,7 @@ def _measure_part(
     kept, for_weights = estimate.kept, estimate.kept_for_weights
     if on_gpu:
         kept, for_weights = part.sizes()
+    part.flat.release()
     return BlockCosts(forward, backward, inputs, weights, kept, for_weights)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import astuple, replace
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from megalite.config import Config, resolve
 from megalite.errors import ConfigError
 from megalite.estimate import kept_for_weights_bytes
 from megalite.models.stage import StageSpec
+from megalite.optim.flat import FlatParameters
 from megalite.pipeline.actions import Op
 from megalite.pipeline.costs import Costs
 from megalite.pipeline.schedules import SCHEDULES
@@ -44,6 +46,24 @@ def measured_job() -> ModelCosts:
     micro_batch = trainer.loader.train_batch(0).micro_batches[0]
     cpu = torch.device("cpu")
     return measure_costs(trainer.config, trainer.groups, cpu, torch.float32, micro_batch)
+
+
+def left_over_job() -> int:
+    """How many flat buffers are left beside the trainer's own."""
+    trainer = make_trainer(tp=2, pp=2)
+    micro_batch = trainer.loader.train_batch(0).micro_batches[0]
+    cpu = torch.device("cpu")
+    gc.collect()
+    gc.disable()
+    before = sum(type(each) is FlatParameters for each in gc.get_objects())
+    measure_costs(trainer.config, trainer.groups, cpu, torch.float32, micro_batch)
+    after = sum(type(each) is FlatParameters for each in gc.get_objects())
+    gc.enable()
+    return after - before
+
+
+def test_nothing_measured_stays_in_memory(pool: RankPool) -> None:
+    assert [outcome.value for outcome in pool.run(4, left_over_job)] == [0] * 4
 
 
 def test_all_ranks_measure_the_same(pool: RankPool) -> None:
