@@ -108,7 +108,7 @@ class Optimizer:
         squares = self._squared_norm()
         self._groups.tp.all_reduce(squares)
         totals = torch.cat([squares, statistics])
-        pending = self._groups.pp.norm_group.start_all_reduce(totals)
+        pending = self._groups.pp.start_all_reduce(totals)
         guesses = self._trusts_guess or math.isnan(self._guess)
         self._open = _OpenStep(pending, lr, self._spare is not None and guesses)
         if self._open.is_guessed:

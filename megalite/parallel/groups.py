@@ -50,8 +50,8 @@ class ParallelGroups:
     ) -> ParallelGroups:
         """Create every group of the layout. All ranks call it, after `init_process_group`.
 
-        The order is fixed: the mesh with its axes, then the pipelines' way back, then embedding
-        pairs, then key/value copies, then the pipelines' norms.
+        The order is fixed: the mesh with its axes, then the pipelines' two ways of messages, then
+        embedding pairs, then key/value copies.
         """
         parallel = config.parallel
         topology = Topology(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp)
@@ -68,15 +68,16 @@ class ParallelGroups:
         for group in filter(None, axis_group.values()):
             # A mesh gives its groups the library's own limit, whatever the default group's is.
             _set_pg_timeout(timeout, group)
-        back = topology.groups("pp") if topology.pp > 1 else ()
-        back_group = _own_group("pipeline back", back, world_rank, timeout)
+        pipelines = topology.groups("pp") if topology.pp > 1 else ()
+        later, earlier = (
+            _own_group(f"pipeline {way}", pipelines, world_rank, timeout, of_messages=True)
+            for way in ("later", "earlier")
+        )
         # Unused where both ends lie on one rank; which schedule it is may not be chosen yet.
         pairs = topology.embedding_pairs() if config.model.tie_embeddings else ()
         embedding_group = _own_group("embedding", pairs, world_rank, timeout)
         copies = topology.kv_replica_groups(config.model.num_kv_heads)
         kv_group = _own_group("kv copies", copies, world_rank, timeout)
-        norms = back if config.train.post_validation else ()
-        norm_group = _own_group("pipeline norm", norms, world_rank, timeout)
         groups = cls(
             topology,
             world_rank,
@@ -91,9 +92,9 @@ class ParallelGroups:
                 place.pp,
                 topology.pp,
                 axis_group["pp"],
-                back_group=back_group.process_group if back_group else None,
+                later_group=later.process_group if later else None,
+                earlier_group=earlier.process_group if earlier else None,
                 embedding_group=embedding_group,
-                norm_group=norm_group,
             ),
             dp=DataGroup(place.dp, topology.dp, axis_group["dp"]),
             activity=activity or Activity(),
@@ -110,8 +111,6 @@ class ParallelGroups:
             "embedding": self.pp.embedding_group,
             "key/value": self.tp.kv_group or AxisGroup(),
         }
-        if self.pp.norm_group is not self.pp:
-            groups["norm"] = self.pp.norm_group
         return {n: (g.world_ranks, g.trace) for n, g in groups.items() if g.size > 1}
 
     def wait_for_all(self, device: torch.device) -> None:
@@ -122,19 +121,33 @@ class ParallelGroups:
     def _connect(self, device: torch.device) -> None:
         """One collective on each axis, and messages between all neighbours: NCCL connects at the
         first use, which is no moment to wait for each other in the middle of a schedule."""
-        pipeline = (self.pp, self.pp.embedding_group, self.pp.norm_group)
-        for group in dict.fromkeys((self.tp, self.dp, *pipeline)):
+        for group in (self.tp, self.dp, self.pp, self.pp.embedding_group):
             group.all_reduce(torch.ones(1, device=device))
         self.pp.connect(device)
 
 
 def _own_group(
-    name: str, members: Iterable[tuple[int, ...]], world_rank: int, timeout: timedelta
+    name: str,
+    members: Iterable[tuple[int, ...]],
+    world_rank: int,
+    timeout: timedelta,
+    *,
+    of_messages: bool = False,
 ) -> AxisGroup | None:
-    """Create all groups, as every rank must, and return the one that holds this rank."""
+    """Create all groups, as every rank must, and return the one that holds this rank.
+
+    A GPU has few queues, and streams of one priority share them: what is queued behind the end of
+    a receive that nobody has sent yet waits with it, whatever stream it is of. Messages are started
+    long before they are needed, so they run on streams of another priority than computations.
+    """
+    options = None
+    if of_messages and dist.get_backend() == "nccl":
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     own = None
     for ranks in members:
-        process_group = dist.new_group(list(ranks), timeout=timeout, group_desc=name)
+        process_group = dist.new_group(
+            list(ranks), timeout=timeout, pg_options=options, group_desc=name
+        )
         if world_rank in ranks:
             own = AxisGroup(ranks.index(world_rank), len(ranks), process_group)
     return own

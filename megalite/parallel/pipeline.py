@@ -33,17 +33,16 @@ class Message:
 class PipelineGroup(AxisGroup):
     """The ranks that pass activations and gradients along the stages.
 
-    Messages to later ranks and messages to earlier ones have a process group each, so that on a GPU
-    they run on streams of their own and neither direction waits for the other. Within a direction
-    messages run in the order in which they are started.
+    Messages to later ranks and messages to earlier ones have a process group each, apart from that
+    of collectives, so that on a GPU they run on streams of their own and nothing waits for what it
+    does not need. Within a direction messages run in the order in which they are started.
 
     Args:
-        rank, size, process_group: see `AxisGroup`.
-        back_group: of the same ranks, for messages to earlier ranks; None exactly if the size is 1.
+        rank, size, process_group: see `AxisGroup`; of collectives.
+        later_group, earlier_group: of the same ranks, for messages to later and to earlier ranks;
+            None exactly if the size is 1.
         embedding_group: first and last stage's ranks, if they share a tied embedding and this is
             one of them.
-        norm_group: of the same ranks, for a norm that is summed while messages of the next step
-            pass, which must not queue behind it; None: there are none meanwhile.
     """
 
     def __init__(
@@ -52,15 +51,15 @@ class PipelineGroup(AxisGroup):
         size: int = 1,
         process_group: dist.ProcessGroup | None = None,
         *,
-        back_group: dist.ProcessGroup | None = None,
+        later_group: dist.ProcessGroup | None = None,
+        earlier_group: dist.ProcessGroup | None = None,
         embedding_group: AxisGroup | None = None,
-        norm_group: AxisGroup | None = None,
     ):
         super().__init__(rank, size, process_group)
-        assert (back_group is None) == (size == 1), f"size {size} with {back_group}"
-        self._back_group = back_group
+        for group in (later_group, earlier_group):
+            assert (group is None) == (size == 1), f"size {size} with {group}"
+        self._later_group, self._earlier_group = later_group, earlier_group
         self.embedding_group = embedding_group or AxisGroup()
-        self.norm_group: AxisGroup = norm_group or self
 
     def connect(self, device: torch.device) -> None:
         """Pass one number between neighbours in both directions, and from end to end.
@@ -83,7 +82,7 @@ class PipelineGroup(AxisGroup):
     def start(self, message: Message) -> dist.Work:
         """Begin to send or receive; shapes and order are known on both sides."""
         call = dist.isend if message.is_send else dist.irecv
-        group = self.process_group if message.later else self._back_group
+        group = self._later_group if message.later else self._earlier_group
         peer = self.world_ranks[message.peer]
         work = call(message.tensor, peer, group, message.tag)
         assert work is not None, "this rank is in the group"
