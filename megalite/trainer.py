@@ -74,7 +74,8 @@ class Trainer:
         samples: of training, validation and, if there is one, the test after training.
         groups: of this rank.
         device: of this rank.
-        costs: of the stages, by which weight gradients are placed at first; None: estimates.
+        costs: of the stages, by which messages and weight gradients are placed at first; None:
+            estimates.
     """
 
     def __init__(
@@ -86,10 +87,10 @@ class Trainer:
         costs: Costs | None = None,
     ):
         self.config, self.groups, self.device = config, groups, device
-        self._activity, self._costs = groups.activity, costs
+        self._activity = groups.activity
+        self._costs = costs or stage_costs(config, estimated_costs(config))
         self._limit: float | None = None
         if self._splits_backwards():
-            self._costs = costs or stage_costs(config, estimated_costs(config))
             self._limit = memory_limit(config, groups, device) - max(fixed_bytes(config))
         dtype = DTYPES[config.train.precision]
         # A batch that grows has more micro-batches later.
@@ -233,7 +234,7 @@ class Trainer:
         valid_loss = None
         loss = float("nan")
         traced = traced_steps(self.config.run.trace_steps)
-        measured = MEASURED_STEPS if self._places_weight_gradients() else ()
+        measured = MEASURED_STEPS if self.groups.pp.size > 1 else ()
 
         def record(step: int, reading: Reading | None) -> None:
             nonlocal loss
@@ -276,12 +277,11 @@ class Trainer:
         return Result(loss, valid_loss, test_loss)
 
     def plan_by_measured_costs(self) -> None:
-        """Place the weight gradients anew, by what the recorded steps' actions took.
+        """Place messages and weight gradients anew, by what the recorded steps' actions took.
 
-        Their order on each stage stays, and so does every sum: the numbers do not change.
+        The order of gradients on each stage stays, so every sum does: the numbers do not change.
         """
         self._activity.enter("planning by measured costs")
-        assert self._costs is not None, "split backwards are planned by costs"
         dtype = DTYPES[self.config.train.precision]
         message = measure_message(self.config, self.groups, self.device, dtype)
         recorder = self.executor.recorder
@@ -293,10 +293,6 @@ class Trainer:
         """Whether weight gradients are placed by costs and by the memory there is."""
         schedule = self.config.parallel.schedule
         return not is_file(schedule) and SCHEDULES[schedule].keeps is not None
-
-    def _places_weight_gradients(self) -> bool:
-        """Whether there are waits to place them in."""
-        return self._splits_backwards() and self.groups.pp.size > 1
 
     def save(self, folder: Path) -> None:
         """Write the final weights; returns when all ranks have."""
@@ -349,7 +345,7 @@ class Trainer:
     def _forward_program(self, num_micro_batches: int) -> Program:
         if num_micro_batches not in self._forward_programs:
             plan = forward_only(num_micro_batches, self._stage_rank)
-            self._forward_programs[num_micro_batches] = _checked(lower(plan))
+            self._forward_programs[num_micro_batches] = _checked(lower(plan, self._costs))
         return self._forward_programs[num_micro_batches]
 
 

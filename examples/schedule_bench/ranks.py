@@ -136,6 +136,7 @@ def _measure(rank: Rank, op: str, case: Case, mixture: Mixture, name: str) -> Ro
         trainer.fit(cast("RunLog", log))
     seconds = trainer.calls.seconds
     used = peak_memory_bytes(device)
+    trainer.flat.release()
     del trainer
     _forget(device)
     groups.wait_for_all(device)
@@ -169,7 +170,7 @@ def _measure(rank: Rank, op: str, case: Case, mixture: Mixture, name: str) -> Ro
         estimate_gib=rank_estimates(config)[most].total / 2**30,
         tokens_per_s=config.tokens_per_step / step_s / config.world_size,
         loss=log.loss,
-        note=note,
+        note=f"{note}; {shown.stage_times}" if note else shown.stage_times,
     )
 
 

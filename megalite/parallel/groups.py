@@ -19,6 +19,9 @@ from megalite.parallel.pipeline import PipelineGroup
 from megalite.parallel.tensor import TensorGroup
 from megalite.parallel.topology import AXES, Topology
 
+MESSAGE_CTAS = 4
+"""Multiprocessors that a message between stages may occupy."""
+
 
 @dataclass(frozen=True)
 class ParallelGroups:
@@ -134,15 +137,8 @@ def _own_group(
     *,
     of_messages: bool = False,
 ) -> AxisGroup | None:
-    """Create all groups, as every rank must, and return the one that holds this rank.
-
-    A GPU has few queues, and streams of one priority share them: what is queued behind the end of
-    a receive that nobody has sent yet waits with it, whatever stream it is of. Messages are started
-    long before they are needed, so they run on streams of another priority than computations.
-    """
-    options = None
-    if of_messages and dist.get_backend() == "nccl":
-        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    """Create all groups, as every rank must, and return the one that holds this rank."""
+    options = _message_options() if of_messages and dist.get_backend() == "nccl" else None
     own = None
     for ranks in members:
         process_group = dist.new_group(
@@ -151,3 +147,13 @@ def _own_group(
         if world_rank in ranks:
             own = AxisGroup(ranks.index(world_rank), len(ranks), process_group)
     return own
+
+
+def _message_options() -> dist.ProcessGroupNCCL.Options:
+    """Of groups whose messages travel while the GPU computes.
+
+    Until its other end is there, a message occupies multiprocessors that matrix products would use.
+    """
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = MESSAGE_CTAS
+    return options

@@ -21,7 +21,8 @@ class GpuProgress:
     """
 
     def __init__(self, device: torch.device):
-        self._numbers = torch.arange(NUMBERS, device=device)
+        # Cut here, not at every mark.
+        self._numbers = torch.arange(NUMBERS, device=device).split(1)
         self._host = torch.full((1,), NUMBERS - 1, pin_memory=True)
         self._reached = self._host.numpy()
         self._next = 0
@@ -29,7 +30,7 @@ class GpuProgress:
     def mark(self) -> int:
         """Put the next number into the current stream's queue; returns it."""
         number = self._next
-        self._host.copy_(self._numbers[number : number + 1], non_blocking=True)
+        self._host.copy_(self._numbers[number], non_blocking=True)
         self._next = (number + 1) % NUMBERS
         return number
 

@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from bisect import bisect
+from collections.abc import Iterator, Mapping
 
 from megalite.pipeline.actions import (
     GIVES_INPUT_GRADIENT,
-    SENDS,
     Action,
     Op,
     Order,
     Plan,
     Program,
 )
-from megalite.pipeline.channels import counterpart, goes_later, received_from
+from megalite.pipeline.channels import counterpart, received_from
 from megalite.pipeline.costs import Costs
 from megalite.pipeline.timing import end_times
 
 
 def lower(plan: Plan, costs: Costs | None = None) -> Program:
-    """Send right after an action made its output; begin to receive while that action runs.
+    """Start each message, at both of its ends, where its content is made.
 
-    So a message travels while its receiver computes, and does not stand in the way of others: one
-    that its receiver took only when needed would hold up all that its sender starts after it. It
-    is received no later than one action ahead of its use, unless its receiver has yet to make what
-    it sends before it.
+    That is right after the action that makes it on the rank that sends it, and on the rank that
+    receives it before the action during which it is made, so that it travels while that rank
+    computes.
 
-    Messages of one channel are started, at both
-    of their ends, in the order in which they would be made if no message waited for another. That
-    order is the same everywhere and no message in it waits for a later one, so no rank can wait for
-    itself, however strictly a back end keeps its messages in order.
+    When everything would be made if no message waited for another puts all actions and messages of
+    all ranks into one order, and each rank keeps to it. So whatever comes first in it of what has
+    not happened yet can happen, and no rank waits for ever, even where each has to wait for its
+    messages before it can compute: as a GPU does to load a kernel or to free memory, or where it
+    has one queue for both.
 
     Args:
         plan: whole.
-        costs: times that the order of messages follows from; None: every action takes one unit.
-            All ranks have to give the same.
+        costs: times that the order follows from; None: every action takes one unit. All ranks have
+            to give the same.
 
     Raises:
         PlanError: the plan would hang.
@@ -54,48 +51,30 @@ Made = tuple[float, int]
 
 def _lower_rank(plan: Plan, order: Order, made: Mapping[Action, Made]) -> Order:
     """The rank's order with its messages."""
+    own = [made[action] for action in order]
     before: list[list[Action]] = [[] for _ in range(len(order) + 1)]
-    messages = sorted(_messages(plan, order, made), key=lambda message: message.made)
-    for later in (True, False):
-        channel = [m for m in messages if goes_later(plan, m.action) is later]
-        for message, place in zip(channel, _places(channel), strict=True):
-            before[place].append(message.action)
+    for content, message in sorted(_messages(plan, order, made), key=lambda pair: pair[0]):
+        before[bisect(own, content)].append(message)
     steps: list[Action] = []
     for started, action in zip(before, order, strict=False):
         steps += [*started, action]
     return (*steps, *before[-1])
 
 
-@dataclass(frozen=True)
-class _Message:
-    """A message, and the index of the action before which it is started.
-
-    Attributes:
-        action: as its end on this rank names it.
-        made: when its content is.
-        place: where it is started; a receive may be started earlier too.
-    """
-
-    action: Action
-    made: Made
-    place: int
-
-
-def _messages(plan: Plan, order: Order, made: Mapping[Action, Made]) -> Iterator[_Message]:
-    """What the rank receives and sends."""
-    own = [made[action] for action in order]
-    for index, action in enumerate(order):
+def _messages(
+    plan: Plan, order: Order, made: Mapping[Action, Made]
+) -> Iterator[tuple[Made, Action]]:
+    """What the rank receives and sends, and when its content is made."""
+    for action in order:
         stage, i = action.stage, action.micro_batch
         source = plan.source(action)
         if source is not None and plan.is_remote(stage, source[0]):
             neighbour, direction = source
-            content = _made(made, neighbour, direction, i)
-            meanwhile = bisect_left(own, content[:1])
-            place = min(meanwhile, max(0, index - 1))
-            yield _Message(Action(stage, Op(f"RECV_{direction}"), i), content, place)
-        received = received_from(plan, action)
-        if received is not None and plan.is_remote(stage, received.stage):
-            yield _Message(counterpart(received), made[action], index + 1)
+            received = Action(stage, Op(f"RECV_{direction}"), i)
+            yield _made(made, neighbour, direction, i), received
+        taken = received_from(plan, action)
+        if taken is not None and plan.is_remote(stage, taken.stage):
+            yield made[action], counterpart(taken)
 
 
 def _made(made: Mapping[Action, Made], stage: int, direction: Op, micro_batch: int) -> Made:
@@ -103,12 +82,3 @@ def _made(made: Mapping[Action, Made], stage: int, direction: Op, micro_batch: i
     makers = (Op.FORWARD,) if direction is Op.FORWARD else GIVES_INPUT_GRADIENT
     actions = (Action(stage, op, micro_batch) for op in makers)
     return next(made[action] for action in actions if action in made)
-
-
-def _places(channel: Sequence[_Message]) -> list[int]:
-    """Where each message is started: in the channel's order, receives as early as those after."""
-    places = [message.place for message in channel]
-    for index in reversed(range(len(channel) - 1)):
-        if channel[index].action.op not in SENDS:
-            places[index] = min(places[index], places[index + 1])
-    return list(accumulate(places, max))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import astuple, replace
 from itertools import pairwise
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -215,29 +216,27 @@ def test_where_weight_gradients_are_placed_changes_no_bit(pool: RankPool) -> Non
         assert torch.equal(weights, others)
 
 
-def replanned_job() -> tuple[Costs | None, str]:
+def replanned_job(**flags: Any) -> tuple[Costs, str]:
     """A whole run; the costs that its plan follows in the end."""
-    trainer = make_trainer(**LAYOUT, steps=MEASURED_STEPS[-1] + 1, eval_steps=0)
+    trainer = make_trainer(**flags, steps=MEASURED_STEPS[-1] + 1, eval_steps=0)
     trainer.fit(None)
     program = trainer._program(trainer.config.num_micro_batches)
-    return trainer._costs, " ".join(str(action) for order in program.plan.ranks for action in order)
+    return trainer._costs, " ".join(str(action) for order in program.ranks for action in order)
 
 
 def test_a_run_plans_by_what_its_steps_took(pool: RankPool) -> None:
-    (costs, plan), (other_costs, other_plan) = (o.value for o in pool.run(2, replanned_job))
+    job = partial(replanned_job, **LAYOUT)
+    (costs, program), (other_costs, other_program) = (o.value for o in pool.run(2, job))
     assert costs == other_costs, "all ranks agree"
-    assert plan == other_plan
-    assert costs is not None
+    assert program == other_program
     assert all(number > 0 for number in (*costs.forward, *costs.input_gradient))
     assert all(number > 0 for number in costs.weight_gradient)
-    assert costs.message > 0 and costs.kept[0] > 0 and str(Op.WEIGHT_GRADIENT) in plan
+    assert costs.message > 0 and costs.kept[0] > 0 and str(Op.WEIGHT_GRADIENT) in program
 
 
-def untouched_job() -> Costs | None:
-    trainer = make_trainer(pp=2, steps=MEASURED_STEPS[-1] + 1, eval_steps=0)
-    trainer.fit(None)
-    return trainer._costs
-
-
-def test_whole_backwards_are_not_measured(pool: RankPool) -> None:
-    assert [outcome.value for outcome in pool.run(2, untouched_job)] == [None, None]
+def test_whole_backwards_are_measured_for_their_messages(pool: RankPool) -> None:
+    job = partial(replanned_job, pp=2)
+    (costs, program), other = (o.value for o in pool.run(2, job))
+    assert (costs, program) == other, "all ranks agree"
+    assert all(number > 0 for number in (*costs.forward, *costs.backward, costs.message))
+    assert not any(costs.input_gradient) and str(Op.WEIGHT_GRADIENT) not in program

@@ -173,6 +173,18 @@ def test_mixed_dtypes_of_wide_rows() -> None:
             check_relative(list(got), list(exact), 2e-2)
 
 
+@pytest.mark.parametrize("hidden", [1024, 4096, 8192, 16384, 20000])
+def test_a_weight_wider_than_the_rows(hidden: int) -> None:
+    """It is kept or staged beside them, and has to fit too."""
+    x, dy = normal(400, hidden, dtype=torch.bfloat16), normal(400, hidden, dtype=torch.bfloat16)
+    leaves = [x.requires_grad_(), normal(hidden).requires_grad_()]
+    doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    assert leaves[1].dtype == torch.float32
+    got = torch.autograd.grad(rms_norm(*leaves, EPS), leaves, dy)
+    exact = torch.autograd.grad(reference.rms_norm(*doubles, EPS), doubles, dy.double())
+    check_relative(list(got), list(exact), 2e-2)
+
+
 def layer(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, total = add_rms_norm(x, residual, weight, eps)
     return rms_norm(2 * y, weight, eps, "llama"), total

@@ -70,6 +70,7 @@ def test_figures_by_hand() -> None:
             # Three of the messages were awaited, each half a second after it was sent.
             exposed=1.5 / 2 / 13,
             stage_s=1,
+            stage_times="F 1000.00 1000.00, B 2000.00 2000.00 ms",
         )
     )
 

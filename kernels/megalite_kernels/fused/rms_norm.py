@@ -303,6 +303,9 @@ def launch_backward(
         return weight.new_zeros(weight.shape)
     block = triton.next_power_of_2(width)
     plan = plan or _plan(BACKWARD, block, x, dy, dresidual, BACKWARD_WIDER)
+    if not plan.keeps_weight and weight.element_size() > max(x.element_size(), dy.element_size()):
+        # It is staged like the rows, for which there is room beside those of their own width.
+        plan = BACKWARD_WIDER
     early = can_start_early(x)
     dy, dy_stride = _as_rows(dy)
     dresidual, dresidual_stride = (None, 0) if dresidual is None else _as_rows(dresidual)
