@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,7 @@ SCHEDULES = [
 
 
 def run(folder: Path, *flags: str, layout: str = "") -> Run:
-    name = "run" + "".join([*flags, layout]).replace(" ", "")
+    name = re.sub("[ ,]+", "-", " ".join(["run", *flags, layout]).strip())
     command = pretrain_command(*FLAGS, *flags, *layout.split())
     command += ["--runs", str(folder), "--name", name]
     together = layout and torch.cuda.device_count() < 2
