@@ -237,9 +237,10 @@ def test_goals_of_the_preset() -> None:
 
 
 def test_goal_of_the_executor_and_failed_rows() -> None:
-    own = Row(goals.EXECUTOR, "gpipe", action_us=10.0, computation_us=20.5, stages_us=9.0)
+    slow = Row(goals.EXECUTOR, "gpipe", action_us=20.5, computation_us=41.0, stages_us=9.0)
+    fast = Row(goals.EXECUTOR, "zb-h1", action_us=19.5, computation_us=32.0, stages_us=9.0)
     failed = Row(goals.BUBBLE, "zb-v", status=rows.FAILED)
-    assert list(verdicts(own, failed).values()) == [False]
+    assert list(verdicts(slow, fast, failed).values()) == [False, True]
 
 
 # --- the command ---
