@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from megalite import check_data, check_pipeline
 from megalite.check_memory import memory
+from megalite.check_sharding import sharding
 from megalite.check_trace import steps_to_trace
 from megalite.config import Config, fields, resolve
 from megalite.data.source import (
@@ -25,6 +26,7 @@ from megalite.data.source import (
 )
 from megalite.effects import without_effect
 from megalite.errors import ConfigError
+from megalite.near import SEARCHED, near, near_divisors, near_multiples
 from megalite.parallel.environment import World
 from megalite.tokenizer.choose import open_tokenizer
 
@@ -87,9 +89,6 @@ _SHARES = frozenset(
 )
 _RATES = frozenset({"fim_rate", "fim_spm_rate"})
 
-_SEARCHED = 1000
-"""Divisors are searched so far from a value, from 1 and from the number."""
-
 _LARGEST = 2**63
 """Numbers that no computer word holds begin here."""
 
@@ -131,27 +130,27 @@ def _heads(config: Config) -> Violations:
     if heads % kv_heads:
         yield (
             f"--num-kv-heads {kv_heads} does not divide --num-attention-heads {heads}"
-            f"{_try_divisors(heads, kv_heads)}"
+            f"{near_divisors(heads, kv_heads)}"
         )
     if heads % tp:
         yield (
             f"--tp {tp} does not divide --num-attention-heads {heads} "
-            f"(each tensor rank owns whole heads){_try_divisors(heads, tp)}"
+            f"(each tensor rank owns whole heads){near_divisors(heads, tp)}"
         )
     elif kv_heads % tp and tp % kv_heads:
         choices = [
             n
-            for n in range(1, min(heads, _SEARCHED) + 1)
+            for n in range(1, min(heads, SEARCHED) + 1)
             if heads % n == 0 and not (kv_heads % n and n % kv_heads)
         ]
         yield (
             f"--tp {tp} and --num-kv-heads {kv_heads}: one must divide the other (a key/value "
-            f"head is whole on a rank, or copied on equally many){_try(choices, tp)}"
+            f"head is whole on a rank, or copied on equally many){near(choices, tp)}"
         )
     if not model.head_dim:
         yield (
             f"--num-attention-heads {heads} does not divide --hidden-size {model.hidden_size}"
-            f"{_try_divisors(model.hidden_size, heads)}, or give --head-dim"
+            f"{near_divisors(model.hidden_size, heads)}, or give --head-dim"
         )
     elif model.head_dim % 2:
         yield f"--head-dim {model.head_dim} must be even: RoPE turns pairs of features"
@@ -162,12 +161,12 @@ def _widths(config: Config) -> Violations:
     if model.ffn_hidden_size % parallel.tp:
         yield (
             f"--tp {parallel.tp} does not divide --ffn-hidden-size {model.ffn_hidden_size}"
-            f"{_try_divisors(model.ffn_hidden_size, parallel.tp)}"
+            f"{near_divisors(model.ffn_hidden_size, parallel.tp)}"
         )
     if parallel.sequence_parallel and model.seq_length % parallel.tp:
         yield (
             f"--seq-length {model.seq_length} is not a multiple of --tp {parallel.tp}, as "
-            f"sequence parallelism needs{_nearest_multiples(model.seq_length, parallel.tp)}, or "
+            f"sequence parallelism needs{near_multiples(model.seq_length, parallel.tp)}, or "
             "give --no-sequence-parallel"
         )
     if model.rope_scaling == "llama3" and (
@@ -193,7 +192,7 @@ def _batch(config: Config) -> Violations:
         yield (
             f"--global-batch-size {train.global_batch_size} is not a multiple of "
             f"--micro-batch-size {train.micro_batch_size} x dp {dp} = {unit}"
-            f"{_nearest_multiples(train.global_batch_size, unit)}"
+            f"{near_multiples(train.global_batch_size, unit)}"
         )
     yield from _ramp(config, unit)
 
@@ -213,7 +212,7 @@ def _ramp(config: Config, unit: int) -> Violations:
             yield (
                 f"{given}: {what} is not a multiple of --micro-batch-size "
                 f"{config.train.micro_batch_size} x dp {config.parallel.dp} = {unit}"
-                f"{_nearest_multiples(size, unit)}"
+                f"{near_multiples(size, unit)}"
             )
     if start >= full or (full - start) % increment:
         yield (
@@ -332,6 +331,7 @@ _RULES: tuple[Callable[[Config], Violations], ...] = (
     _widths,
     check_pipeline.schedule,
     check_pipeline.stages,
+    sharding,
     _batch,
     _length,
     _data,
@@ -359,25 +359,6 @@ def _world(config: Config, world: World | None) -> Violations:
             f"{world.launcher} started {world.size} ranks, but --tp {parallel.tp} x "
             f"--pp {parallel.pp} x --dp {parallel.dp} = {config.world_size}: {hint}"
         )
-
-
-def _try_divisors(number: int, value: int) -> str:
-    """The divisors of a number nearest to a value, in words."""
-    far = [*range(1, _SEARCHED), *(number // n for n in range(1, _SEARCHED))]
-    near = range(max(1, value - _SEARCHED), value + _SEARCHED)
-    return _try(sorted({n for n in (*far, *near) if n and number % n == 0}), value)
-
-
-def _try(choices: list[int], value: int) -> str:
-    """The valid choices nearest to the value, in words."""
-    nearest = sorted(sorted(choices, key=lambda n: abs(n - value))[:4])
-    return f"; try {', '.join(map(str, nearest))}"
-
-
-def _nearest_multiples(value: int, unit: int) -> str:
-    below = value // unit * unit
-    choices = [n for n in (below, below + unit) if n]
-    return f"; try {' or '.join(map(str, choices))}"
 
 
 def _join(numbers: tuple[int, ...]) -> str:

@@ -21,66 +21,11 @@ from typing import Any, get_type_hints
 from megalite.batch_sizes import BatchSizes
 from megalite.config_data import DataConfig
 from megalite.config_model import ModelConfig
+from megalite.config_parallel import ParallelConfig
 from megalite.errors import ConfigError
 from megalite.option import option
 from megalite.tokenizer.byte import ByteTokenizer
 from megalite.tokenizer.choose import open_tokenizer
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """The layout: how many ranks on each axis, and how they are started."""
-
-    tp: int = option(1, "Tensor-parallel ranks: each holds 1/tp of every matrix.", metavar="RANKS")
-    pp: int = option(1, "Pipeline-parallel ranks: each holds some layers.", metavar="RANKS")
-    dp: int = option(0, "Data-parallel ranks. 0: world size / (tp x pp), or 1.", metavar="RANKS")
-    sequence_parallel: bool | None = option(
-        None, "Split norms and dropout along the sequence over tp. Default: on if tp > 1."
-    )
-    pp_layers: tuple[float, ...] = option(
-        (),
-        "Layers of each pipeline stage, pp x chunks numbers. Halves end after a layer's attention, "
-        "as in 8.5,7.5. Default: balanced.",
-        metavar="N,N,...",
-    )
-    schedule: str = option(
-        "1f1b",
-        "Pipeline schedule: gpipe, 1f1b, interleaved, zb-h1, zb-h2, zb-v, v-half, v-min, "
-        "dualpipe-v, auto (the fastest by measured costs), or a file of actions as "
-        "tools/draw_schedule.py prints it.",
-        metavar="NAME|FILE",
-    )
-    chunks: int = option(
-        0,
-        "Stages of each pipeline rank. 0: the schedule's own number, 2 for interleaved and the "
-        "V-shaped ones, else 1.",
-        metavar="STAGES",
-    )
-    memory_limit: float = option(
-        0.0,
-        "Memory that a rank may use; a plan that needs more is refused, and --schedule auto looks "
-        "for the fastest that needs no more. 0: what the GPU has.",
-        metavar="GIB",
-    )
-    device: str = option(
-        "auto",
-        "Where to train. auto: one GPU per rank if there are enough, else the CPU.",
-        choices=("auto", "cpu", "cuda"),
-    )
-    distributed_timeout_minutes: float = option(
-        10.0, "Longest wait for other ranks in a collective.", metavar="MINUTES"
-    )
-    start_timeout: float = option(
-        0.0,
-        "Longest start-up, first step, and whatever is no step; then it is a hang. 0: 300 seconds, "
-        "or what --distributed-timeout-minutes allows.",
-        metavar="SECONDS",
-    )
-    step_timeout: float = option(
-        0.0,
-        "Longest later step. 0: 100 seconds, or ten times the running median if that is more.",
-        metavar="SECONDS",
-    )
 
 
 @dataclass(frozen=True)
@@ -326,14 +271,16 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
         world_size: ranks that a launcher has already started; None if we start them.
 
     Returns:
-        The configuration with dp, batch, steps, heads, vocabulary and sequence parallelism filled
-        in. `device` and `precision` stay `auto` until `resolve_device`.
+        The configuration with dp, ZeRO level, batch, steps, heads, vocabulary and sequence
+        parallelism filled in. `device` and `precision` stay `auto` until `resolve_device`.
     """
     model, parallel, train = config.model, config.parallel, config.train
     dp = parallel.dp
     if not dp:
         dp = max(1, (world_size or 1) // max(1, parallel.tp * parallel.pp))
     values: dict[str, Any] = {"dp": dp}
+    if parallel.zero == -1:
+        values["zero"] = int(dp > 1 and not train.post_validation)
     if not model.num_kv_heads:
         values["num_kv_heads"] = model.num_attention_heads
     heads = model.num_attention_heads

@@ -167,10 +167,16 @@ _EFFECTS = (
         ),
         "with --mock-data and --vocab-size, which leave nothing to ask a tokenizer",
     ),
+    Effect(
+        ("zero_shard_size",),
+        lambda c: c.parallel.zero != 0 or c.parallel.dp == 1,
+        "with --zero 0, which shards nothing",
+    ),
     *map(_read_by, SOMETIMES_READ),
 )
 
 _ON_ONE_RANK = (
+    Effect(("zero", "zero_shard_size"), lambda c: c.parallel.dp > 1, "with dp 1"),
     Effect(("sequence_parallel",), lambda c: c.parallel.tp > 1, "with --tp 1"),
     Effect(("schedule", "pp_layers"), lambda c: num_stages(c) > 1, "with --pp 1"),
     Effect(("post_validation",), lambda c: c.parallel.pp > 1, "with --pp 1"),

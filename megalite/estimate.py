@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from megalite.config import Config
 from megalite.models.stage import StageSpec, stage_specs
+from megalite.optim.filling import fill_buckets
 from megalite.pipeline.actions import Op, Order
 from megalite.run_plan import run_plan, stage_rank
 
@@ -23,7 +24,8 @@ class RankEstimate:
 
     Attributes:
         parameters: number of parameters held, padding and copies included.
-        weights, gradients, optimizer: flat buffers; master weights are the optimizer's.
+        weights, gradients, optimizer: flat buffers, as far as this rank keeps them; master weights
+            are the optimizer's.
         activations: kept for backward, at the schedule's peak of micro-batches.
         logits: of one micro-batch, with the loss's temporaries; on the last stage.
     """
@@ -59,8 +61,7 @@ def stage_parameters(config: Config, spec: StageSpec) -> int:
     if spec.has_embedding:
         count += _table(config)
     if spec.has_head:
-        tied_here = model.tie_embeddings and spec.has_embedding
-        count += model.hidden_size + (0 if tied_here else _table(config))
+        count += model.hidden_size + (0 if _tied_here(config, spec) else _table(config))
     return count
 
 
@@ -105,11 +106,40 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
     return RankEstimate(
         parameters=parameters,
         weights=parameters * width,
-        gradients=parameters * full,
-        optimizer=parameters * full * _states(config),
+        gradients=full * _gradients(config, specs, parameters),
+        optimizer=full * _states(config) * parameters // config.parallel.shard_size,
         activations=tokens * _peak_kept(config, specs, order, width),
         logits=logits,
     )
+
+
+def _gradients(config: Config, specs: Sequence[StageSpec], parameters: int) -> int:
+    """Gradients that each rank keeps: all, or its shard and two buckets to fill and to sum."""
+    shards = config.parallel.shard_size
+    if config.parallel.zero < 2 or shards == 1:
+        return parameters
+    return parameters // shards + 2 * max(_bucket_sizes(config, specs))
+
+
+def _bucket_sizes(config: Config, specs: Sequence[StageSpec]) -> list[int]:
+    """Parameters of each bucket of matrices, as `megalite.optim.buckets` makes them."""
+    sizes, kinds = [], []
+    for spec in specs:
+        tables = {"embedding": spec.has_embedding, "head": spec.has_head}
+        layers = [size for block in spec.blocks for size in _matrices(config)[block % 2]]
+        for kind, of_kind in (
+            ("embedding", [_table(config)] * tables["embedding"]),
+            ("layers", layers),
+            ("head", [_table(config)] * (tables["head"] and not _tied_here(config, spec))),
+        ):
+            sizes += of_kind
+            kinds += [(spec.stage, kind)] * len(of_kind)
+    return [sum(sizes[i] for i in bucket) for bucket in fill_buckets(sizes, kinds)]
+
+
+def _tied_here(config: Config, spec: StageSpec) -> bool:
+    """Whether the stage's head is its embedding."""
+    return config.model.tie_embeddings and spec.has_embedding
 
 
 def _states(config: Config) -> int:
@@ -164,12 +194,19 @@ def _table(config: Config) -> int:
 
 def _block_parameters(config: Config, tp: int) -> tuple[int, int]:
     """Parameters of an attention block and of an MLP, norms included, on each of tp ranks."""
-    model = config.model
+    attention, mlp = _matrices(config, tp)
+    return sum(attention) + config.model.hidden_size, sum(mlp) + config.model.hidden_size
+
+
+def _matrices(config: Config, tp: int = 0) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Parameters of an attention's packed and output matrix, and of an MLP's, on each of tp ranks
+    (0: the run's)."""
+    model, tp = config.model, tp or config.parallel.tp
     heads = model.num_attention_heads // tp
     kv_heads = max(1, model.num_kv_heads // tp)
-    attention = (2 * heads + 2 * kv_heads) * model.head_dim * model.hidden_size
-    mlp = 3 * model.hidden_size * model.ffn_hidden_size // tp
-    return attention + model.hidden_size, mlp + model.hidden_size
+    unit = model.head_dim * model.hidden_size
+    of_ffn = model.hidden_size * model.ffn_hidden_size // tp
+    return ((heads + 2 * kv_heads) * unit, heads * unit), (2 * of_ffn, of_ffn)
 
 
 def _stage_activation_bytes(config: Config, spec: StageSpec, width: int) -> int:

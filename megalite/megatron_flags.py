@@ -150,11 +150,14 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--enable-zero-bubble": Refused("give --schedule zb-h1, or zb-h2 for twice the memory"),
         "--decoder-first-pipeline-num-layers": Refused("give all stages with --pp-layers N,N,..."),
         "--decoder-last-pipeline-num-layers": Refused("give all stages with --pp-layers N,N,..."),
-        "--use-distributed-optimizer": Refused(
-            "optimizer states are replicated over the data-parallel ranks"
+        "--use-distributed-optimizer": Alias("zero", "1"),
+        "--num-distributed-optimizer-instances": Refused(
+            "give the data ranks of each instance with --zero-shard-size"
         ),
         "--overlap-grad-reduce": Always("gradient buckets are reduced during the last backward"),
-        "--overlap-param-gather": Refused("parameters are not sharded, so there is no gather"),
+        "--overlap-param-gather": Always(
+            "what a data rank has updated is gathered while the next forward runs"
+        ),
         "--tp-comm-overlap": Refused(
             "it needs Transformer Engine; the reduction of input gradients overlaps anyway"
         ),

@@ -107,7 +107,7 @@ class Trainer:
         self._last_stage = self.stages.get(plan.num_stages - 1)
         if config.model.tie_embeddings and 0 in self.stages and self._last_stage is not None:
             self._last_stage.share_embedding(self.stages[0])
-        self.flat = FlatParameters(self.stages, groups)
+        self.flat = FlatParameters(self.stages, groups, shards_gradients=config.parallel.zero >= 2)
         self.executor = Executor(self.stages, groups, self.flat)
         self.optimizer = Optimizer(self.flat, groups, config.train)
         train_samples, valid_samples, self._tested = samples

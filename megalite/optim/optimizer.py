@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import TrainConfig
+from megalite.optim.buckets import Span
 from megalite.optim.flat import FlatParameters
 from megalite.optim.host_flag import HostFlag
 from megalite.parallel.group import Pending
@@ -34,12 +35,17 @@ class _OpenStep:
     is_guessed: bool
 
 
+_State = tuple[list[Tensor], list[Tensor], list[Tensor]]
+"""Master weights and both moments, by span."""
+
+
 class Optimizer:
     """AdamW with decoupled weight decay on master weights, after clipping the global norm.
 
-    Master weights and both moments are fp32 (fp64 in fp64 runs). For bf16 parameters the master
-    weights are a buffer of their own; otherwise they are the parameters themselves. Per parameter
-    of a bf16 run: 2 bytes of weight, 4 of gradient, 12 of master weight and moments.
+    Each rank updates what it owns of the flat buffers and passes it on to its shard group. Master
+    weights and both moments are fp32 (fp64 in fp64 runs). For bf16 parameters the master weights
+    are buffers of their own; otherwise they are the parameters themselves. Per parameter of a bf16
+    run: 2 bytes of weight, 4 of gradient, 12 / shards of master weight and moments.
 
     Nothing here waits for the GPU: the update kernel reads the factor that clips the gradients on
     the device, and skips the step, on all ranks alike, if the norm is not finite.
@@ -63,7 +69,7 @@ class Optimizer:
         train: hyper-parameters.
 
     Attributes:
-        master, exp_avg, exp_avg_sq: flat buffers, in the order of `flat`; of an open step, as they
+        master, exp_avg, exp_avg_sq: what this rank owns, by `flat.spans`; of an open step, as they
             were before it.
         steps: fp32 [], on the device: updates so far, without those skipped.
     """
@@ -71,15 +77,21 @@ class Optimizer:
     def __init__(self, flat: FlatParameters, groups: ParallelGroups, train: TrainConfig):
         self._flat, self._groups, self._train = flat, groups, train
         guesses = train.post_validation and groups.pp.size > 1
-        self.master = flat.parameters.to(flat.gradients.dtype, copy=guesses)
-        self.exp_avg = torch.zeros_like(self.master)
-        self.exp_avg_sq = torch.zeros_like(self.master)
-        self.steps = torch.zeros((), device=self.master.device)
+        dtype = flat.own_gradients[0].dtype
+        self.master = [part.to(dtype, copy=guesses) for part in flat.own_parameters]
+        self.exp_avg = [torch.zeros_like(part) for part in self.master]
+        self.exp_avg_sq = [torch.zeros_like(part) for part in self.master]
+        self.steps = torch.zeros((), device=flat.parameters.device)
+        self._copies_master = self.master[0].data_ptr() != flat.own_parameters[0].data_ptr()
         self._open: _OpenStep | None = None
-        self._spare: tuple[Tensor, Tensor, Tensor] | None = None
+        self._spare: _State | None = None
         if guesses:
-            self._spare = tuple(torch.empty_like(x) for x in self._state())  # type: ignore[assignment]
-            flat.last_use = self.validate
+            assert groups.dp.shards.size == 1, "a guess would have to be passed on twice"
+            master, exp_avg, exp_avg_sq = (
+                [torch.empty_like(part) for part in parts] for parts in self._state()
+            )
+            self._spare = master, exp_avg, exp_avg_sq
+            flat.last_use = self._settle
         self._guess, self._trusts_guess = 1.0, False
         self._verdict: tuple[bool, HostFlag] | None = None
 
@@ -105,7 +117,7 @@ class Optimizer:
             summed over the pipeline ranks. Equal on all ranks. Of a step that `is_open`, not to be
             read before `validate`, which puts them there.
         """
-        squares = self._squared_norm()
+        squares = self._groups.dp.shards.all_reduce(self._squared_norm())
         self._groups.tp.all_reduce(squares)
         totals = torch.cat([squares, statistics])
         pending = self._groups.pp.start_all_reduce(totals)
@@ -115,15 +127,21 @@ class Optimizer:
             guess = torch.full_like(totals[0], self._guess)
             self._update(lr, self.steps + 1.0, guess)
         else:
-            self.validate()
+            self._settle()
         return totals
 
     def validate(self) -> None:
         """Make the last step final: amend it where it was guessed and the guess was wrong.
 
         Weights, states and statistics may be read afterwards. The device waits for the other
-        pipeline ranks' parts of the norm; on gloo the host does.
+        pipeline ranks' parts of the norm and for what other data ranks have updated; on gloo the
+        host does.
         """
+        self._settle()
+        self._flat.wait_for_parameters()
+
+    def _settle(self) -> None:
+        """As `validate`, without waiting for what other data ranks have updated."""
         step, self._open = self._open, None
         if step is None:
             return
@@ -152,13 +170,8 @@ class Optimizer:
         self._trusts_guess = not wrong
         return is_guessed and wrong
 
-    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _state(self) -> _State:
         return self.master, self.exp_avg, self.exp_avg_sq
-
-    def _parts(self) -> tuple[tuple[slice, float], ...]:
-        """Where weight decay applies in the flat buffers and where it doesn't."""
-        decaying = slice(0, self._flat.decaying), self._train.weight_decay
-        return decaying, (slice(self._flat.decaying, None), 0.0)
 
     def _update(
         self,
@@ -168,32 +181,40 @@ class Optimizer:
         skip: Tensor | None = None,
         run: Tensor | None = None,
     ) -> None:
-        """Move the weights; with spare buffers the new state goes there, and the old one stays."""
-        flat, spare = self._flat, self._spare
-        for part, weight_decay in self._parts():
+        """Move the weights; with spare buffers the new state goes there, and the old one stays.
+
+        Spans are taken in the order in which the next forward needs them: norm weights, which the
+        first layer has of, then matrices from the first stage on.
+        """
+        flat, spare, train = self._flat, self._spare, self._train
+        for i in sorted(range(len(flat.spans)), key=lambda number: flat.spans[number].decays):
             adamw_(
-                self.master[part],
-                flat.gradients[part],
-                self.exp_avg[part],
-                self.exp_avg_sq[part],
+                self.master[i],
+                flat.own_gradients[i],
+                self.exp_avg[i],
+                self.exp_avg_sq[i],
                 step,
                 lr=lr,
-                beta1=self._train.adam_beta1,
-                beta2=self._train.adam_beta2,
-                eps=self._train.adam_eps,
-                weight_decay=weight_decay,
+                beta1=train.adam_beta1,
+                beta2=train.adam_beta2,
+                eps=train.adam_eps,
+                weight_decay=self._weight_decay(flat.spans[i]),
                 scale=scale,
                 skip=skip,
-                copy=None if self.master is flat.parameters else flat.parameters[part],
-                out=None if spare is None else (spare[0][part], spare[1][part], spare[2][part]),
+                copy=flat.own_parameters[i] if self._copies_master else None,
+                out=None if spare is None else (spare[0][i], spare[1][i], spare[2][i]),
                 run=run,
             )
+            flat.pass_on(i)
+
+    def _weight_decay(self, span: Span) -> float:
+        return self._train.weight_decay if span.decays else 0.0
 
     def _squared_norm(self) -> Tensor:
         """This rank's share of the squared global norm, fp64 [1]; every element counts once."""
-        slices = self._flat.counted_slices()
+        slices = self._flat.counted_gradients()
         if not slices:
-            return torch.zeros(1, dtype=torch.float64, device=self.master.device)
+            return torch.zeros(1, dtype=torch.float64, device=self._flat.parameters.device)
         return torch.stack([_square_sum(part) for part in slices]).sum()[None]
 
 

@@ -101,20 +101,33 @@ class AxisGroup:
         if self.size == 1:
             return Pending(x)
         out = torch.empty((self.size * x.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
-        x = x.contiguous()
-        number = self.trace.call("all_gather")
-        work = _all_gather_single(out, x, group=self.process_group, async_op=True)
-        return Pending(out, work, x, self.trace, number)
+        return self.start_all_gather_into(out, x.contiguous())
 
-    def start_reduce_scatter(self, x: Tensor) -> Pending:
-        """Sum over the ranks, of which each keeps its part of dim 0: [size n, ...] -> [n, ...]."""
+    def start_all_gather_into(self, whole: Tensor, own: Tensor) -> Pending:
+        """`start_all_gather` into a contiguous tensor, of which `own` may be this rank's part."""
+        if self.size == 1:
+            return Pending(whole.copy_(own))
+        number = self.trace.call("all_gather")
+        work = _all_gather_single(whole, own, group=self.process_group, async_op=True)
+        return Pending(whole, work, own, self.trace, number)
+
+    def start_reduce_scatter(self, x: Tensor, *, into: Tensor | None = None) -> Pending:
+        """Sum over the ranks, of which each keeps its part of dim 0: [size n, ...] -> [n, ...].
+
+        Args:
+            x: the whole.
+            into: where the sum goes, contiguous; it may be this rank's part of `x`. None: into a
+                new tensor.
+        """
         if self.size == 1:
             return Pending(x)
-        out = torch.empty((x.shape[0] // self.size, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        if into is None:
+            shape = x.shape[0] // self.size, *x.shape[1:]
+            into = torch.empty(shape, dtype=x.dtype, device=x.device)
         x = x.contiguous()
         number = self.trace.call("reduce_scatter")
-        work = _reduce_scatter_single(out, x, group=self.process_group, async_op=True)
-        return Pending(out, work, x, self.trace, number)
+        work = _reduce_scatter_single(into, x, group=self.process_group, async_op=True)
+        return Pending(into, work, x, self.trace, number)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """Copy `x` of the rank `source` of this group to all its ranks, in place."""

@@ -54,7 +54,7 @@ class ParallelGroups:
         """Create every group of the layout. All ranks call it, after `init_process_group`.
 
         The order is fixed: the mesh with its axes, then the pipelines' two ways of messages, then
-        embedding pairs, then key/value copies.
+        embedding pairs, then key/value copies, then shard groups and their replicas.
         """
         parallel = config.parallel
         topology = Topology(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp)
@@ -81,6 +81,17 @@ class ParallelGroups:
         embedding_group = _own_group("embedding", pairs, world_rank, timeout)
         copies = topology.kv_replica_groups(config.model.num_kv_heads)
         kv_group = _own_group("kv copies", copies, world_rank, timeout)
+        data: dict[str, AxisGroup | None] = {}
+        size = parallel.shard_size
+        if 1 < size < topology.dp:
+            data = {
+                "shards": _own_group("shards", topology.shard_groups(size), world_rank, timeout),
+                "replicas": _own_group(
+                    "shard replicas", topology.shard_replica_groups(size), world_rank, timeout
+                ),
+            }
+        elif size > 1:
+            data["shards"] = AxisGroup(place.dp, topology.dp, axis_group["dp"])
         groups = cls(
             topology,
             world_rank,
@@ -99,7 +110,7 @@ class ParallelGroups:
                 earlier_group=earlier.process_group if earlier else None,
                 embedding_group=embedding_group,
             ),
-            dp=DataGroup(place.dp, topology.dp, axis_group["dp"]),
+            dp=DataGroup(place.dp, topology.dp, axis_group["dp"], **data),
             activity=activity or Activity(),
         )
         groups._connect(device)
@@ -114,6 +125,9 @@ class ParallelGroups:
             "embedding": self.pp.embedding_group,
             "key/value": self.tp.kv_group or AxisGroup(),
         }
+        if self.dp.shards.size > 1:
+            groups["shards"] = self.dp.shards
+            groups["shard replicas"] = self.dp.replicas
         return {n: (g.world_ranks, g.trace) for n, g in groups.items() if g.size > 1}
 
     def wait_for_all(self, device: torch.device) -> None:
@@ -124,7 +138,8 @@ class ParallelGroups:
     def _connect(self, device: torch.device) -> None:
         """One collective on each axis, and messages between all neighbours: NCCL connects at the
         first use, which is no moment to wait for each other in the middle of a schedule."""
-        for group in (self.tp, self.dp, self.pp, self.pp.embedding_group):
+        data = (self.dp, self.dp.shards, self.dp.replicas)
+        for group in dict.fromkeys((self.tp, *data, self.pp, self.pp.embedding_group)):
             group.all_reduce(torch.ones(1, device=device))
         self.pp.connect(device)
 

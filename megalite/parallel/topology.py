@@ -59,6 +59,18 @@ class Topology:
             found.append(tuple(self.world_rank(**fixed, **{axis: i}) for i in members))
         return tuple(found)
 
+    def shard_groups(self, size: int) -> tuple[tuple[int, ...], ...]:
+        """World ranks of each group of `size` neighbours on the data axis; size divides dp."""
+        return tuple(
+            group[start : start + size]
+            for group in self.groups("dp")
+            for start in range(0, self.dp, size)
+        )
+
+    def shard_replica_groups(self, size: int) -> tuple[tuple[int, ...], ...]:
+        """World ranks that have the same place in their shard groups of `size`."""
+        return tuple(group[place::size] for group in self.groups("dp") for place in range(size))
+
     def embedding_pairs(self) -> tuple[tuple[int, int], ...]:
         """(first, last) stage's world ranks that share a tied embedding; none if pp is 1."""
         if self.pp == 1:

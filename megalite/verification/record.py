@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -117,7 +117,7 @@ class Recorder:
 
     def weights(self) -> list[Part]:
         """The weights as they are: of bf16 runs the master weights."""
-        return list(_parts(self.trainer.flat, self.trainer.optimizer.master))
+        return self._named(self.trainer.optimizer.master)
 
     def step(self, step: int, *, poisoned: bool = False) -> RankStep:
         """Take a step.
@@ -131,11 +131,15 @@ class Recorder:
         is_last = groups.world_rank == groups.topology.world_size - 1
         with self._watched(activations), self._poisoned(poisoned and is_last):
             loss = self.trainer.accumulate(step)
-        gradients = list(_parts(self.trainer.flat, self.trainer.flat.gradients))
+        gradients = self._named(self.trainer.flat.own_gradients)
         statistics = self.trainer.update(step, loss)
         self.trainer.optimizer.validate()
         norm, mean_loss = statistics.tolist()
         return RankStep(mean_loss, norm, gradients, self.weights(), activations)
+
+    def _named(self, parts: Sequence[Tensor]) -> list[Part]:
+        """The named slices in what the shard group owns together."""
+        return list(_parts(self.trainer.flat, self.trainer.flat.whole(parts)))
 
     @contextmanager
     def _watched(self, activations: dict[tuple[str, Samples_of], Tensor]) -> Iterator[None]:

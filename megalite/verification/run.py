@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.config import Config, resolve
+from megalite.parallel.data import DataGroup
 from megalite.parallel.groups import ParallelGroups
 from megalite.verification.causes import likely_cause
 from megalite.verification.compare import Comparison, Difference
@@ -103,6 +104,8 @@ def verify(
             if result.failure is not None and not watch:
                 again = _pass(one, groups, device, ranks, True)
                 result = again if again.failure is not None else _not_again(result)
+            if result.failure is not None and one is run and groups.dp.shards.size > 1:
+                result = _explained_without_shards(result, groups, device, ranks)
             passes.append(result)
             if result.failure is not None:
                 return Verdict(tuple(passes))
@@ -113,6 +116,19 @@ def _not_again(result: Pass) -> Pass:
     """A failure that did not happen again while the activations were watched."""
     assert result.failure is not None
     cause = "it did not happen again in the same run with its activations watched: look for a race"
+    return replace(result, failure=replace(result.failure, cause=cause))
+
+
+def _explained_without_shards(
+    result: Pass, groups: ParallelGroups, device: torch.device, ranks: _Ranks
+) -> Pass:
+    """A failure whose cause is sought where nothing is sharded, and every rank has all of it."""
+    assert result.failure is not None
+    dp = DataGroup(groups.dp.rank, groups.dp.size, groups.dp.process_group)
+    again = _pass(result.config.replace(zero=0), replace(groups, dp=dp), device, ranks, True)
+    cause = "with --zero 0 it is right: look at what data ranks shard, and what they gather of it"
+    if again.failure is not None:
+        cause = again.failure.cause
     return replace(result, failure=replace(result.failure, cause=cause))
 
 

@@ -87,6 +87,7 @@ def test_derived_values(
 
 
 DERIVED = {
+    "zero",
     *(
         "dp",
         "eod_mask_loss",

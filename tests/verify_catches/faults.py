@@ -27,7 +27,8 @@ from megalite.layers import (
 )
 from megalite.layers.batch import Documents, MicroBatch
 from megalite.models import llama
-from megalite.optim import flat, optimizer
+from megalite.optim import copies, flat, gradients, optimizer
+from megalite.optim.buckets import cut
 from megalite.parallel import data, pipeline, tensor
 from megalite.parallel.group import Pending
 from megalite.pipeline import runtime
@@ -66,7 +67,7 @@ def norm_gradients_not_reduced(patch: Patch) -> None:
 
 def tied_twice(patch: Patch) -> None:
     """The pair is summed, and summed again."""
-    add = flat._CopySums.sum
+    add = copies.CopySums.sum
 
     def broken(self: Any) -> None:
         add(self)
@@ -74,12 +75,12 @@ def tied_twice(patch: Patch) -> None:
             if group.size == 2 and group.process_group is not None and len(views) == 1:
                 group.all_reduce(views[0])
 
-    patch.setattr(flat._CopySums, "sum", broken)
+    patch.setattr(copies.CopySums, "sum", broken)
 
 
 def tied_not_at_all(patch: Patch) -> None:
     """Each stage keeps its own half."""
-    patch.setattr(flat._CopySums, "sum", lambda self: None)
+    patch.setattr(copies.CopySums, "sum", lambda self: None)
 
 
 def mean_of_means(patch: Patch) -> None:
@@ -229,17 +230,18 @@ def attention_dropout_equal_on_tensor_ranks(patch: Patch) -> None:
 
 def norm_counts_copies(patch: Patch) -> None:
     """Norm weights count once on each tensor rank."""
-    right = flat.FlatParameters.counted_slices
+    right = flat.FlatParameters.counted_gradients
 
     def broken(self: Any) -> list[Tensor]:
         pieces = [
-            slot.of(self.gradients)
+            view
             for slot in self.slots
             if not slot.shard.decays and slot.shard.pieces[0].replica
+            for view in cut(self.spans, self.own_gradients, slot.start, slot.stop)
         ]
         return right(self) + pieces
 
-    patch.setattr(flat.FlatParameters, "counted_slices", broken)
+    patch.setattr(flat.FlatParameters, "counted_gradients", broken)
 
 
 def norm_not_summed_over_stages(patch: Patch) -> None:
@@ -255,10 +257,10 @@ def norm_not_summed_over_stages(patch: Patch) -> None:
 def decay_on_norms(patch: Patch) -> None:
     """Weight decay applies to everything."""
 
-    def broken(self: Any) -> Any:
-        return ((slice(None), self._train.weight_decay),)
+    def broken(self: Any, _span: Any) -> float:
+        return self._train.weight_decay
 
-    patch.setattr(optimizer.Optimizer, "_parts", broken)
+    patch.setattr(optimizer.Optimizer, "_weight_decay", broken)
 
 
 def stale_receive_buffer(patch: Patch) -> None:
@@ -331,11 +333,41 @@ def reduced_over_wrong_axis(patch: Patch) -> None:
     """Gradient buckets are summed over the tensor ranks."""
     right = flat.FlatParameters.__init__
 
-    def broken(self: Any, stages: Any, groups: Any, *args: Any) -> None:
-        right(self, stages, groups, *args)
-        self._dp = data.DataGroup(groups.tp.rank, groups.tp.size, groups.tp.process_group)
+    def broken(self: Any, stages: Any, groups: Any, **kwargs: Any) -> None:
+        right(self, stages, groups, **kwargs)
+        tp = groups.tp
+        self._gradients._dp = data.DataGroup(tp.rank, tp.size, tp.process_group)
 
     patch.setattr(flat.FlatParameters, "__init__", broken)
+
+
+def not_passed_on(patch: Patch) -> None:
+    """What a data rank has updated stays with it."""
+    patch.setattr(flat.FlatParameters, "pass_on", lambda self, span: None)
+
+
+def norm_of_one_shard(patch: Patch) -> None:
+    """Each data rank clips by the norm of what it owns."""
+    right = optimizer.Optimizer._squared_norm
+
+    def broken(self: Any) -> Tensor:
+        shards = self._groups.dp.shards
+        return right(self) * (shards.rank == 0) * shards.size
+
+    patch.setattr(optimizer.Optimizer, "_squared_norm", broken)
+
+
+def last_bucket_not_collected(patch: Patch) -> None:
+    """The sum that comes last is not added to what the rank keeps."""
+    right = gradients.ShardedGradients.finish
+
+    def broken(self: Any) -> None:
+        last = self._scattering[-1].number
+        before = self.parts[last].clone()
+        right(self)
+        self.parts[last].copy_(before)
+
+    patch.setattr(gradients.ShardedGradients, "finish", broken)
 
 
 def not_reduced_over_data_ranks(patch: Patch) -> None:
@@ -364,14 +396,15 @@ def skipped_step_moves_moments(patch: Patch) -> None:
     right = optimizer.Optimizer.clip_and_step
 
     def broken(self: Any, lr: float, statistics: Tensor) -> Tensor:
-        finite = self._flat.gradients.isfinite().all()
+        finite = all(part.isfinite().all() for part in self._flat.own_gradients)
         agreed = torch.tensor([0.0 if finite else 1.0], dtype=torch.float64)
-        for group in (self._groups.tp, self._groups.pp):
+        for group in (self._groups.tp, self._groups.dp, self._groups.pp):
             group.all_reduce(agreed, maximum=True)
         result = right(self, lr, statistics)
         if agreed.item():
-            self.exp_avg.mul_(self._train.adam_beta1)
-            self.exp_avg_sq.mul_(self._train.adam_beta2)
+            for first, second in zip(self.exp_avg, self.exp_avg_sq, strict=True):
+                first.mul_(self._train.adam_beta1)
+                second.mul_(self._train.adam_beta2)
             self.steps += 1
         return result
 
@@ -383,7 +416,8 @@ def skipped_step_moves_weights(patch: Patch) -> None:
     right = optimizer.Optimizer._squared_norm
 
     def broken(self: Any) -> Tensor:
-        self._flat.gradients.nan_to_num_(0.0, 0.0, 0.0)
+        for part in self._flat.own_gradients:
+            part.nan_to_num_(0.0, 0.0, 0.0)
         return right(self)
 
     patch.setattr(optimizer.Optimizer, "_squared_norm", broken)
@@ -412,15 +446,15 @@ def loss_averaged_over_dp_only(patch: Patch) -> None:
 def last_micro_batch_not_reduced(patch: Patch) -> None:
     """Buckets are reduced before the last micro-batch's gradients are added."""
 
-    right = flat.FlatParameters.begin_last_gradients
+    right = gradients.WholeGradients.begin_last
 
     def broken(self: Any, stage: int, *, deferred: bool) -> None:
-        for bucket in self._own_buckets(stage):
-            self._launch(bucket)
-            bucket.pending.wait()
+        for number in self._only_of(stage):
+            self._launch(number)
+            self._closing[number].pending.wait()
         right(self, stage, deferred=deferred)
 
-    patch.setattr(flat.FlatParameters, "begin_last_gradients", broken)
+    patch.setattr(gradients.WholeGradients, "begin_last", broken)
 
 
 def deferred_gradient_forgotten(patch: Patch) -> None:
@@ -436,15 +470,15 @@ def deferred_gradient_forgotten(patch: Patch) -> None:
 
 def deferred_gradients_not_reduced(patch: Patch) -> None:
     """Buckets are full before the last weight gradients, that are computed later, have come."""
-    right = flat.FlatParameters.begin_last_gradients
+    right = gradients.WholeGradients.begin_last
 
     def broken(self: Any, stage: int, *, deferred: bool) -> None:
         right(self, stage, deferred=deferred)
-        for bucket in self._own_buckets(stage) if deferred else ():
-            self._launch(bucket)
-            bucket.pending.wait()
+        for number in self._only_of(stage) if deferred else ():
+            self._launch(number)
+            self._closing[number].pending.wait()
 
-    patch.setattr(flat.FlatParameters, "begin_last_gradients", broken)
+    patch.setattr(gradients.WholeGradients, "begin_last", broken)
 
 
 def tied_on_one_rank_apart(patch: Patch) -> None:
@@ -612,6 +646,19 @@ FAULTS: dict[str, Fault] = {
     ),
     "decay on norms": Fault(
         decay_on_norms, "--tp 2", "weight", "norm.weight", "decay is applied to norm weights"
+    ),
+    "not passed on": Fault(
+        not_passed_on, "--dp 2", "activation", "embedding", "look at what data ranks shard"
+    ),
+    "norm of one shard": Fault(
+        norm_of_one_shard, "--dp 2 --tp 2", "norm", "", "look at what data ranks shard"
+    ),
+    "last bucket not collected": Fault(
+        last_bucket_not_collected,
+        "--dp 2 --zero 2",
+        "gradient",
+        "",
+        "look at what data ranks shard",
     ),
     "stale receive buffer": Fault(
         stale_receive_buffer, "--pp 2", "activation", "layers.2.input", "stale receive buffer"

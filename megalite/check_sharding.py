@@ -1,0 +1,28 @@
+"""Rules about what the data ranks shard. One part of `megalite.check`; no torch import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megalite.config import Config
+from megalite.near import near_divisors
+
+LEVELS = (0, 1, 2)
+
+
+def sharding(config: Config) -> Iterator[str]:
+    """The level exists, shard groups are of one size, and nobody guesses what is sharded."""
+    parallel = config.parallel
+    zero, size, dp = parallel.zero, parallel.zero_shard_size, parallel.dp
+    if zero not in LEVELS:
+        yield f"--zero {zero}: choose from {', '.join(map(str, LEVELS))}"
+    elif size and dp % size:
+        yield (
+            f"--zero-shard-size {size} does not divide dp {dp} (shard groups are of one size)"
+            f"{near_divisors(dp, size)}"
+        )
+    if config.train.post_validation and zero > 0 and dp > 1 and parallel.pp > 1:
+        yield (
+            f"--post-validation and --zero {zero}: a guessed step can be amended only by who holds "
+            "all of it; give --zero 0, or leave out --post-validation"
+        )

@@ -1,0 +1,275 @@
+"""ZeRO: what data ranks shard changes no number, and nothing whole is kept of it."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from commands import run
+from pool import RankPool
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from worlds import make_trainer, world_groups
+
+from megalite.config import Config, resolve
+from megalite.layers.shard import Piece, initialize
+from megalite.models.llama import LlamaStage
+from megalite.models.stage import stage_specs
+from megalite.optim import flat as flat_module
+from megalite.optim.flat import FlatParameters
+from megalite.pipeline.schedules import SCHEDULES
+from megalite.trainer import Trainer
+from megalite.verification.run import Verdict, verify
+from megalite.verification.shrink import shrink
+
+STEPS = 4
+NOT_FINITE = 2
+SMALL_BUCKETS = 3000
+"""Elements: several buckets for each stage of the small model."""
+
+Named = dict[tuple[str, str, int], Tensor]
+"""(what, name of the whole tensor, where the slice begins) -> its values."""
+
+
+@contextmanager
+def small_buckets() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        right = flat_module.make_buckets
+        patch.setattr(
+            flat_module, "make_buckets", lambda stages, size, _: right(stages, size, SMALL_BUCKETS)
+        )
+        yield
+
+
+def named(flat: FlatParameters, what: str, buffer: Tensor) -> Named:
+    def key(piece: Piece) -> tuple[str, str, int]:
+        return what, piece.name, piece.start
+
+    return {
+        key(piece): piece.of(slot.of(buffer)).detach().clone()
+        for slot in flat.slots
+        for piece in slot.shard.pieces
+        if piece.length
+    }
+
+
+def trained_job(values: dict[str, Any]) -> tuple[list[Tensor], Named, int]:
+    """Steps of which one is skipped; returns statistics, weights with states, number of buckets."""
+    with small_buckets():
+        trainer = make_trainer(
+            **{"steps": STEPS, "lr": 1e-2, "lr_warmup_steps": 0, "clip_grad": 1.5, **values}
+        )
+    statistics = [take_step(trainer, step) for step in range(STEPS)]
+    optimizer, flat = trainer.optimizer, trainer.flat
+    optimizer.validate()
+    found = named(flat, "weight", flat.parameters)
+    for what in ("master", "exp_avg", "exp_avg_sq"):
+        found |= named(flat, what, flat.whole(getattr(optimizer, what)))
+    assert optimizer.steps.item() == STEPS - 1
+    return statistics, found, len(flat._buckets)
+
+
+def take_step(trainer: Trainer, step: int) -> Tensor:
+    groups = trainer.groups
+    if step != NOT_FINITE or groups.world_rank != groups.topology.world_size - 1:
+        return trainer.train_step(step)
+    parameter = trainer.flat.slots[-1].parameter
+    handle = parameter.register_hook(lambda gradient: gradient * torch.inf)
+    statistics = trainer.train_step(step)
+    handle.remove()
+    return statistics
+
+
+def trained(pool: RankPool, values: dict[str, Any]) -> list[tuple[list[Tensor], Named, int]]:
+    size = math.prod(values.get(axis, 1) for axis in ("tp", "pp", "dp"))
+    return [outcome.value for outcome in pool.run(size, trained_job, values)]
+
+
+def difference(one: Any, other: Any) -> float:
+    """Largest difference of anything, relative to each tensor's largest value."""
+    worst = 0.0
+    for (a_statistics, a, _), (b_statistics, b, _) in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        pairs = [*zip(a_statistics, b_statistics, strict=True), *((a[k], b[k]) for k in a)]
+        for x, y in pairs:
+            x, y = x.double().nan_to_num(-1.0), y.double().nan_to_num(-1.0)
+            worst = max(worst, ((x - y).abs().max() / x.abs().max().clamp(min=1e-30)).item())
+    return worst
+
+
+def without_norms(outcomes: Any) -> Any:
+    """With the losses alone of the statistics."""
+    return [([x[1] for x in statistics], found, n) for statistics, found, n in outcomes]
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    dict(dp=2, precision="bf16"),
+    dict(dp=2, pp=2, tie_embeddings=True, schedule="zb-h1"),
+    dict(dp=2, tp=2, num_kv_heads=1),
+    dict(dp=4),
+]
+MORE: list[dict[str, Any]] = [
+    dict(dp=2),
+    dict(dp=2, tie_embeddings=True),
+    dict(dp=2, tp=2, precision="bf16", tie_embeddings=True),
+    dict(dp=2, pp=2, schedule="zb-v", tie_embeddings=True),
+    dict(dp=2, pp=2, schedule="interleaved", precision="bf16"),
+    dict(dp=2, pp=2, schedule="dualpipe-v"),
+    dict(dp=2, pp=2, tp=2, schedule="zb-h2", num_kv_heads=1, tie_embeddings=True),
+    dict(dp=2, recompute="full", hidden_dropout=0.1),
+    dict(dp=4, tp=2, precision="bf16"),
+]
+
+
+def check_levels(pool: RankPool, layout: dict[str, Any]) -> None:
+    """In fp64 all to its rounding; and levels 1 and 0 in the same bits where the order of sums is
+    the same: of two ranks, and without the norm, which is summed in other pieces."""
+    if layout["dp"] == 2:
+        unclipped = layout | dict(clip_grad=0.0)
+        plain = trained(pool, unclipped | dict(zero=0))
+        assert min(buckets for _, _, buckets in plain) > 3
+        sharded = trained(pool, unclipped | dict(zero=1))
+        assert difference(without_norms(plain), without_norms(sharded)) == 0.0
+    double = layout | dict(precision="fp64")
+    plain = trained(pool, double | dict(zero=0))
+    sharded = [dict(zero=1), dict(zero=2)]
+    if layout["dp"] == 4:
+        sharded += [dict(zero=1, zero_shard_size=2), dict(zero=2, zero_shard_size=2)]
+    for how in sharded:
+        assert difference(plain, trained(pool, double | how)) < 1e-11, how
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_levels_train_alike(pool: RankPool, layout: dict[str, Any]) -> None:
+    check_levels(pool, layout)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", MORE, ids=str)
+def test_levels_train_alike_in_more_layouts(pool: RankPool, layout: dict[str, Any]) -> None:
+    check_levels(pool, layout)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of storages of a dtype that are alive, and the most there have been."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype, self.now, self.most = dtype, 0, 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and tensor.dtype == self.dtype:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address in self._seen:
+            return
+        self._seen.add(address)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._forget, address, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self._seen.discard(address)
+        self.now -= size
+
+
+def memory_job(shards_gradients: bool) -> tuple[int, int, int]:
+    """Most bytes in fp32 at any time in the backwards of a bf16 stage; those of all gradients; and
+    of this rank's share with two buckets, gloo's own copy of one, and what is no gradient."""
+    config = resolve(
+        Config().replace(dp=4, hidden_size=64, ffn_hidden_size=128, seq_length=8, vocab_size=257)
+    )
+    groups = world_groups(config)
+    (spec,) = stage_specs(config)
+    device = torch.device("cpu")
+    stage = LlamaStage(config, spec, tp=groups.tp, dtype=torch.bfloat16, device=device)
+    initialize(stage, 5)
+    tokens = torch.randint(0, 257, (1, 9), generator=torch.Generator().manual_seed(1))
+
+    def backward() -> None:
+        stage.token_losses(stage(tokens[:, :-1]), tokens[:, 1:]).sum().backward()
+
+    with Alive(torch.float32) as others:
+        backward()
+    stage.zero_grad()
+    with Alive(torch.float32) as alive:
+        flat = FlatParameters(
+            {0: stage}, groups, shards_gradients=shards_gradients, bucket_elements=SMALL_BUCKETS
+        )
+        flat.zero_gradients()
+        for last in (False, True):
+            if last:
+                flat.begin_last_gradients(0, deferred=False)
+            backward()
+        flat.end_last_gradients(0)
+        flat.finish_reduction()
+    matrices, norms = (
+        max(bucket.length for bucket in flat._buckets if bucket.decays is decays)
+        for decays in (True, False)
+    )
+    count = flat.parameters.numel()
+    own = count // 4 + 2 * (matrices + norms) + matrices
+    return alive.most, 4 * count, 4 * own + others.most
+
+
+def test_level_2_never_holds_a_full_gradient(pool: RankPool) -> None:
+    for outcome in pool.run(4, memory_job, True):
+        most, whole, own = outcome.value
+        assert most <= own < whole
+    for outcome in pool.run(4, memory_job, False):
+        most, whole, _ = outcome.value
+        assert most >= whole, "what is counted sees a full gradient"
+
+
+def verify_job(config: Config) -> Verdict:
+    groups = world_groups(config)
+    with small_buckets():
+        return verify(config, groups, torch.device("cpu"), precisions=("fp64", "fp32"))
+
+
+VERIFIED = [
+    "--dp 2 --zero 1",
+    "--dp 2 --zero 2 --tie-embeddings",
+    "--dp 2 --pp 2 --zero 2 --schedule zb-h1",
+    "--dp 2 --tp 2 --zero 2",
+    "--dp 4 --zero 1 --zero-shard-size 2",
+]
+MORE_VERIFIED = [
+    f"{layout} --zero {zero}{tied}"
+    for layout in (
+        *("--dp 2", "--dp 4", "--dp 2 --tp 2", "--dp 2 --pp 2", "--dp 2 --tp 2 --pp 2"),
+        *(f"--dp 2 --pp 2 --schedule {name}" for name in SCHEDULES),
+    )
+    for zero in (0, 1, 2)
+    for tied in ("", " --tie-embeddings")
+]
+
+
+def check_verified(pool: RankPool, flags: str) -> None:
+    config = shrink(run(*f"--device cpu --num-layers 4 {flags}".split())).config
+    words = flags.split()
+    assert config.parallel.zero == int(words[words.index("--zero") + 1])
+    verdict = pool.run(config.world_size, verify_job, config)[0].value
+    assert verdict.failed is None, verdict.failed
+
+
+@pytest.mark.parametrize("flags", VERIFIED)
+def test_verify(pool: RankPool, flags: str) -> None:
+    check_verified(pool, flags)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("flags", MORE_VERIFIED)
+def test_verify_more(pool: RankPool, flags: str) -> None:
+    check_verified(pool, flags)
