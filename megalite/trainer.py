@@ -26,7 +26,7 @@ from megalite.optim.flat import FlatParameters
 from megalite.optim.lr import learning_rate
 from megalite.optim.optimizer import Optimizer
 from megalite.parallel.groups import ParallelGroups
-from megalite.pipeline.actions import Program
+from megalite.pipeline.actions import Plan, Program
 from megalite.pipeline.check import check_program
 from megalite.pipeline.costs import Costs
 from megalite.pipeline.lower import lower
@@ -45,7 +45,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 )
 
 MEASURED_STEPS = (2, 3)
-"""By the costs of their actions weight gradients are placed from then on; 1 is the first step."""
+"""By the costs of their actions messages and weight gradients are placed from then on; 1 is the
+first step."""
 
 SLOWEST_DISK_BYTES_PER_S = 5e6
 """Slower than this, saving is a hang."""
@@ -94,9 +95,10 @@ class Trainer:
             self._limit = memory_limit(config, groups, device) - max(fixed_bytes(config))
         dtype = DTYPES[config.train.precision]
         # A batch that grows has more micro-batches later.
+        self._plans: dict[int, Plan] = {}
         self._programs: dict[int, Program] = {}
         self._forward_programs: dict[int, Program] = {}
-        plan = self._program(config.num_micro_batches).plan
+        plan = self._plan(config.num_micro_batches)
         self._stage_rank = plan.stage_rank
         self.stages: dict[int, LlamaStage] = {}
         for spec in stage_specs(config):
@@ -252,7 +254,7 @@ class Trainer:
             taken.append((step, self.train_step(step - 1)))
             scalars.end()
             self.executor.recorder.end_step()
-            if measured and step == measured[-1]:
+            if measured and step == measured[-1] and step < train.steps:
                 self.plan_by_measured_costs()
             evaluates = train.eval_interval and step % train.eval_interval == 0
             if step == train.steps or evaluates:
@@ -287,7 +289,10 @@ class Trainer:
         recorder = self.executor.recorder
         self._costs = recorded_costs(recorder, self.groups, self._costs, message)
         self.executor.recorder.clear()
+        if self._splits_backwards():
+            self._plans.clear()
         self._programs.clear()
+        self._forward_programs.clear()
 
     def _splits_backwards(self) -> bool:
         """Whether weight gradients are placed by costs and by the memory there is."""
@@ -336,9 +341,16 @@ class Trainer:
             return torch.zeros(1, dtype=torch.float64, device=self.device)
         return torch.stack(list(results.values())).double().sum()[None]
 
+    def _plan(self, num_micro_batches: int) -> Plan:
+        """What the run computes in a step; one in a file is read once, whatever becomes of it."""
+        if num_micro_batches not in self._plans:
+            plan = run_plan(self.config, num_micro_batches, self._costs, self._limit)
+            self._plans[num_micro_batches] = plan
+        return self._plans[num_micro_batches]
+
     def _program(self, num_micro_batches: int) -> Program:
         if num_micro_batches not in self._programs:
-            plan = run_plan(self.config, num_micro_batches, self._costs, self._limit)
+            plan = self._plan(num_micro_batches)
             self._programs[num_micro_batches] = _checked(lower(plan, self._costs))
         return self._programs[num_micro_batches]
 

@@ -1,4 +1,4 @@
-"""What recorded steps, and the time of steps that were not recorded, say of a schedule. No torch.
+"""What recorded steps say of a schedule. No torch.
 
 All shares are of the ranks' time, 1 being all of it.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from megalite.pipeline.actions import Op
+from megalite.pipeline.actions import Op, Plan
 from megalite.pipeline.costs import Costs
 from megalite.pipeline.idle import idle_times
 from megalite.pipeline.lower import lower
@@ -49,13 +49,8 @@ class Figures:
     stage_times: str
 
 
-def figures(trace: Trace, step_s: float) -> Figures:
-    """The figures of a schedule.
-
-    Args:
-        trace: of its recorded steps.
-        step_s: time of a step that was not recorded.
-    """
+def figures(trace: Trace) -> Figures:
+    """The figures of a schedule, of its recorded steps."""
     plan, costs = trace.plan, trace.costs()
     ranks, count = plan.num_ranks, plan.num_micro_batches
     timelines = {step: trace.timeline(step) for step in trace.steps}
@@ -69,18 +64,18 @@ def figures(trace: Trace, step_s: float) -> Figures:
     return Figures(
         recorded_s=recorded_s,
         predicted_s=predicted_s + recorded_s - pipeline_s,
-        bubble=1.0 - (fmean(busy) + optimizer_s) / step_s,
+        bubble=1.0 - (fmean(busy) + optimizer_s) / recorded_s,
         span_bubble=fmean(timeline.bubble_of_spans() for timeline in timelines.values()),
         bubble_of_1f1b=(ranks - 1) / (count + ranks - 1),
         cap=fmean(busy) / max(busy),
         waiting=fmean(waited) / recorded_s,
         exposed=fmean(exposed) / recorded_s,
         stage_s=min(costs.forward),
-        stage_times=_stage_times(costs),
+        stage_times=_stage_times(plan, costs),
     )
 
 
-def _stage_times(costs: Costs) -> str:
+def _stage_times(plan: Plan, costs: Costs) -> str:
     """`F 11.0 11.2, B 30.1 30.3 ms`: of each stage, first to last."""
     times = {
         Op.FORWARD: costs.forward,
@@ -88,7 +83,10 @@ def _stage_times(costs: Costs) -> str:
         Op.INPUT_GRADIENT: costs.input_gradient,
         Op.WEIGHT_GRADIENT: costs.weight_gradient,
     }
-    told = [f"{op} {' '.join(f'{1e3 * s:.2f}' for s in of)}" for op, of in times.items() if any(of)]
+    taken = {action.op for order in plan.ranks for action in order}
+    told = [
+        f"{op} {' '.join(f'{1e3 * s:.2f}' for s in of)}" for op, of in times.items() if op in taken
+    ]
     return ", ".join(told) + " ms"
 
 

@@ -1,8 +1,8 @@
 """One start of the ranks of a layout, which train under one schedule after the other.
 
 Each case is a run as `megalite.pretrain` makes it, without its files: `Trainer.fit` with a log that
-keeps times. Steps 1 to 3 warm up, and by 2 and 3 weight gradients are placed anew; 4 and 5 are
-recorded; 6 settles; the rest are timed.
+keeps times. Steps 1 to 3 warm up, and by 2 and 3 messages and weight gradients are placed anew;
+4 and 5 are recorded; 6 settles; the rest are timed.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _measure(rank: Rank, op: str, case: Case, mixture: Mixture, name: str) -> Ro
     step_s = median(steps)
     peaks = [peak for (peak,) in _of_ranks(groups.pp, [float(used)], device)]
     most = max(range(len(peaks)), key=peaks.__getitem__)
-    shown = figures(trace, step_s)
+    shown = figures(trace)
     per_step = len(seconds) / config.train.steps
     return Row(
         op=op,

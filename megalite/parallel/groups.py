@@ -19,9 +19,6 @@ from megalite.parallel.pipeline import PipelineGroup
 from megalite.parallel.tensor import TensorGroup
 from megalite.parallel.topology import AXES, Topology
 
-MESSAGE_CTAS = 4
-"""Multiprocessors that a message between stages may occupy."""
-
 
 @dataclass(frozen=True)
 class ParallelGroups:
@@ -153,7 +150,7 @@ def _own_group(
     of_messages: bool = False,
 ) -> AxisGroup | None:
     """Create all groups, as every rank must, and return the one that holds this rank."""
-    options = _message_options() if of_messages and dist.get_backend() == "nccl" else None
+    options = _message_options(timeout) if of_messages and dist.get_backend() == "nccl" else None
     own = None
     for ranks in members:
         process_group = dist.new_group(
@@ -164,11 +161,9 @@ def _own_group(
     return own
 
 
-def _message_options() -> dist.ProcessGroupNCCL.Options:
-    """Of groups whose messages travel while the GPU computes.
-
-    Until its other end is there, a message occupies multiprocessors that matrix products would use.
-    """
+def _message_options(timeout: timedelta) -> dist.ProcessGroupNCCL.Options:
+    """Of groups whose messages travel while the GPU computes: theirs are the next multiprocessors
+    that a matrix product leaves, not those that are left when all of it has been scheduled."""
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options.config.max_ctas = MESSAGE_CTAS
+    options._timeout = timeout  # told twice, or torch warns that one of the two is not taken
     return options

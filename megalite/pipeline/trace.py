@@ -14,7 +14,7 @@ from megalite.pipeline.simulate import Span, Timeline
 
 FIRST_STEP = 4
 """Steps before it warm up: they allocate memory, load kernels and connect ranks; and by what they
-measure, weight gradients may be placed anew after the third."""
+measure, messages and weight gradients are placed anew after the third."""
 
 PARTS = ("samples", "pipeline", "gradient sums", "optimizer")
 """Of a step: reading samples and counting their tokens; the plan's actions; what is left of the

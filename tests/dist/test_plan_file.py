@@ -11,7 +11,7 @@ import torch
 from commands import run
 from pool import RankPool
 from runs import SMALL
-from worlds import world_groups
+from worlds import make_trainer, world_groups
 
 from megalite import pretrain, verify
 from megalite.config import Config
@@ -43,6 +43,21 @@ def job(program: str, folder: str, flags: list[str]) -> int:
         return PROGRAMS[program](flags)
     finally:
         os.chdir(before)
+
+
+def edited_job(path: str) -> float:
+    """A run whose file is gone when its messages are placed anew."""
+    trainer = make_trainer(pp=2, micro_batch_size=4, schedule=path, steps=5, eval_steps=0)
+    trainer.groups.pp.all_reduce(torch.zeros(1))
+    Path(path).unlink(missing_ok=True)
+    return trainer.fit(None).train_loss
+
+
+def test_a_plan_is_read_once(pool: RankPool, tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(RIGHT)
+    losses = [outcome.value for outcome in pool.run(2, edited_job, str(path))]
+    assert losses[0] == losses[1] > 0
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -16,12 +16,14 @@ from pool import RankPool
 from torch import Tensor
 from worlds import make_trainer, world_groups
 
+from megalite import trainer as trainer_module
 from megalite.config import Config, resolve
 from megalite.errors import ConfigError
 from megalite.estimate import kept_for_weights_bytes
 from megalite.models.stage import StageSpec
 from megalite.optim.flat import FlatParameters
 from megalite.pipeline.actions import Op
+from megalite.pipeline.lower import lower
 from megalite.pipeline.costs import Costs
 from megalite.pipeline.schedules import SCHEDULES
 from megalite.planning import shared
@@ -196,6 +198,7 @@ def trained_job(by_costs: bool) -> tuple[Tensor, list[list[float]], str]:
     trainer = make_trainer(**LAYOUT)
     if by_costs:
         trainer._costs = odd_costs(4)
+        trainer._plans.clear()
         trainer._programs.clear()
     statistics = [trainer.train_step(step).tolist() for step in range(2)]
     program = trainer._program(trainer.config.num_micro_batches)
@@ -232,6 +235,27 @@ def test_a_run_plans_by_what_its_steps_took(pool: RankPool) -> None:
     assert all(number > 0 for number in (*costs.forward, *costs.input_gradient))
     assert all(number > 0 for number in costs.weight_gradient)
     assert costs.message > 0 and costs.kept[0] > 0 and str(Op.WEIGHT_GRADIENT) in program
+
+
+SKEWED = dict(forward=(9.0, 1.0), backward=(1.0, 9.0), message=0.5)
+
+
+def replaced_job() -> tuple[bool, bool]:
+    """Whether the programs at the end follow what was measured, and differ from the first ones."""
+    trainer = make_trainer(pp=2, steps=MEASURED_STEPS[-1] + 1, eval_steps=0)
+    count = trainer.config.num_micro_batches
+    getters = (trainer._program, trainer._forward_program)
+    before = [get(count).ranks for get in getters]
+    skewed = replace(trainer._costs, **SKEWED)
+    with mock.patch.object(trainer_module, "recorded_costs", lambda *_: skewed):
+        trainer.fit(None)
+    programs = [get(count) for get in getters]
+    follow = all(program == lower(program.plan, skewed) for program in programs)
+    return follow, before != [program.ranks for program in programs]
+
+
+def test_messages_are_placed_by_what_was_measured(pool: RankPool) -> None:
+    assert [outcome.value for outcome in pool.run(2, replaced_job)] == [(True, True)] * 2
 
 
 def test_whole_backwards_are_measured_for_their_messages(pool: RankPool) -> None:

@@ -8,8 +8,10 @@ import pytest
 
 from megalite.pipeline.actions import Action, Plan, PlanError, Program
 from megalite.pipeline.check import check_plan, check_program, find_deadlock
+from megalite.pipeline.costs import Costs
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedules import forward_only, make_plan
+from megalite.pipeline.simulate import simulate
 
 Orders = list[list[Action]]
 
@@ -114,6 +116,18 @@ def test_a_program_that_would_hang_names_ranks_and_messages() -> None:
         (0, "0RECV_B0"),
         (1, "1RECV_F1"),
     ]
+    with pytest.raises(PlanError, match=r"would hang: rank 0 in 0RECV_B0, rank 1 in 1RECV_F1"):
+        check_program(program)
+
+
+def test_a_rank_that_must_not_wait_for_its_own_receive_is_refused() -> None:
+    """Rank 0 begins to receive what depends on its next forward: it hangs if that one has to wait
+    for what is under way, as a GPU does that loads a kernel."""
+    program = program_of(
+        "0F0 0SEND_F0 0RECV_B0 0F1 0SEND_F1 0B0 0RECV_B1 0B1",
+        "1RECV_F0 1F0 1RECV_F1 1F1 1B0 1SEND_B0 1B1 1SEND_B1",
+    )
+    simulate(program, Costs.uniform(2))  # which would end if nothing waited but by need
     with pytest.raises(PlanError, match=r"would hang: rank 0 in 0RECV_B0, rank 1 in 1RECV_F1"):
         check_program(program)
 

@@ -54,7 +54,7 @@ def hand_made_trace(plan: Plan = PLAN, spans=BY_HAND, end: float = 12.0) -> Trac
 
 
 def test_figures_by_hand() -> None:
-    found = figures(hand_made_trace(), 13.0)
+    found = figures(hand_made_trace())
     assert dataclasses.asdict(found) == pytest.approx(
         dict(
             recorded_s=13,
@@ -75,13 +75,9 @@ def test_figures_by_hand() -> None:
     )
 
 
-def test_the_bubble_is_of_the_steps_that_were_not_recorded() -> None:
-    assert figures(hand_made_trace(), 10.0).bubble == pytest.approx(0.2)
-
-
 def test_a_host_that_lags_is_in_the_measured_step_and_not_in_the_prediction() -> None:
     late = [[*BY_HAND[0][:3], ("0B1", 11, 13, 1, 1)], BY_HAND[1]]
-    found = figures(hand_made_trace(spans=late, end=15.0), 16.0)
+    found = figures(hand_made_trace(spans=late, end=15.0))
     # The last message had come before the rank was free to wait for it.
     assert found.recorded_s == 16 and found.predicted_s == pytest.approx(13)
     assert found.exposed == pytest.approx((0.5 + 0.5 + 1) / 2 / 16)
@@ -89,7 +85,7 @@ def test_a_host_that_lags_is_in_the_measured_step_and_not_in_the_prediction() ->
 
 def test_the_cap_of_ranks_that_are_not_alike() -> None:
     quick = [(text, start, (start + end) / 2, *wait) for text, start, end, *wait in BY_HAND[1]]
-    found = figures(hand_made_trace(spans=[BY_HAND[0], quick]), 13.0)
+    found = figures(hand_made_trace(spans=[BY_HAND[0], quick]))
     assert found.cap == pytest.approx(4.5 / 6)
     assert found.stage_s == 0.5 and found.bubble == pytest.approx(1 - 6.5 / 13)
 
@@ -97,7 +93,7 @@ def test_the_cap_of_ranks_that_are_not_alike() -> None:
 def test_figures_of_one_rank() -> None:
     plan = make_plan("1f1b", 1, 2)
     spans = [[("0F0", 0, 1), ("0B0", 1, 3), ("0F1", 3, 4), ("0B1", 4, 6)]]
-    found = figures(hand_made_trace(plan, spans, end=8.0), 9.0)
+    found = figures(hand_made_trace(plan, spans, end=8.0))
     assert found.predicted_s == 9 and found.bubble == pytest.approx(1 / 9)
     assert (found.span_bubble, found.waiting, found.exposed, found.cap) == (0, 0, 0, 1)
 

@@ -302,10 +302,12 @@ def launch_backward(
     if rows == 0:
         return weight.new_zeros(weight.shape)
     block = triton.next_power_of_2(width)
-    plan = plan or _plan(BACKWARD, block, x, dy, dresidual, BACKWARD_WIDER)
-    if not plan.keeps_weight and weight.element_size() > max(x.element_size(), dy.element_size()):
-        # It is staged like the rows, for which there is room beside those of their own width.
-        plan = BACKWARD_WIDER
+    if plan is None:
+        plan = _plan(BACKWARD, block, x, dy, dresidual, BACKWARD_WIDER)
+        widest = max(x.element_size(), dy.element_size())
+        if not plan.keeps_weight and weight.element_size() > widest:
+            # It would be staged like the rows, and there is room for one of their width only.
+            plan = BACKWARD_WIDER
     early = can_start_early(x)
     dy, dy_stride = _as_rows(dy)
     dresidual, dresidual_stride = (None, 0) if dresidual is None else _as_rows(dresidual)
