@@ -57,7 +57,7 @@ class StubStage:
 class StubGradients:
     """Gradients that nobody sums."""
 
-    def add(self, _parameter: torch.nn.Parameter, _gradient: Tensor) -> None:
+    def add_product(self, _parameter: torch.nn.Parameter, _a: Tensor, _b: Tensor) -> None:
         """Nothing."""
 
     def begin_last_gradients(self, _stage: int, *, deferred: bool) -> None:

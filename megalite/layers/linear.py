@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megalite.layers.shard import Piece, Shard
-from megalite.layers.weight_gradients import WeightGradients, weight_gradient
+from megalite.layers.weight_gradients import WeightGradients
 from megalite.parallel.group import Pending
 from megalite.parallel.tensor import TensorGroup
 
@@ -182,7 +182,7 @@ class _Linear(Function):
         dx = dy @ weight
         if ctx.later.defer(ctx.parameter, dy, x):
             return dx, None, None
-        return dx, weight_gradient(dy, x), None
+        return dx, ctx.later.give(ctx.parameter, dy, x), None
 
 
 class _ColumnParallel(Function):
@@ -208,5 +208,5 @@ class _ColumnParallel(Function):
             return reduce(dy @ weight).wait(), None, None, None
         gathered = tp.start_all_gather(x) if cut else Pending(x)
         input_gradient = reduce(dy @ weight)
-        product = weight_gradient(dy, gathered.wait())
+        product = ctx.later.give(ctx.parameter, dy, gathered.wait())
         return input_gradient.wait(), product, None, None

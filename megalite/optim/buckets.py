@@ -34,6 +34,8 @@ class Slot:
         start: of the parameter in the flat buffers.
         stages: that use it: one, or two if embedding and head are tied on one rank.
         deferrable: schedules may compute its gradient after the input gradients.
+        arrivals: gradients of it that come in a stage's backward: one, or two if embedding and head
+            are tied on one stage, the head's product and the embedding's.
     """
 
     parameter: nn.Parameter
@@ -41,6 +43,7 @@ class Slot:
     start: int
     stages: tuple[int, ...]
     deferrable: bool
+    arrivals: int
 
     @property
     def stop(self) -> int:
@@ -75,6 +78,11 @@ class Bucket:
     def length(self) -> int:
         """Elements, the padding among them."""
         return self.stop - self.start
+
+    @property
+    def arrivals(self) -> int:
+        """Gradients that come for it in a stage's backward."""
+        return sum(slot.arrivals for slot in self.slots)
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -186,6 +194,7 @@ def _slots(stages: Mapping[int, nn.Module]) -> list[Slot]:
     users: dict[int, list[int]] = {}
     found: dict[int, tuple[nn.Parameter, Shard]] = {}
     deferrable: set[int] = set()
+    tied: set[int] = set()
     for number, stage in sorted(stages.items()):
         for parameter, shard in named_shards(stage):
             found.setdefault(id(parameter), (parameter, shard))
@@ -193,8 +202,17 @@ def _slots(stages: Mapping[int, nn.Module]) -> list[Slot]:
         later = getattr(stage, "weight_gradients", None)
         linear = [m for m in stage.modules() if isinstance(m, LINEAR)]
         deferrable |= {id(m.weight) for m in linear if m.weight_gradients is later}
+        others = [m for m in stage.modules() if not isinstance(m, LINEAR)]
+        tied |= {id(m.weight) for m in linear} & {id(getattr(m, "weight", None)) for m in others}
     order = sorted(found.values(), key=lambda item: not item[1].decays)
     return [
-        Slot(parameter, shard, 0, tuple(users[id(parameter)]), id(parameter) in deferrable)
+        Slot(
+            parameter,
+            shard,
+            start=0,
+            stages=tuple(users[id(parameter)]),
+            deferrable=id(parameter) in deferrable,
+            arrivals=2 if id(parameter) in tied else 1,
+        )
         for parameter, shard in order
     ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from megalite.layers.linear import LINEAR
 from megalite.optim.buckets import (
     counted_spans,
     cut,
@@ -26,6 +27,7 @@ from megalite.optim.filling import BUCKET_ELEMENTS
 from megalite.optim.gradients import Gradients, ShardedGradients, WholeGradients
 from megalite.parallel.group import Pending
 from megalite.parallel.groups import ParallelGroups
+from megalite_kernels import accumulate_product_
 
 
 class FlatParameters:
@@ -86,6 +88,9 @@ class FlatParameters:
             slot.parameter.data = view
             hook = slot.parameter.register_post_accumulate_grad_hook(self._take)
             self._hooks.append(hook)
+        self._linear = [m for s in stages.values() for m in s.modules() if isinstance(m, LINEAR)]
+        for module in self._linear:
+            module.weight_gradients.sums = self
         if size > 1:
             self._await_before_use(stages)
 
@@ -93,6 +98,8 @@ class FlatParameters:
         """Take no more gradients: hooks, which the garbage collector does not see, keep buffers."""
         for hook in self._hooks:
             hook.remove()
+        for module in self._linear:
+            module.weight_gradients.sums = None
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the last step, at once or after their last use."""
@@ -100,7 +107,20 @@ class FlatParameters:
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """A micro-batch's gradient of a parameter, to the sum over micro-batches."""
-        self._gradients.add(*self._place[id(parameter)], gradient)
+        bucket, slot = self._place[id(parameter)]
+        target, is_sum = self._gradients.place(bucket, slot)
+        if is_sum:
+            target.add_(gradient)
+        else:
+            target.copy_(gradient)
+        self._gradients.arrived(bucket)
+
+    def add_product(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
+        """As `add`, of a @ b: the product is accumulated in the gradients' precision."""
+        bucket, slot = self._place[id(parameter)]
+        target, is_sum = self._gradients.place(bucket, slot)
+        accumulate_product_(target, a, b, keep=is_sum)
+        self._gradients.arrived(bucket)
 
     def begin_last_gradients(self, stage: int, *, deferred: bool) -> None:
         """From here on each gradient of the stage that arrives is final, until

@@ -34,8 +34,13 @@ class Gradients(Protocol):
         """Forget those of the last step; after `last_use`, if somebody still reads them."""
         ...
 
-    def add(self, bucket: int, slot: Slot, gradient: Tensor) -> None:
-        """A micro-batch's gradient of a parameter."""
+    def place(self, bucket: int, slot: Slot, /) -> tuple[Tensor, bool]:
+        """Where a micro-batch's gradient of a parameter goes, in the parameter's shape, and whether
+        it is added to what is there or takes its place."""
+        ...
+
+    def arrived(self, bucket: int) -> None:
+        """It is there."""
         ...
 
     def begin_last(self, stage: int, *, deferred: bool) -> None:
@@ -105,13 +110,16 @@ class WholeGradients:
         if last_use is None:
             self.buffer.zero_()
 
-    def add(self, bucket: int, slot: Slot, gradient: Tensor) -> None:
-        """To the sum over micro-batches."""
+    def place(self, _bucket: int, slot: Slot, /) -> tuple[Tensor, bool]:
+        """The sum over micro-batches."""
         if self._last_use is not None:
             self._last_use()
             self._last_use = None
             self.buffer.zero_()
-        slot.of(self.buffer).add_(gradient)
+        return slot.of(self.buffer), True
+
+    def arrived(self, bucket: int) -> None:
+        """Of the last ones, start the sum over data ranks."""
         if self._stage is not None:
             self._closing[bucket].missing -= 1
             self._launch_full(self._stage)
@@ -129,7 +137,7 @@ class WholeGradients:
         for number in self._only_of(stage):
             bucket = self._buckets[number]
             comes = bucket.deferrable or not deferred
-            self._closing[number].missing = len(bucket.slots) if comes else 0
+            self._closing[number].missing = bucket.arrivals if comes else 0
         self._launch_full(stage)
 
     def end_last(self, stage: int) -> None:
@@ -179,6 +187,7 @@ class _Transient:
         storage: at least as long as the bucket.
         buffer: of the bucket's length; padding is zero.
         missing: gradients yet to come.
+        begun: slots, by their starts, of which one has come.
         pending: the sum over the shard group, once it has begun.
     """
 
@@ -186,6 +195,7 @@ class _Transient:
     storage: Tensor
     buffer: Tensor
     missing: int
+    begun: set[int] = field(default_factory=set)
     pending: Pending | None = None
 
 
@@ -229,11 +239,17 @@ class ShardedGradients:
         for part in self.parts:
             part.zero_()
 
-    def add(self, bucket: int, slot: Slot, gradient: Tensor) -> None:
-        """Into the bucket's transient buffer."""
+    def place(self, bucket: int, slot: Slot, /) -> tuple[Tensor, bool]:
+        """In the bucket's transient buffer."""
         filling = self._filling.get(bucket) or self._begin(bucket)
-        start = slot.start - self._buckets[bucket].start
-        filling.buffer[start : start + gradient.numel()].view(gradient.shape).copy_(gradient)
+        start, shape = slot.start - self._buckets[bucket].start, slot.parameter.shape
+        is_second = start in filling.begun
+        filling.begun.add(start)
+        return filling.buffer[start : start + shape.numel()].view(shape), is_second
+
+    def arrived(self, bucket: int) -> None:
+        """When the bucket is full, start its sum over the shard group."""
+        filling = self._filling[bucket]
         filling.missing -= 1
         if not filling.missing:
             del self._filling[bucket]
@@ -264,7 +280,7 @@ class ShardedGradients:
         storage = free.pop()
         buffer = storage[: bucket.length]
         buffer[bucket.slots[-1].stop - bucket.start :].zero_()
-        self._filling[number] = _Transient(number, storage, buffer, len(bucket.slots))
+        self._filling[number] = _Transient(number, storage, buffer, bucket.arrivals)
         return self._filling[number]
 
     def _collect(self) -> None:

@@ -59,8 +59,8 @@ class Stage(Protocol):
 class GradientSums(Protocol):
     """Where gradients go; `megalite.optim.flat.FlatParameters` is one."""
 
-    def add(self, parameter: torch.nn.Parameter, gradient: Tensor) -> None:
-        """Take a gradient that autograd does not deliver itself."""
+    def add_product(self, parameter: torch.nn.Parameter, a: Tensor, b: Tensor) -> None:
+        """Add a @ b to a gradient that autograd does not deliver itself."""
         ...
 
     def begin_last_gradients(self, stage: int, *, deferred: bool) -> None:
@@ -266,8 +266,8 @@ class Executor:
         """What the input gradient left for later."""
         later = self.stages[action.stage].weight_gradients
         with torch.no_grad():
-            for parameter, gradient in later.compute(action.micro_batch):
-                self._gradients.add(parameter, gradient)
+            for parameter, a, b in later.compute(action.micro_batch):
+                self._gradients.add_product(parameter, a, b)
 
     def _take_input(self, index: int, step: _Step, flight: _Flight) -> Tensor | None:
         """What the neighbouring stage made for an action; None if it takes nothing of another."""

@@ -114,8 +114,8 @@ class _Part:
 
     def weight_gradient(self) -> None:
         with torch.no_grad():
-            for parameter, gradient in self.stage.weight_gradients.compute(0):
-                self.flat.add(parameter, gradient)
+            for parameter, a, b in self.stage.weight_gradients.compute(0):
+                self.flat.add_product(parameter, a, b)
 
     def sizes(self) -> tuple[float, float]:
         """Bytes that a forward keeps, and what is left of them for the weight gradient."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from megalite.config import Config
 from megalite.data.samples import PADDING, sample_order
 from megalite.layers.shard import Piece
-from megalite.layers.weight_gradients import WeightGradients
 from megalite.models.llama import DecoderLayer
 from megalite.optim.flat import FlatParameters
 from megalite.parallel.groups import ParallelGroups
@@ -170,25 +169,14 @@ class Recorder:
         layer = stage.layers[0]
         assert isinstance(layer, DecoderLayer)
         weight = layer.mlp.down.weight if layer.part.has_mlp else layer.attention.out.weight
-        with _poisoned_later(stage.weight_gradients, weight):
-            # A gradient that comes later is None here.
-            handle = weight.register_hook(lambda g: None if g is None else g * torch.inf)
-            yield
-            handle.remove()
+        right = self.trainer.flat.add_product
 
+        def broken(parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
+            right(parameter, a * torch.inf if parameter is weight else a, b)
 
-@contextmanager
-def _poisoned_later(later: WeightGradients, poisoned: nn.Parameter) -> Iterator[None]:
-    """Make a gradient infinite or NaN where a schedule computes it apart from the backward."""
-    right = later.compute
-
-    def broken(micro_batch: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        for weight, gradient in right(micro_batch):
-            yield weight, gradient * torch.inf if weight is poisoned else gradient
-
-    later.compute = broken  # type: ignore[method-assign]
-    yield
-    del later.compute
+        self.trainer.flat.add_product = broken  # type: ignore[method-assign]
+        yield
+        del self.trainer.flat.add_product
 
 
 def _parts(flat: FlatParameters, buffer: Tensor) -> Iterator[Part]:

@@ -7,8 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite_kernels import linear_cross_entropy, reference_cross_entropy, use_backend
-from megalite_kernels.fused.linear_cross_entropy import accumulate_product_, even_chunks
+from megalite_kernels import (
+    accumulate_product_,
+    linear_cross_entropy,
+    reference_cross_entropy,
+    use_backend,
+)
+from megalite_kernels.fused.linear_cross_entropy import even_chunks
 
 IGNORED = -100
 
@@ -210,6 +215,9 @@ def test_accumulate_product(dtype: torch.dtype) -> None:
     target = torch.ones(7, 5)
     accumulate_product_(target, a, b)
     close(target, 1 + a.double() @ b.double(), 1e-6)
+    target.fill_(torch.nan)
+    accumulate_product_(target, a, b, keep=False)
+    close(target, a.double() @ b.double(), 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -93,6 +93,7 @@ def test_an_alias_without_a_value_equals_our_flag(flag: str) -> None:
         ("--num-virtual-stages-per-pipeline-rank 3", "chunks", 3),
         ("--enable-zbh1-pipeline", "schedule", "zb-h1"),
         ("--zero-bubble-v-schedule", "schedule", "zb-v"),
+        ("--use-distributed-optimizer", "zero", 1),
         ("--bf16", "precision", "bf16"),
         ("--recompute-activations", "recompute", "selective"),
         ("--recompute-granularity full", "recompute", "full"),

@@ -462,8 +462,8 @@ def deferred_gradient_forgotten(patch: Patch) -> None:
     right = weight_gradients.WeightGradients.compute
 
     def broken(self: Any, micro_batch: int) -> Any:
-        for parameter, gradient in right(self, micro_batch):
-            yield parameter, gradient * (micro_batch > 0)
+        for parameter, a, b in right(self, micro_batch):
+            yield parameter, a * (micro_batch > 0), b
 
     patch.setattr(weight_gradients.WeightGradients, "compute", broken)
 

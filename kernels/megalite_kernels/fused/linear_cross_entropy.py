@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from megalite_kernels import reference_cross_entropy
 from megalite_kernels.backend import runs_fused
 from megalite_kernels.fused.launch import operator
+from megalite_kernels.products import accumulate_product_
 
 CHUNK_ROWS = 8192
 """Tokens of a chunk: fewer starve the products (2048: 4 to 9% slower), more only take memory."""
@@ -83,20 +84,6 @@ def linear_cross_entropy(
         float(z_loss),
         torch.is_grad_enabled(),
     )
-
-
-def accumulate_product_(target: Tensor, a: Tensor, b: Tensor) -> None:
-    """target += a @ b in the target's precision: fp32 [m, n] from [m, k] and [k, n] in bf16.
-
-    On CUDA the product adds in its own accumulators and nothing is rounded on the way; elsewhere
-    torch has no product with a result wider than its factors, so they are widened.
-    """
-    if a.dtype == target.dtype:
-        target.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(target, a, b, out_dtype=target.dtype, out=target)
-    else:
-        target.addmm_(a.to(target.dtype), b.to(target.dtype))
 
 
 def even_chunks(rows: int, at_most: int) -> int:
