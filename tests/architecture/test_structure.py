@@ -21,13 +21,13 @@ LAYERS = [
     {"planning", "check", "check_memory"},
     {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline"}
     | {"check_trace", "schedule_flags"},
-    {"effects", "preprocessing", "check_data", "check_pipeline"},
+    {"effects", "preprocessing", "check_data", "check_pipeline", "check_sharding"},
     {"data", "models", "cli"},
     {"layers", "config_file"},
     {"parallel", "megalite_kernels", "field_values", "alternatives", "reading"}
     | {"plans", "run_plan"},
     {"presets", "megatron_flags", "config", "config_data", "config_model", "batch_sizes"}
-    | {"option", "tokenizer", "errors", "wording"},
+    | {"config_parallel", "option", "tokenizer", "errors", "wording", "near"},
 ]
 
 NO_TORCH = [
@@ -37,13 +37,16 @@ NO_TORCH = [
     "megalite.check_data",
     "megalite.check_memory",
     "megalite.check_pipeline",
+    "megalite.check_sharding",
     "megalite.check_trace",
     "megalite.cli",
     "megalite.config",
     "megalite.config_data",
     "megalite.config_file",
     "megalite.config_model",
+    "megalite.config_parallel",
     "megalite.field_values",
+    "megalite.near",
     "megalite.data.__main__",
     "megalite.data.best_fit",
     "megalite.data.best_fit_samples",
@@ -71,6 +74,7 @@ NO_TORCH = [
     "megalite.estimate",
     "megalite.models.balance",
     "megalite.models.stage",
+    "megalite.optim.filling",
     "megalite.optim.lr",
     "megalite.parallel.activity",
     "megalite.parallel.environment",
