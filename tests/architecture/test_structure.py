@@ -21,13 +21,13 @@ LAYERS = [
     {"planning", "check", "check_memory"},
     {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline"}
     | {"check_trace", "schedule_flags"},
-    {"effects", "preprocessing", "check_data", "check_pipeline"},
+    {"effects", "preprocessing", "check_data", "check_pipeline", "check_scaling"},
     {"data", "models", "cli"},
     {"layers", "config_file"},
     {"parallel", "megalite_kernels", "field_values", "alternatives", "reading"}
     | {"plans", "run_plan"},
-    {"presets", "megatron_flags", "config", "config_data", "config_model", "batch_sizes"}
-    | {"option", "tokenizer", "errors", "wording"},
+    {"presets", "megatron_flags", "config", "config_data", "config_model", "config_scaling"}
+    | {"batch_sizes", "option", "tokenizer", "errors", "wording"},
 ]
 
 NO_TORCH = [
@@ -37,12 +37,14 @@ NO_TORCH = [
     "megalite.check_data",
     "megalite.check_memory",
     "megalite.check_pipeline",
+    "megalite.check_scaling",
     "megalite.check_trace",
     "megalite.cli",
     "megalite.config",
     "megalite.config_data",
     "megalite.config_file",
     "megalite.config_model",
+    "megalite.config_scaling",
     "megalite.field_values",
     "megalite.data.__main__",
     "megalite.data.best_fit",
