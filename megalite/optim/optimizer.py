@@ -11,6 +11,7 @@ from torch import Tensor
 from megalite.config import TrainConfig
 from megalite.optim.flat import FlatParameters
 from megalite.optim.host_flag import HostFlag
+from megalite.optim.scaler import LossScale
 from megalite.parallel.group import Pending
 from megalite.parallel.groups import ParallelGroups
 from megalite_kernels import adamw_
@@ -37,15 +38,17 @@ class _OpenStep:
 class Optimizer:
     """AdamW with decoupled weight decay on master weights, after clipping the global norm.
 
-    Master weights and both moments are fp32 (fp64 in fp64 runs). For bf16 parameters the master
-    weights are a buffer of their own; otherwise they are the parameters themselves. Per parameter
-    of a bf16 run: 2 bytes of weight, 4 of gradient, 12 of master weight and moments.
+    Master weights and both moments are fp32 (fp64 in fp64 runs). For bf16 and fp16 parameters the
+    master weights are a buffer of their own; otherwise they are the parameters themselves. Per
+    parameter of such a run: 2 bytes of weight, 4 of gradient, 12 of master weight and moments.
 
-    Nothing here waits for the GPU: the update kernel reads the factor that clips the gradients on
-    the device, and skips the step, on all ranks alike, if the norm is not finite.
+    Nothing here waits for the GPU: the update kernel reads the factor that clips the gradients, and
+    takes the loss scale out of them, on the device, and skips the step, on all ranks alike, if the
+    norm is not finite.
 
     With post-validation and several pipeline ranks a step is guessed while its norm is summed over
-    them: each rank moves its weights as if there were nothing to clip, and begins the next step.
+    them: each rank moves its weights as if there were nothing to clip, and begins the next step
+    with the same loss scale.
     When that one's first gradient comes, `validate` amends a guess that was wrong: it takes the
     step again from the state before it, which a second set of buffers keeps, so that each bit is
     what it is without post-validation. What was computed with wrong weights is the caller's to
@@ -61,6 +64,7 @@ class Optimizer:
         flat: this rank's flat buffers.
         groups: of this rank.
         train: hyper-parameters.
+        loss_scale: of the loss that the gradients are of.
 
     Attributes:
         master, exp_avg, exp_avg_sq: flat buffers, in the order of `flat`; of an open step, as they
@@ -68,8 +72,15 @@ class Optimizer:
         steps: fp32 [], on the device: updates so far, without those skipped.
     """
 
-    def __init__(self, flat: FlatParameters, groups: ParallelGroups, train: TrainConfig):
+    def __init__(
+        self,
+        flat: FlatParameters,
+        groups: ParallelGroups,
+        train: TrainConfig,
+        loss_scale: LossScale,
+    ):
         self._flat, self._groups, self._train = flat, groups, train
+        self.loss_scale = loss_scale
         guesses = train.post_validation and groups.pp.size > 1
         self.master = flat.parameters.to(flat.gradients.dtype, copy=guesses)
         self.exp_avg = torch.zeros_like(self.master)
@@ -112,7 +123,7 @@ class Optimizer:
         guesses = self._trusts_guess or math.isnan(self._guess)
         self._open = _OpenStep(pending, lr, self._spare is not None and guesses)
         if self._open.is_guessed:
-            guess = torch.full_like(totals[0], self._guess)
+            guess = torch.full_like(totals[0], self._guess) / self.loss_scale.value
             self._update(lr, self.steps + 1.0, guess)
         else:
             self.validate()
@@ -127,13 +138,17 @@ class Optimizer:
         step, self._open = self._open, None
         if step is None:
             return
-        norm = step.totals.wait()[0].sqrt_()
+        loss_scale = self.loss_scale.value
+        norm = step.totals.wait()[0].sqrt_().div_(loss_scale)
         scale = torch.ones_like(norm)
         if self._train.clip_grad:
             scale = (self._train.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         skip = (~norm.isfinite()).float()
         self.steps += 1.0 - skip
-        wrong = ((scale != self._guess) | (skip != 0)).float()
+        self.loss_scale.update(skip)
+        rescaled = self.loss_scale.value != loss_scale
+        wrong = ((scale != self._guess) | (skip != 0) | rescaled).float()
+        scale = scale / loss_scale
         self._update(step.lr, self.steps, scale, skip, wrong if step.is_guessed else None)
         if self._spare is not None:
             state, self._spare = self._spare, self._state()
