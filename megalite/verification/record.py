@@ -86,7 +86,7 @@ class RankStep:
 
     Attributes:
         loss, norm: as reported.
-        gradients: reduced, before clipping.
+        gradients: reduced, before clipping, of the loss itself.
         weights: after the step.
         activations: by site and samples, if they were watched.
     """
@@ -116,7 +116,7 @@ class Recorder:
         self._watch = watch
 
     def weights(self) -> list[Part]:
-        """The weights as they are: of bf16 runs the master weights."""
+        """The weights as they are: of bf16 and fp16 runs the master weights."""
         return list(_parts(self.trainer.flat, self.trainer.optimizer.master))
 
     def step(self, step: int, *, poisoned: bool = False) -> RankStep:
@@ -131,10 +131,11 @@ class Recorder:
         is_last = groups.world_rank == groups.topology.world_size - 1
         with self._watched(activations), self._poisoned(poisoned and is_last):
             loss = self.trainer.accumulate(step)
-        gradients = list(_parts(self.trainer.flat, self.trainer.flat.gradients))
+        unscaled = self.trainer.flat.gradients / self.trainer.optimizer.loss_scale.value
+        gradients = list(_parts(self.trainer.flat, unscaled))
         statistics = self.trainer.update(step, loss)
         self.trainer.optimizer.validate()
-        norm, mean_loss = statistics.tolist()
+        norm, mean_loss, *_ = statistics.tolist()
         return RankStep(mean_loss, norm, gradients, self.weights(), activations)
 
     @contextmanager
