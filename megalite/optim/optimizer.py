@@ -48,13 +48,12 @@ class Optimizer:
 
     With post-validation and several pipeline ranks a step is guessed while its norm is summed over
     them: each rank moves its weights as if there were nothing to clip, and begins the next step
-    with the same loss scale.
-    When that one's first gradient comes, `validate` amends a guess that was wrong: it takes the
-    step again from the state before it, which a second set of buffers keeps, so that each bit is
-    what it is without post-validation. What was computed with wrong weights is the caller's to
-    compute again. A step is guessed only after one whose guess was, or would have been, right. The
-    second set takes 12 more bytes per parameter of a bf16 run; of an fp32 run 16 more, as its
-    master weights become buffers of their own.
+    with the same loss scale. When that one's first gradient comes, `validate` amends a guess that
+    was wrong: it takes the step again from the state before it, which a second set of buffers
+    keeps, so that each bit is what it is without post-validation. What was computed with wrong
+    weights is the caller's to compute again. A step is guessed only after one whose guess was, or
+    would have been, right. The second set takes 12 more bytes per parameter of a bf16 run; of an
+    fp32 run 16 more, as its master weights become buffers of their own.
 
     Sources: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101; Qi et
     al., "Zero bubble pipeline parallelism", arXiv:2401.10241, section 4, with a rollback by copies,

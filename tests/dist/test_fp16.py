@@ -304,7 +304,8 @@ def test_three_hundred_steps_end_where_fp32_ends(pool: RankPool, tmp_path: Path)
     outcomes = pool.run(2, interrupted_job, argv, overflows, timeout=3000)
     assert [outcome.value for outcome in outcomes] == [0, 0]
     skipped = [r["step"] - 1 for r in records(tmp_path) if r.get("skipped")]
-    assert skipped == overflows
+    assert set(overflows) <= set(skipped)
+    assert len(skipped) <= len(overflows) + 3, "the scale has found the largest that fits"
     losses = {"fp16": read_run(tmp_path / "fp16").valid_losses[-1]}
     for name in ("fp32", "bf16"):
         argv = [*flags, "--precision", name]
