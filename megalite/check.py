@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from math import isfinite
 from types import MappingProxyType
 
-from megalite import check_data, check_pipeline
+from megalite import check_data, check_pipeline, check_scaling
 from megalite.check_memory import memory
 from megalite.check_sharding import sharding
 from megalite.check_trace import steps_to_trace
@@ -78,9 +78,11 @@ _ABOVE_ZERO = frozenset(
     | {"rope_original_seq_length", "rope_yarn_beta_fast", "rope_yarn_beta_slow"}
     | {"norm_epsilon", "tp", "pp", "micro_batch_size", "lr"}
     | {"distributed_timeout_minutes", "adam_eps", "log_interval"}
+    | {"initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"}
 )
 _ABOVE_ZERO_IF_GIVEN = frozenset(
     {"num_kv_heads", "head_dim", "dp", "global_batch_size", "rope_yarn_attention_factor"}
+    | {"loss_scale"}
 )
 """0 asks for the value that follows from others."""
 
@@ -334,6 +336,7 @@ _RULES: tuple[Callable[[Config], Violations], ...] = (
     sharding,
     _batch,
     _length,
+    check_scaling.loss_scale,
     _data,
     _order,
     check_data.packing,

@@ -22,6 +22,7 @@ from megalite.batch_sizes import BatchSizes
 from megalite.config_data import DataConfig
 from megalite.config_model import ModelConfig
 from megalite.config_parallel import ParallelConfig
+from megalite.config_scaling import ScalingConfig
 from megalite.errors import ConfigError
 from megalite.option import option
 from megalite.tokenizer.byte import ByteTokenizer
@@ -80,12 +81,12 @@ class TrainConfig:
         False,
         "Begin the next step before all pipeline ranks know the gradient norm, as if nothing were "
         "to clip; a step begun wrongly is done again. Optimizer state per parameter: 24 bytes, not "
-        "12, in bf16; 24, not 8, in fp32.",
+        "12, in bf16 and fp16; 24, not 8, in fp32.",
     )
     precision: str = option(
         "auto",
-        "Weights and activations; bf16 keeps fp32 master weights. auto: bf16 on GPUs, else fp32.",
-        choices=("auto", "bf16", "fp32", "fp64"),
+        "Weights and activations; 16 bits keep fp32 master weights. auto: bf16 on GPUs, else fp32.",
+        choices=("auto", "bf16", "fp16", "fp32", "fp64"),
     )
     attention: str = option(
         "auto",
@@ -132,13 +133,14 @@ class Config:
     """One run. Immutable: `replace` returns a changed copy.
 
     Attributes:
-        model, parallel, train, data, run: the groups of fields.
+        model, parallel, train, scaling, data, run: the groups of fields.
         derived: names of the fields whose values were not given but followed from others.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)
     derived: frozenset[str] = field(default=frozenset(), compare=False)

@@ -48,6 +48,8 @@ def _read_by(name: str) -> Effect:
     return Effect((name,), lambda c: c.data.reads(name), f"without {read_with(name)}")
 
 
+_DYNAMIC_SCALE = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+
 _EFFECTS = (
     Effect(
         ("rope_scaling_factor",),
@@ -86,6 +88,16 @@ _EFFECTS = (
             or ("lr_warmup_steps" in c.derived and c.train.lr_warmup_fraction > 0)
         ),
         "with --lr-decay-style constant, unless --lr-warmup-fraction is a share of it",
+    ),
+    Effect(
+        ("loss_scale", *_DYNAMIC_SCALE),
+        lambda c: c.train.precision == "fp16",
+        "without --precision fp16: no other one needs its loss scaled",
+    ),
+    Effect(
+        _DYNAMIC_SCALE,
+        lambda c: not c.scaling.loss_scale,
+        "with --loss-scale, which never changes",
     ),
     Effect(
         ("eval_interval",),
@@ -199,8 +211,17 @@ def without_effect(config: Config, given: Mapping[str, str]) -> Iterator[str]:
 
 
 def notes(config: Config, given: Mapping[str, str]) -> tuple[str, ...]:
-    """A sentence for each parallel feature that was asked for on an axis of one rank."""
-    return tuple(_sentences(_ON_ONE_RANK, config, given, ""))
+    """A sentence for each parallel feature that was asked for on an axis of one rank, and for what
+    is right but seldom meant."""
+    return (*_sentences(_ON_ONE_RANK, config, given, ""), *_unscaled(config))
+
+
+def _unscaled(config: Config) -> Iterator[str]:
+    if config.train.precision == "fp16" and config.scaling.loss_scale == 1:
+        yield (
+            "--loss-scale 1: the loss is not scaled, so gradients below 3e-8 are zero in fp16, and "
+            "those below 6e-5 lose digits"
+        )
 
 
 def _sentences(

@@ -15,7 +15,7 @@ from megalite.optim.filling import fill_buckets
 from megalite.pipeline.actions import Op, Order
 from megalite.run_plan import run_plan, stage_rank
 
-WEIGHT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp32": 4, "fp64": 8})
+WEIGHT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8})
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _states(config: Config) -> int:
     """Optimizer's numbers per parameter: moments, and master weights of their own if there are."""
     if config.train.post_validation and config.parallel.pp > 1:
         return 6  # all of them, and as they were before the step
-    return 3 if config.train.precision == "bf16" else 2
+    return 3 if WEIGHT_BYTES[config.train.precision] < 4 else 2
 
 
 def fixed_bytes(config: Config) -> list[int]:

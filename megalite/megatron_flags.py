@@ -174,9 +174,7 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--eval-iters": Alias("eval_steps"),
         # Precision and memory
         "--bf16": Alias("precision", "bf16"),
-        "--fp16": Refused("there is no loss scaling; use --bf16"),
-        "--loss-scale": Refused("there is no loss scaling; bf16 needs none"),
-        "--initial-loss-scale": Refused("there is no loss scaling; bf16 needs none"),
+        "--fp16": Alias("precision", "fp16"),
         "--accumulate-allreduce-grads-in-fp32": Always("gradients are summed in fp32"),
         "--no-gradient-accumulation-fusion": Refused("gradient accumulation is not fused"),
         "--recompute-activations": Alias("recompute", "selective"),

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -23,7 +23,7 @@ from megalite.estimate import flops_per_token
 
 PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
     {
-        # Dense bf16, from the vendors' data sheets, by a part of the device's name.
+        # Dense bf16, or fp16, from the vendors' data sheets, by a part of the device's name.
         "H100 PCIe": 756e12,
         "H100": 989e12,
         "H200": 989e12,
@@ -104,7 +104,7 @@ class DelayedScalars:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak bf16 rate of the device [FLOP/s]; None for a CPU or an unlisted GPU."""
+    """Peak bf16 and fp16 rate of the device [FLOP/s]; None for a CPU or an unlisted GPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -138,6 +138,7 @@ class RunLog:
         self._bar = sys.stdout.isatty()
         self._training_s = 0.0
         self._steps_done = 0
+        self._steps_skipped = 0
 
     def __enter__(self) -> RunLog:
         return self
@@ -154,8 +155,9 @@ class RunLog:
             self._board.close()
 
     def step(self, step: int, reading: Reading, lr: float) -> None:
-        """Record optimizer step `step` (1 first); its reading holds gradient norm and loss."""
-        grad_norm, loss = reading.values
+        """Record optimizer step `step` (1 first); its reading holds gradient norm, loss and, in
+        fp16, the loss scale."""
+        grad_norm, loss, *scaling = reading.values
         seconds = max(reading.seconds, 1e-9)
         self._training_s += seconds
         self._steps_done += 1
@@ -176,6 +178,10 @@ class RunLog:
             record["mfu"] = rate / self._peak
         if not math.isfinite(grad_norm):
             record["skipped"] = True
+            self._steps_skipped += 1
+        if scaling:
+            record["loss_scale"] = scaling[0]
+            record["steps_skipped"] = self._steps_skipped
         self._write("train", step, record)
         if step % self._config.run.log_interval == 0 or step == self._config.train.steps:
             self.say(self._line(record))
@@ -213,6 +219,7 @@ class RunLog:
             f"loss {record['loss']:.4f}",
             f"lr {record['lr']:.2e}",
             f"norm {record['grad_norm']:.3f}",
+            *_scaling(record),
             f"{_count(record['tokens_per_s'])} tok/s",
             f"{record['step_ms']:.0f} ms",
         ]
@@ -257,6 +264,14 @@ def _open_tensorboard(config: Config, folder: Path) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _scaling(record: Mapping[str, Any]) -> Iterator[str]:
+    """Of fp16 runs, the loss scale and how many steps have been skipped so far."""
+    if "loss_scale" in record:
+        yield f"scale {record['loss_scale']:.10g}"
+        if record["steps_skipped"]:
+            yield f"{record['steps_skipped']} skipped"
 
 
 def _count(number: float) -> str:

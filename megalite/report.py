@@ -151,6 +151,13 @@ def _ramp(config: Config) -> str:
 def _precision(config: Config) -> str:
     if config.train.precision == "auto":
         return "bf16 on GPUs, fp32 on a CPU"
+    if config.train.precision == "fp16":
+        constant, first = config.scaling.loss_scale, config.scaling.initial_loss_scale
+        return (
+            f"fp16 (loss scale {constant:.10g})"
+            if constant
+            else f"fp16 (loss scale from {first:.10g})"
+        )
     return config.train.precision
 
 

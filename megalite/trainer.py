@@ -25,6 +25,7 @@ from megalite.models.stage import stage_specs
 from megalite.optim.flat import FlatParameters
 from megalite.optim.lr import learning_rate
 from megalite.optim.optimizer import Optimizer
+from megalite.optim.scaler import make_loss_scale
 from megalite.parallel.groups import ParallelGroups
 from megalite.pipeline.actions import Plan, Program
 from megalite.pipeline.check import check_program
@@ -41,7 +42,12 @@ from megalite.planning.shared import memory_limit
 from megalite.run_plan import is_file, run_plan
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+    {
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "fp32": torch.float32,
+        "fp64": torch.float64,
+    }
 )
 
 MEASURED_STEPS = (2, 3)
@@ -111,7 +117,8 @@ class Trainer:
             self._last_stage.share_embedding(self.stages[0])
         self.flat = FlatParameters(self.stages, groups, shards_gradients=config.parallel.zero >= 2)
         self.executor = Executor(self.stages, groups, self.flat)
-        self.optimizer = Optimizer(self.flat, groups, config.train)
+        loss_scale = make_loss_scale(config, device)
+        self.optimizer = Optimizer(self.flat, groups, config.train, loss_scale)
         train_samples, valid_samples, self._tested = samples
         self.loader = Loader(config, train_samples, valid_samples, groups.dp, device)
 
@@ -124,15 +131,17 @@ class Trainer:
         """Optimizer step `step`, 0 first.
 
         Returns:
-            fp64 [2] on the device: gradient norm before clipping, loss [nats per token]. Equal on
-            all ranks. Not there before `optimizer.validate` if the step `is_open`.
+            fp64 [2] on the device: gradient norm before clipping, loss [nats per token]; [3] in
+            fp16: and the step's loss scale. Equal on all ranks. Not there before
+            `optimizer.validate` if the step `is_open`.
         """
         return self.update(step, self.accumulate(step))
 
     def accumulate(self, step: int) -> Tensor:
         """Forward and backward of all micro-batches of a step.
 
-        Afterwards the flat buffers hold the reduced gradients of the step's mean loss.
+        Afterwards the flat buffers hold the reduced gradients of the step's mean loss, times the
+        loss scale.
 
         Returns:
             fp64 [1] on the device: the loss, on the last stage's ranks; zero on the others.
@@ -151,22 +160,27 @@ class Trainer:
     def _gradients(self, batch: Batch, scale: Tensor) -> Tensor:
         """Forward and backward of a batch, returned and left behind as by `accumulate`."""
         self.flat.zero_gradients()
+        loss_scale = self.optimizer.loss_scale.value
 
         def head(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
-            return self._weighted_loss(logits, micro_batch, scale)
+            return self._weighted_loss(logits, micro_batch, scale * loss_scale)
 
         program = self._program(len(batch.micro_batches))
         losses = self.executor.run(program, batch.micro_batches, head)
         self._activity.enter("summing gradients", self._activity.position)
         self.executor.recorder.enters("gradient sums")
         self.flat.finish_reduction()
-        return self.groups.dp.all_reduce(self._sum(losses))
+        return self.groups.dp.all_reduce(self._sum(losses)) / loss_scale
 
     def update(self, step: int, loss: Tensor) -> Tensor:
         """Clip and move the weights by the gradients of `accumulate`; returns as `train_step`."""
         self._activity.enter("updating weights", self._activity.position)
         self.executor.recorder.enters("optimizer")
-        return self.optimizer.clip_and_step(learning_rate(self.config.train, step), loss)
+        statistics = loss
+        if self.config.train.precision == "fp16":
+            loss_scale = self.optimizer.loss_scale.value.double()
+            statistics = torch.cat([loss, loss_scale[None] * (self._last_stage is not None)])
+        return self.optimizer.clip_and_step(learning_rate(self.config.train, step), statistics)
 
     def validate(self) -> float:
         """Mean loss over the validation samples [nats per token], equal on all ranks."""

@@ -96,7 +96,12 @@ def attention_back_end(config: Config, device: torch.device) -> str:
     if device.type != "cuda":
         return "torch SDPA"
     model, tp = config.model, config.parallel.tp
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+    dtype = {
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "fp32": torch.float32,
+        "fp64": torch.float64,
+    }
     if config.data.reset_attention_mask:
         varlen = _has_varlen(device, dtype[config.train.precision])
         return "torch varlen, flash" if varlen else "torch SDPA with a mask"

@@ -12,6 +12,7 @@ from megalite.config import TrainConfig
 from megalite.optim.buckets import Span
 from megalite.optim.flat import FlatParameters
 from megalite.optim.host_flag import HostFlag
+from megalite.optim.scaler import LossScale
 from megalite.parallel.group import Pending
 from megalite.parallel.groups import ParallelGroups
 from megalite_kernels import adamw_
@@ -43,21 +44,22 @@ class Optimizer:
     """AdamW with decoupled weight decay on master weights, after clipping the global norm.
 
     Each rank updates what it owns of the flat buffers and passes it on to its shard group. Master
-    weights and both moments are fp32 (fp64 in fp64 runs). For bf16 parameters the master weights
-    are buffers of their own; otherwise they are the parameters themselves. Per parameter of a bf16
-    run: 2 bytes of weight, 4 of gradient, 12 / shards of master weight and moments.
+    weights and both moments are fp32 (fp64 in fp64 runs). For bf16 and fp16 parameters the master
+    weights are buffers of their own; otherwise they are the parameters themselves. Per parameter of
+    such a run: 2 bytes of weight, 4 of gradient, 12 / shards of master weight and moments.
 
-    Nothing here waits for the GPU: the update kernel reads the factor that clips the gradients on
-    the device, and skips the step, on all ranks alike, if the norm is not finite.
+    Nothing here waits for the GPU: the update kernel reads the factor that clips the gradients, and
+    takes the loss scale out of them, on the device, and skips the step, on all ranks alike, if the
+    norm is not finite.
 
     With post-validation and several pipeline ranks a step is guessed while its norm is summed over
-    them: each rank moves its weights as if there were nothing to clip, and begins the next step.
-    When that one's first gradient comes, `validate` amends a guess that was wrong: it takes the
-    step again from the state before it, which a second set of buffers keeps, so that each bit is
-    what it is without post-validation. What was computed with wrong weights is the caller's to
-    compute again. A step is guessed only after one whose guess was, or would have been, right. The
-    second set takes 12 more bytes per parameter of a bf16 run; of an fp32 run 16 more, as its
-    master weights become buffers of their own.
+    them: each rank moves its weights as if there were nothing to clip, and begins the next step
+    with the same loss scale. When that one's first gradient comes, `validate` amends a guess that
+    was wrong: it takes the step again from the state before it, which a second set of buffers
+    keeps, so that each bit is what it is without post-validation. What was computed with wrong
+    weights is the caller's to compute again. A step is guessed only after one whose guess was, or
+    would have been, right. The second set takes 12 more bytes per parameter of a bf16 run; of an
+    fp32 run 16 more, as its master weights become buffers of their own.
 
     Sources: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101; Qi et
     al., "Zero bubble pipeline parallelism", arXiv:2401.10241, section 4, with a rollback by copies,
@@ -67,6 +69,7 @@ class Optimizer:
         flat: this rank's flat buffers.
         groups: of this rank.
         train: hyper-parameters.
+        loss_scale: of the loss that the gradients are of.
 
     Attributes:
         master, exp_avg, exp_avg_sq: what this rank owns, by `flat.spans`; of an open step, as they
@@ -74,8 +77,15 @@ class Optimizer:
         steps: fp32 [], on the device: updates so far, without those skipped.
     """
 
-    def __init__(self, flat: FlatParameters, groups: ParallelGroups, train: TrainConfig):
+    def __init__(
+        self,
+        flat: FlatParameters,
+        groups: ParallelGroups,
+        train: TrainConfig,
+        loss_scale: LossScale,
+    ):
         self._flat, self._groups, self._train = flat, groups, train
+        self.loss_scale = loss_scale
         guesses = train.post_validation and groups.pp.size > 1
         dtype = flat.own_gradients[0].dtype
         self.master = [part.to(dtype, copy=guesses) for part in flat.own_parameters]
@@ -124,7 +134,7 @@ class Optimizer:
         guesses = self._trusts_guess or math.isnan(self._guess)
         self._open = _OpenStep(pending, lr, self._spare is not None and guesses)
         if self._open.is_guessed:
-            guess = torch.full_like(totals[0], self._guess)
+            guess = torch.full_like(totals[0], self._guess) / self.loss_scale.value
             self._update(lr, self.steps + 1.0, guess)
         else:
             self._settle()
@@ -145,13 +155,17 @@ class Optimizer:
         step, self._open = self._open, None
         if step is None:
             return
-        norm = step.totals.wait()[0].sqrt_()
+        loss_scale = self.loss_scale.value
+        norm = step.totals.wait()[0].sqrt_().div_(loss_scale)
         scale = torch.ones_like(norm)
         if self._train.clip_grad:
             scale = (self._train.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         skip = (~norm.isfinite()).float()
         self.steps += 1.0 - skip
-        wrong = ((scale != self._guess) | (skip != 0)).float()
+        self.loss_scale.update(skip)
+        rescaled = self.loss_scale.value != loss_scale
+        wrong = ((scale != self._guess) | (skip != 0) | rescaled).float()
+        scale = scale / loss_scale
         self._update(step.lr, self.steps, scale, skip, wrong if step.is_guessed else None)
         if self._spare is not None:
             state, self._spare = self._spare, self._state()

@@ -19,10 +19,17 @@ from types import MappingProxyType
 
 from megalite.config import Config
 
-UNIT: Mapping[str, float] = MappingProxyType({"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-9})
-LAMBDA: Mapping[str, float] = MappingProxyType({"fp64": 64.0, "fp32": 64.0, "bf16": 4.0})
-"""Of the largest error of a tensor in fp64 and fp32; of its root mean square in bf16, where the
+UNIT: Mapping[str, float] = MappingProxyType(
+    {"fp64": 2.0**-53, "fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-9}
+)
+LAMBDA: Mapping[str, float] = MappingProxyType(
+    {"fp64": 64.0, "fp32": 64.0, "fp16": 4.0, "bf16": 4.0}
+)
+"""Of the largest error of a tensor in fp64 and fp32; of its root mean square in `HALF`, where the
 largest single error of a correct run is of the size of the value itself."""
+
+HALF = frozenset({"bf16", "fp16"})
+"""Precisions of 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Bounds:
 
     Attributes:
         unit: roundoff of the precision.
-        activation: of a tensor's largest value (in bf16, of its norm).
+        activation: of a tensor's largest value (in `HALF`, of its norm).
         gradient: likewise; and of the gradients' norm.
         loss: a mean over tokens, whose errors partly cancel.
     """

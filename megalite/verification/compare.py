@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalite.config import Config
 from megalite.parallel.topology import Topology
-from megalite.verification.bounds import derive
+from megalite.verification.bounds import HALF, derive
 from megalite.verification.definition import (
     DefinedStep,
     Definition,
@@ -182,7 +182,7 @@ class Comparison:
         bound: float | Tensor,
         samples: tuple[int, ...] = (),
     ) -> Difference:
-        """The worst element of a tensor; in bf16, the tensor as a whole."""
+        """The worst element of a tensor; in 16 bits, the tensor as a whole."""
         self.compared += 1
         theirs = theirs.cpu()
         bounds = torch.as_tensor(bound, dtype=torch.float64).cpu().expand(ours.shape)
@@ -192,7 +192,7 @@ class Comparison:
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ours.shape))
         error, limit = errors[index].item(), bounds[index].item()
         largest = errors.max().item() if errors.numel() else 0.0
-        if self._config.train.precision == "bf16" and kind != "weight":
+        if self._config.train.precision in HALF and kind != "weight":
             # Root mean squares, on the scale of the bound, which is that of the largest value.
             scale = limit / theirs.abs().max().clamp(min=1e-30).item()
             error, limit = errors.norm().item(), scale * max(theirs.norm().item(), 1e-30)

@@ -191,7 +191,12 @@ def initial_weights(config: Config) -> Weights:
     """Normal values of the counter-based stream of (seed, name), rounded to the run's precision;
     ones for norms; projections back into the residual stream scaled by 1 / sqrt(2 x layers)."""
     std = config.model.init_method_std
-    dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+    dtype = {
+        "fp64": torch.float64,
+        "fp32": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+    }
     weights = {}
     for name, shape in weight_shapes(config).items():
         if len(shape) == 1:

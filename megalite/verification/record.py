@@ -85,7 +85,7 @@ class RankStep:
 
     Attributes:
         loss, norm: as reported.
-        gradients: reduced, before clipping.
+        gradients: reduced, before clipping, of the loss itself.
         weights: after the step.
         activations: by site and samples, if they were watched.
     """
@@ -115,7 +115,7 @@ class Recorder:
         self._watch = watch
 
     def weights(self) -> list[Part]:
-        """The weights as they are: of bf16 runs the master weights."""
+        """The weights as they are: of bf16 and fp16 runs the master weights."""
         return self._named(self.trainer.optimizer.master)
 
     def step(self, step: int, *, poisoned: bool = False) -> RankStep:
@@ -130,10 +130,11 @@ class Recorder:
         is_last = groups.world_rank == groups.topology.world_size - 1
         with self._watched(activations), self._poisoned(poisoned and is_last):
             loss = self.trainer.accumulate(step)
-        gradients = self._named(self.trainer.flat.own_gradients)
+        scale = self.trainer.optimizer.loss_scale.value
+        gradients = self._named([part / scale for part in self.trainer.flat.own_gradients])
         statistics = self.trainer.update(step, loss)
         self.trainer.optimizer.validate()
-        norm, mean_loss = statistics.tolist()
+        norm, mean_loss, *_ = statistics.tolist()
         return RankStep(mean_loss, norm, gradients, self.weights(), activations)
 
     def _named(self, parts: Sequence[Tensor]) -> list[Part]:

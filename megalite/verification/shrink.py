@@ -25,6 +25,9 @@ ADAM_EPS = 1e-3
 """AdamW divides a gradient by its own size: of one near zero, which is all rounding, a small
 epsilon makes a step of full size. This one is above them and below the others, near 1e-2."""
 
+LOSS_SCALE = 2.0**12
+"""Large and small enough for the gradients of these models in fp16."""
+
 _HEAD_DIM = 8
 _HIDDEN = 40
 _LEAST_VOCABULARY = 260
@@ -99,6 +102,12 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
         lr_wsd_decay_steps=2 if train.lr_decay_style == "WSD" else 0,
         weight_decay=train.weight_decay or 0.1,
         adam_eps=ADAM_EPS,
+        # A loss scale that changes does so in every step.
+        loss_scale=LOSS_SCALE if config.scaling.loss_scale else 0.0,
+        initial_loss_scale=LOSS_SCALE,
+        min_loss_scale=1.0,
+        loss_scale_window=1,
+        hysteresis=1,
         reverse_micro_batches=False,
         num_epochs=0,
         data=(),

@@ -21,13 +21,13 @@ LAYERS = [
     {"planning", "check", "check_memory"},
     {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline"}
     | {"check_trace", "schedule_flags"},
-    {"effects", "preprocessing", "check_data", "check_pipeline", "check_sharding"},
+    {"effects", "preprocessing", "check_data", "check_pipeline", "check_scaling", "check_sharding"},
     {"data", "models", "cli"},
     {"layers", "config_file"},
     {"parallel", "megalite_kernels", "field_values", "alternatives", "reading"}
     | {"plans", "run_plan"},
-    {"presets", "megatron_flags", "config", "config_data", "config_model", "batch_sizes"}
-    | {"config_parallel", "option", "tokenizer", "errors", "wording", "near"},
+    {"presets", "megatron_flags", "config", "config_data", "config_model", "config_parallel"}
+    | {"config_scaling", "batch_sizes", "option", "tokenizer", "errors", "wording", "near"},
 ]
 
 NO_TORCH = [
@@ -37,6 +37,7 @@ NO_TORCH = [
     "megalite.check_data",
     "megalite.check_memory",
     "megalite.check_pipeline",
+    "megalite.check_scaling",
     "megalite.check_sharding",
     "megalite.check_trace",
     "megalite.cli",
@@ -45,6 +46,7 @@ NO_TORCH = [
     "megalite.config_file",
     "megalite.config_model",
     "megalite.config_parallel",
+    "megalite.config_scaling",
     "megalite.field_values",
     "megalite.near",
     "megalite.data.__main__",

@@ -119,6 +119,11 @@ LAYOUTS: list[dict[str, Any]] = [
     PLAIN,
     dict(pp=2, tp=2, precision="bf16"),
     dict(pp=2, dp=2, zero=0, schedule="zb-h1", precision="fp64"),
+    # Guessed steps double and halve the loss scale.
+    dict(
+        **dict(pp=2, schedule="zb-h1", clip_grad=0.0, precision="fp16"),
+        **dict(initial_loss_scale=1024.0, loss_scale_window=3, hysteresis=1),
+    ),
 ]
 MORE: list[dict[str, Any]] = [
     dict(pp=2, precision="bf16"),

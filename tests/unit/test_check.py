@@ -22,9 +22,10 @@ def world(size: int, launcher: str = "torchrun") -> World:
 POSITIVE = """num-layers hidden-size num-attention-heads ffn-hidden-size seq-length micro-batch-size
 make-vocab-size-divisible-by rope-theta rope-scaling-factor rope-original-seq-length
 rope-yarn-beta-fast rope-yarn-beta-slow norm-epsilon
-tp pp distributed-timeout-minutes lr adam-eps log-interval""".split()
+tp pp distributed-timeout-minutes lr adam-eps log-interval
+initial-loss-scale min-loss-scale loss-scale-window hysteresis""".split()
 POSITIVE_OR_DERIVED = """num-kv-heads head-dim vocab-size dp global-batch-size
-rope-yarn-attention-factor""".split()
+rope-yarn-attention-factor loss-scale""".split()
 NOT_NEGATIVE = """min-lr init-method-std weight-decay clip-grad lr-decay-steps lr-wsd-decay-steps
 eval-interval eval-steps sample-length steps tokens seed""".split()
 
@@ -64,7 +65,11 @@ def test_what_must_be_a_share(name: str, value: str) -> None:
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize(
-    "name", ["lr", "min-lr", "weight-decay", "norm-epsilon", "rope-theta", "init-method-std"]
+    "name",
+    [
+        *("lr", "min-lr", "weight-decay", "norm-epsilon", "rope-theta", "init-method-std"),
+        *("loss-scale", "initial-loss-scale", "min-loss-scale"),
+    ],
 )
 def test_numbers_that_are_not_finite_are_refused(name: str, value: str) -> None:
     assert any(f"--{name} {value} " in sentence for sentence in violations(f"--{name}", value))
@@ -170,6 +175,14 @@ RULES = {
         "--steps 100 --lr-decay-steps 20 --lr-warmup-steps 30",
         "--lr-warmup-steps 30 must be below the 20 steps of the learning-rate schedule",
     ),
+    "smallest loss scale": (
+        "--fp16 --min-loss-scale 32 --initial-loss-scale 16",
+        "--min-loss-scale 32.0 is above --initial-loss-scale 16.0",
+    ),
+    "a loss scale that fp32 does not hold": (
+        "--fp16 --loss-scale 1e-40",
+        "--loss-scale 1e-40 is below 1.2e-38, the least of fp32",
+    ),
     "smallest rate": ("--min-lr 0.5", "--min-lr 0.5 is above --lr 0.004"),
     "WSD": (
         "--steps 10 --lr-warmup-steps 2 --lr-decay-style WSD --lr-wsd-decay-steps 9",
@@ -246,6 +259,10 @@ VALID = """
 --name 2024.Run_a+b-c
 --clip-grad 0 --weight-decay 0 --eval-steps 0 --sample-length 0 --seed 0 --min-lr 0
 --hidden-dropout 0 --attention-dropout 0.999 --adam-beta1 0
+--fp16 --loss-scale 1
+--fp16 --loss-scale 0 --initial-loss-scale 4294967296 --min-loss-scale 4294967296
+--fp16 --loss-scale-window 1 --hysteresis 1
+--fp16 --pp 2 --post-validation
 """.strip().splitlines()
 
 

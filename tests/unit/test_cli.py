@@ -261,13 +261,13 @@ def test_all_problems_are_in_one_error(tmp_path: Path) -> None:
     file = write(tmp_path / "a.toml", tp="x", hidden_sise=3, model="tinny", pp_layers=4)
     found = word_violations(
         *("stray", "--config", file, "--bogus", "1", "--steps", "x", "--recompute", "zero"),
-        *("--fp16", "--normalization", "LayerNorm", "--pp", "2"),
+        *("--fp8-format", "--normalization", "LayerNorm", "--pp", "2"),
         *("--pipeline-model-parallel-size", "4"),
     )
     parts = [
         "'stray' stands alone",
         "unknown flag --bogus",
-        "--fp16 is not in megalite",
+        "--fp8-format is not in megalite",
         "--normalization LayerNorm is not in megalite",
         "--pp 2 and --pipeline-model-parallel-size 4 contradict: give one",
         "a.toml: tp = x: expected a whole number",

@@ -20,6 +20,11 @@ WITHOUT_EFFECT = {
     "--lr-wsd-decay-iters 5": "without --lr-decay-style WSD",
     "--lr-wsd-decay-style linear": "without --lr-decay-style WSD",
     "--min-lr 1e-5": "which never decays",
+    "--loss-scale 128": "without --precision fp16",
+    "--initial-loss-scale 128": "without --precision fp16",
+    "--min-loss-scale 2": "without --precision fp16",
+    "--loss-scale-window 100": "without --precision fp16",
+    "--hysteresis 3": "without --precision fp16",
     "--lr-decay-steps 50": "with --lr-decay-style constant, unless",
     "--eval-interval 5": "with --eval-steps 0",
     "--reverse-micro-batches": "with a --global-batch-size of one micro-batch",
@@ -59,6 +64,10 @@ WITH_EFFECT = [
     "--rope-scaling yarn --rope-original-seq-length 64",
     *(f"--lr-decay-style WSD {flag}" for flag in WITHOUT_EFFECT if "wsd" in flag),
     "--min-lr 1e-5",
+    "--fp16 --loss-scale 128",
+    "--fp16 --initial-loss-scale 128 --min-loss-scale 2 --loss-scale-window 100 --hysteresis 3",
+    "--fp16 --initial-loss-scale 128 --loss-scale 0",
+    "--loss-scale 0 --precision bf16",
     "--lr-decay-steps 50",
     "--lr-decay-steps 50 --lr-decay-style constant",
     "--eval-interval 5",
@@ -89,6 +98,16 @@ def test_a_flag_without_effect(flag: str) -> None:
 @pytest.mark.parametrize("words", WITH_EFFECT)
 def test_the_same_flag_with_effect(words: str) -> None:
     run(*words.split())
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--initial-loss-scale 9", "--min-loss-scale 2", "--loss-scale-window 9", "--hysteresis 3"],
+)
+def test_a_constant_loss_scale_has_no_dynamics(flag: str) -> None:
+    assert violations("--fp16", "--loss-scale", "16", *flag.split()) == [
+        f"{flag} has no effect with --loss-scale, which never changes; leave it out"
+    ]
 
 
 def test_presets_and_files_may_set_what_has_no_effect(tmp_path) -> None:
@@ -128,6 +147,12 @@ def test_parallel_features_on_one_rank_are_notes(flag: str, axis: str) -> None:
 )
 def test_several_stages_on_one_rank_are_a_pipeline(flags: str) -> None:
     assert told(flags) == ()
+
+
+def test_a_loss_that_is_not_scaled_on_purpose_is_a_note() -> None:
+    (note,) = told("--fp16 --loss-scale 1")
+    assert note.startswith("--loss-scale 1: the loss is not scaled")
+    assert told("--fp16 --loss-scale 2") == told("--fp16") == ()
 
 
 def test_nothing_is_said_of_what_is_off() -> None:

@@ -119,13 +119,13 @@ def test_a_rank_by_hand() -> None:
     assert stage_parameters(config, last) == 2 * attention + 3 * mlp + 26 * 48 + 48
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("name", ["fp32", "fp64", "bf16", "fp16"])
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (4, 2)])
 def test_bytes_of_a_parameter(name: str, tp: int, pp: int) -> None:
-    """Weights, gradients (fp32 at least), two moments, and master weights for bf16."""
-    weights, gradients, optimizer = {"bf16": (2, 4, 12), "fp32": (4, 4, 8), "fp64": (8, 8, 16)}[
-        name
-    ]
+    """Weights, gradients (fp32 at least), two moments, and master weights for 16 bits."""
+    half = (2, 4, 12)
+    widths = {"bf16": half, "fp16": half, "fp32": (4, 4, 8), "fp64": (8, 8, 16)}
+    weights, gradients, optimizer = widths[name]
     config = settings("two kv heads", tp=tp, pp=pp, precision=name)
     for spec in stage_specs(config):
         memory = rank_estimates(config)[spec.stage]
@@ -135,11 +135,11 @@ def test_bytes_of_a_parameter(name: str, tp: int, pp: int) -> None:
         assert memory.gradients == gradients * count
         assert memory.optimizer == optimizer * count
         states = memory.weights + memory.gradients + memory.optimizer
-        assert states == {"bf16": 18, "fp32": 16, "fp64": 32}[name] * count
+        assert states == {"bf16": 18, "fp16": 18, "fp32": 16, "fp64": 32}[name] * count
         assert memory.total == states + memory.activations + memory.logits
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("name", ["fp32", "fp64", "bf16", "fp16"])
 def test_bytes_of_a_parameter_with_post_validation(name: str) -> None:
     """Master weights and moments twice, unless there is one pipeline rank."""
     for pp, states in ((2, 24 if name != "fp64" else 48), (1, None)):
@@ -227,7 +227,9 @@ def test_weights_of_attention_are_kept_in_place_of_its_output(
     assert more == (16 * 4 * (16 * per_score - 2 * 6) if per_score else 0)
 
 
-@pytest.mark.parametrize(("name", "per_element"), [("bf16", 16), ("fp32", 20), ("fp64", 40)])
+@pytest.mark.parametrize(
+    ("name", "per_element"), [("bf16", 16), ("fp16", 16), ("fp32", 20), ("fp64", 40)]
+)
 def test_logits_are_on_the_last_stage(name: str, per_element: int) -> None:
     """Two of the weights' width and three of at least fp32; 128 padded columns over tp 2."""
     config = settings(

@@ -95,6 +95,7 @@ def test_an_alias_without_a_value_equals_our_flag(flag: str) -> None:
         ("--zero-bubble-v-schedule", "schedule", "zb-v"),
         ("--use-distributed-optimizer", "zero", 1),
         ("--bf16", "precision", "bf16"),
+        ("--fp16", "precision", "fp16"),
         ("--recompute-activations", "recompute", "selective"),
         ("--recompute-granularity full", "recompute", "full"),
         ("--data-path a.txt", "data", ("a.txt",)),
@@ -126,6 +127,7 @@ def test_the_meanings_above_are_those_of_all_aliases() -> None:
             "--recompute full --recompute-activations",
             "--recompute full and --recompute-activations contradict: give one",
         ),
+        ("--fp16 --bf16", "--bf16 and --fp16 contradict: give one"),
         (
             "--precision fp32 --bf16",
             "--precision fp32 and --bf16 contradict: give one",

@@ -80,6 +80,21 @@ def test_numbers_that_json_does_not_have_are_text(
     assert ("gradient not finite: step skipped" in line) == (place == "grad_norm")
 
 
+def test_the_loss_scale_and_what_was_skipped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of fp16, whose readings hold a third figure."""
+    steps = [(0.5, 2.0**24), (math.inf, 2.0**24), (math.nan, 2.0**23), (0.5, 0.125)]
+    with RunLog(settings(precision="fp16"), RANDOM, tmp_path, CPU) as log:
+        for step, (norm, scale) in enumerate(steps, start=1):
+            log.step(step, Reading([norm, 2.5, scale], 0.5), 1e-3)
+    assert [list(r)[:8] for r in records(tmp_path)] == [KEYS] * 4
+    assert [r["loss_scale"] for r in records(tmp_path)] == [scale for _, scale in steps]
+    assert [r["steps_skipped"] for r in records(tmp_path)] == [0, 1, 2, 2]
+    lines = capsys.readouterr().out.splitlines()
+    assert "  norm 0.500  scale 16777216  800 tok/s  " in lines[0]
+    assert "  scale 8388608  2 skipped  " in lines[2] and lines[2].endswith("step skipped")
+    assert "  scale 0.125  2 skipped  " in lines[3] and not lines[3].endswith("step skipped")
+
+
 @pytest.mark.parametrize("mixture", [RANDOM, TEXT])
 def test_validations(tmp_path: Path, capsys: pytest.CaptureFixture, mixture: Mixture) -> None:
     with RunLog(settings(), mixture, tmp_path, CPU) as log:

@@ -14,7 +14,7 @@ from megalite.pipeline.schedules import make_plan
 from megalite.pipeline.text import plan_text
 from megalite.presets import PRESETS
 from megalite.verification.run import one_rank
-from megalite.verification.shrink import MOST_RANKS, shrink
+from megalite.verification.shrink import LOSS_SCALE, MOST_RANKS, shrink
 
 LAYOUTS = [
     "",
@@ -90,6 +90,7 @@ def test_it_is_small(preset: str, layout: str) -> None:
         "--no-sequence-parallel --tp 2",
         "--lr-decay-style WSD --lr-wsd-decay-style linear",
         "--clip-grad 0",
+        "--precision fp16",
     ],
 )
 def test_options_are_kept(flags: str) -> None:
@@ -100,6 +101,16 @@ def test_options_are_kept(flags: str) -> None:
             continue
         group = next(g for g in ("model", "parallel", "train") if hasattr(getattr(config, g), name))
         assert getattr(getattr(small, group), name) == getattr(getattr(config, group), name)
+
+
+@pytest.mark.parametrize("flags", ["--loss-scale 1e9", "--initial-loss-scale 1e9", ""])
+def test_a_constant_loss_scale_stays_constant_and_another_one_moves(flags: str) -> None:
+    config = run("--fp16", *flags.split())
+    small = shrink(config).config
+    check(small)
+    assert bool(small.scaling.loss_scale) == bool(config.scaling.loss_scale)
+    assert max(small.scaling.loss_scale, small.scaling.initial_loss_scale) == LOSS_SCALE
+    assert (small.scaling.loss_scale_window, small.scaling.hysteresis) == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -524,8 +524,8 @@ def not_clipped(patch: Patch) -> None:
     """The norm is reported, but nothing is clipped by it."""
     right = optimizer.Optimizer.__init__
 
-    def broken(self: Any, stages: Any, groups: Any, train: Any) -> None:
-        right(self, stages, groups, replace(train, clip_grad=0.0))
+    def broken(self: Any, stages: Any, groups: Any, train: Any, loss_scale: Any) -> None:
+        right(self, stages, groups, replace(train, clip_grad=0.0), loss_scale)
 
     patch.setattr(optimizer.Optimizer, "__init__", broken)
 
