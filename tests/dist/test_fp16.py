@@ -45,8 +45,8 @@ def overflow(trainer: Trainer, world_rank: int) -> Iterator[None]:
 def state(trainer: Trainer) -> list[Tensor]:
     optimizer = trainer.optimizer
     optimizer.validate()
-    parts = (*optimizer.master, *optimizer.exp_avg, *optimizer.exp_avg_sq)
-    return [x.clone() for x in (trainer.flat.parameters, *parts)]
+    buffers = (optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq)
+    return [trainer.flat.parameters.clone(), *map(torch.cat, buffers)]
 
 
 def overflow_job(values: dict[str, Any]) -> dict[str, Any]:
