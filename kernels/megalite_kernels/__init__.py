@@ -18,12 +18,10 @@ from torch import Tensor
 
 from megalite_kernels import check, reference, reference_cross_entropy
 from megalite_kernels.backend import BackendError, describe_backend, runs_fused, use_backend
-from megalite_kernels.products import accumulate_product_
 
 __all__ = [
     "OPERATIONS",
     "BackendError",
-    "accumulate_product_",
     "adamw_",
     "add_rms_norm",
     "back_ends",

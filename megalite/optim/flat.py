@@ -27,7 +27,7 @@ from megalite.optim.filling import BUCKET_ELEMENTS
 from megalite.optim.gradients import Gradients, ShardedGradients, WholeGradients
 from megalite.parallel.group import Pending
 from megalite.parallel.groups import ParallelGroups
-from megalite_kernels import accumulate_product_
+from megalite_kernels.products import accumulate_product_
 
 
 class FlatParameters:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from pool import RankPool
@@ -102,7 +104,7 @@ def test_a_missing_f_fails_gradcheck(pool: RankPool) -> None:
 
 
 def data_and_pipeline_job() -> None:
-    groups = make_groups(tp=1, pp=2, dp=2, tie_embeddings=True)
+    groups = make_groups(tp=1, pp=2, dp=2, zero=0, tie_embeddings=True)
     dp, pp = groups.dp, groups.pp
     shards = [random_like((6,), r, torch.float64) for r in range(2)]
     summed = dp.start_gradient_sum(shards[dp.rank].clone()).wait()
@@ -118,3 +120,27 @@ def data_and_pipeline_job() -> None:
 
 def test_data_and_pipeline_verbs(pool: RankPool) -> None:
     pool.run(4, data_and_pipeline_job)
+
+
+def shard_verbs_job(shard_size: int) -> None:
+    """Each rank of a shard group gets its part of what all ranks sum, in place, and passes it on."""
+    dp = make_groups(dp=4, zero=1, zero_shard_size=shard_size).dp
+    size = shard_size or 4
+    assert (dp.shards.size, dp.replicas.size) == (size, 4 // size)
+    assert dp.shards.world_ranks[dp.shards.rank] == dp.rank, "neighbours"
+    buckets = [random_like((8,), rank, torch.float64) for rank in range(4)]
+    bucket = buckets[dp.rank].clone()
+    own = dp.start_gradient_sum(bucket).wait()
+    expected = torch.stack(buckets).sum(0)
+    part = slice(dp.shards.rank * 8 // size, (dp.shards.rank + 1) * 8 // size)
+    torch.testing.assert_close(own, expected[part], rtol=0, atol=1e-15)
+    assert own.data_ptr() == bucket[part].data_ptr()
+    whole = torch.zeros(8, dtype=torch.float64)
+    whole[part] = own
+    dp.shards.start_all_gather_into(whole, whole[part]).wait()
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("shard_size", [0, 2])
+def test_shard_verbs(pool: RankPool, shard_size: int) -> None:
+    pool.run(4, partial(shard_verbs_job, shard_size))

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite_kernels import accumulate_product_, linear_cross_entropy, reference_cross_entropy
+from megalite_kernels import linear_cross_entropy, reference_cross_entropy
+from megalite_kernels.products import accumulate_product_
 
 
 @pytest.fixture(autouse=True)

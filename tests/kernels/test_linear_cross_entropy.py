@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite_kernels import (
-    accumulate_product_,
     linear_cross_entropy,
     reference_cross_entropy,
     use_backend,
 )
 from megalite_kernels.fused.linear_cross_entropy import even_chunks
+from megalite_kernels.products import accumulate_product_
 
 IGNORED = -100
 
