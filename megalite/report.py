@@ -53,7 +53,7 @@ def opening(
     )
     rows = [
         ("model", f"{model.model}: {_si(whole_parameters(config))} parameters; {shape}"),
-        ("layout", _layout(config)),
+        ("layout", layout_words(config)),
         ("device", device),
         ("kernels", _kernels(back_ends) if back_ends else "chosen at start"),
         ("batch", _batch(config)),
@@ -95,7 +95,8 @@ def timeline(config: Config) -> str:
     )
 
 
-def _layout(config: Config) -> str:
+def layout_words(config: Config) -> str:
+    """`tp 4 x pp 2 x dp 1 = 8 ranks, sequence parallel, 1f1b`."""
     parallel = config.parallel
     text = f"tp {parallel.tp} x pp {parallel.pp} x dp {parallel.dp} = "
     text += counted(config.world_size, "rank")
@@ -103,6 +104,10 @@ def _layout(config: Config) -> str:
         text += ", sequence parallel"
     if parallel.pp > 1:
         text += f", {parallel.schedule}"
+    if parallel.dp > 1:
+        text += f", ZeRO {parallel.zero}"
+        if parallel.shard_size < parallel.dp and parallel.zero:
+            text += f" over {parallel.shard_size}"
     return text
 
 

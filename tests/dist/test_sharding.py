@@ -23,6 +23,7 @@ from megalite.models.stage import stage_specs
 from megalite.optim import flat as flat_module
 from megalite.optim.flat import FlatParameters
 from megalite.pipeline.schedules import SCHEDULES
+from megalite.report import layout_words
 from megalite.trainer import Trainer
 from megalite.verification.run import Verdict, verify
 from megalite.verification.shrink import shrink
@@ -153,6 +154,19 @@ def test_levels_train_alike(pool: RankPool, layout: dict[str, Any]) -> None:
 @pytest.mark.parametrize("layout", MORE, ids=str)
 def test_levels_train_alike_in_more_layouts(pool: RankPool, layout: dict[str, Any]) -> None:
     check_levels(pool, layout)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--dp 4", "ZeRO 1"),
+        ("--dp 4 --zero 2 --zero-shard-size 2", "ZeRO 2 over 2"),
+        ("--dp 4 --zero 0", "ZeRO 0"),
+        ("--tp 2", "sequence parallel"),
+    ],
+)
+def test_the_layout_says_what_is_sharded(flags: str, told: str) -> None:
+    assert layout_words(run(*flags.split())).endswith(f"ranks, {told}")
 
 
 class Alive(TorchDispatchMode):
