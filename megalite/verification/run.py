@@ -101,11 +101,14 @@ def verify(
         run = config.replace(precision=precision, device=device.type)
         for one in (one_rank(run), run) if groups.topology.world_size > 1 else (run,):
             result = _pass(one, groups, device, ranks, watch)
-            if result.failure is not None and not watch:
-                again = _pass(one, groups, device, ranks, True)
-                result = again if again.failure is not None else _not_again(result)
-            if result.failure is not None and one is run and groups.dp.shards.size > 1:
-                result = _explained_without_shards(result, groups, device, ranks)
+            if result.failure is not None:
+                again = result if watch else _pass(one, groups, device, ranks, True)
+                if again.failure is None:
+                    result = _not_again(result)
+                elif one is run and groups.dp.shards.size > 1:
+                    result = _explained_without_shards(again, groups, device, ranks)
+                else:
+                    result = again
             passes.append(result)
             if result.failure is not None:
                 return Verdict(tuple(passes))

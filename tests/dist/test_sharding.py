@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from megalite.models.llama import LlamaStage
 from megalite.models.stage import stage_specs
 from megalite.optim import flat as flat_module
 from megalite.optim.flat import FlatParameters
+from megalite.parallel.group import AxisGroup
 from megalite.pipeline.schedules import SCHEDULES
 from megalite.report import layout_words
 from megalite.trainer import Trainer
@@ -154,6 +156,38 @@ def test_levels_train_alike(pool: RankPool, layout: dict[str, Any]) -> None:
 @pytest.mark.parametrize("layout", MORE, ids=str)
 def test_levels_train_alike_in_more_layouts(pool: RankPool, layout: dict[str, Any]) -> None:
     check_levels(pool, layout)
+
+
+@dataclass
+class Late:
+    """A gather that runs only when somebody waits for it."""
+
+    whole: Tensor
+    gather: Callable[[], Tensor]
+
+    def wait(self) -> Tensor:
+        return self.gather()
+
+
+def late_job(values: dict[str, Any]) -> tuple[list[Tensor], Named, int]:
+    """As `trained_job`, where what a module does not wait for never comes."""
+    right = AxisGroup.start_all_gather_into
+
+    def late(self: Any, whole: Tensor, own: Tensor) -> Any:
+        return Late(whole, lambda: right(self, whole, own).wait())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AxisGroup, "start_all_gather_into", late)
+        return trained_job(values)
+
+
+@pytest.mark.parametrize(
+    "layout", [dict(dp=2), dict(dp=2, pp=2, schedule="zb-v", tie_embeddings=True)], ids=str
+)
+def test_every_module_waits_for_its_parameters(pool: RankPool, layout: dict[str, Any]) -> None:
+    size = layout["dp"] * layout.get("pp", 1)
+    found = [outcome.value for outcome in pool.run(size, late_job, layout | dict(zero=1))]
+    assert difference(trained(pool, layout | dict(zero=1)), found) == 0.0
 
 
 @pytest.mark.parametrize(
