@@ -32,6 +32,8 @@ from megalite.pipeline.schedules import make_plan
 
 SHAPE = (4, 1, 8)
 """Of hidden states: [S, B, H], so small that arithmetic costs nothing."""
+WARM_UPS = 20
+"""Steps that are not timed, in which libraries load what they load on first use."""
 
 
 class StubStage:
@@ -139,6 +141,9 @@ def _of_rank(program: Program, rank: int, activity: Activity, repeats: int) -> O
     tokens = torch.zeros(SHAPE[1], SHAPE[0], dtype=torch.int64)
     micro_batch = MicroBatch(tokens, tokens, tokens.bool())
     batch = [micro_batch] * program.plan.num_micro_batches
+    for _ in range(WARM_UPS):
+        executor.run(program, batch, head)
+        run_alone(program, rank, stages, batch)
     # By turns, so that both see the machine alike.
     times = [
         (

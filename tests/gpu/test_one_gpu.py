@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import fields
@@ -87,6 +88,23 @@ def test_bf16_follows_fp32() -> None:
     want = train(make_trainer(CUDA), 20)
     with fastest_attention(CUDA):
         got = train(make_trainer(CUDA, precision="bf16"), 20)
+    assert worst(got, want) <= 5e-3
+
+
+def test_fp16_follows_fp32_and_skips_what_overflows() -> None:
+    want = train(make_trainer(CUDA), 20)
+    # Gradients of the first steps, times 2^40, are beyond fp16's 65504.
+    trainer = make_trainer(CUDA, precision="fp16", initial_loss_scale=2.0**40, hysteresis=1)
+    with fastest_attention(CUDA):
+        rows = [trainer.train_step(step).tolist() for step in range(60)]
+    skipped = [not math.isfinite(norm) for norm, _, _ in rows]
+    assert skipped[0] and 10 < sum(skipped) < 40
+    halved = [2.0 ** (40 - sum(skipped[:step])) for step in range(60)]
+    assert [scale for _, _, scale in rows] == halved
+    assert trainer.optimizer.steps.item() == 60 - sum(skipped)
+    trainer = make_trainer(CUDA, precision="fp16")
+    with fastest_attention(CUDA):
+        got = train(trainer, 20)
     assert worst(got, want) <= 5e-3
 
 
