@@ -19,6 +19,7 @@ class Costs:
         message: time from the end of an action to its result being usable on another rank.
         kept: size of what a forward keeps for the backward.
         kept_for_weights: size of what is left of it for the weight gradient alone.
+        beside: share of its speed that a rank loses while a message waits on it for its other end.
     """
 
     forward: tuple[float, ...]
@@ -28,6 +29,7 @@ class Costs:
     message: float
     kept: tuple[float, ...]
     kept_for_weights: tuple[float, ...]
+    beside: float = 0.0
 
     @classmethod
     def uniform(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,59 @@ def test_golden_v() -> None:
         "1RECV_F0 1RECV_F1 1F0 2F0 2SEND_F0 1F1 2F1 2SEND_F1 2RECV_B0 2I0 2RECV_B1 1I0 1SEND_B0 "
         "2I1 1I1 1SEND_B1 2W0 1W0 2W1 1W1",
     ]
+
+
+def test_golden_1f1b_where_waiting_costs() -> None:
+    """The second rank receives what is made during its forward after it, since the first waits."""
+    costs = replace(Costs.uniform(2, message=0.01), forward=(0.9, 1.0), beside=0.15)
+    assert lines(lower(make_plan("1f1b", 2, 3), costs)) == [
+        "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0F2 0SEND_F2 0RECV_B1 0B1 0RECV_B2 0B2",
+        "1RECV_F0 1F0 1RECV_F1 1B0 1SEND_B0 1F1 1B1 1RECV_F2 1SEND_B1 1F2 1B2 1SEND_B2",
+    ]
+
+
+def waiting(program: Program, costs: Costs) -> tuple[float, float]:
+    """Time for which ranks compute while a message waits on them, and for which actions wait for
+    messages that came late; if all actions ran when they would if no message waited."""
+    plan, ends = program.plan, end_times(program.plan, costs)
+    started: dict[Action, tuple[float, float]] = {}
+    for steps in program.ranks:
+        for index, step in enumerate(steps):
+            if is_message(step):
+                before = last_computation(steps, index)
+                after = next((s for s in steps[index:] if not is_message(s)), None)
+                goes_on = ends[after] - costs.of(after) if after else float("inf")
+                started[step] = ends[steps[before]] if before >= 0 else 0.0, goes_on
+    beside = late = 0.0
+    for message in [step for step in started if step.op in SENDS]:
+        ends_of_it = [started[message], started[counterpart(message)]]
+        passes = max(begun for begun, _ in ends_of_it)
+        beside += sum(max(0.0, passes - goes_on) for _, goes_on in ends_of_it)
+        user = next(
+            action
+            for action in plan.ranks[plan.stage_rank[counterpart(message).stage]]
+            if received_for(plan, action) == counterpart(message)
+        )
+        late += max(0.0, passes + costs.message - (ends[user] - costs.of(user)))
+    return beside, late
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_messages_are_started_when_it_costs_least(name: str) -> None:
+    """Not more than where they are made; where waiting is dear and lateness is not, much less."""
+    for ranks, n in ((2, 8), (4, 12)):
+        plan = make_plan(name, ranks, n)
+        plain = Costs.uniform(plan.num_stages, message=0.01)
+        for skew in (0.0, 0.1):
+            forward = tuple(1.0 + skew * (stage % ranks) for stage in range(plan.num_stages))
+            costs = replace(plain, forward=forward, beside=0.15)
+            by_cost, at_once = lower(plan, costs), lower(plan, replace(costs, beside=0.0))
+            beside, late = waiting(by_cost, costs)
+            beside_at_once, late_at_once = waiting(at_once, costs)
+            assert late_at_once < 1e-9
+            assert 0.15 * beside + late <= 0.15 * beside_at_once + 1e-9
+            if beside_at_once > n / 2:
+                assert beside < 0.6 * beside_at_once, (ranks, skew)
 
 
 def test_a_single_rank_sends_nothing() -> None:
@@ -176,6 +230,7 @@ def check_random_plans(seeds: Sequence[int]) -> None:
             weight_gradient=chance.choice([0.1, 1.0]),
             message=chance.choice([0.0, 0.3]),
         )
+        costs = replace(costs, beside=chance.choice([0.0, 0.15, 2.0]))
         for program in (lower(plan), lower(plan, costs)):
             check_program(program)
             assert ends_strictly(program), f"seed {seed}"
@@ -193,7 +248,9 @@ def test_more_random_plans_never_hang() -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_never_hang(name: str) -> None:
     for ranks, n in ((2, 3), (3, 7), (4, 16)):
-        assert ends_strictly(lower(make_plan(name, ranks, n)))
+        plan = make_plan(name, ranks, n)
+        costs = replace(Costs.uniform(plan.num_stages, message=0.1), beside=0.15)
+        assert ends_strictly(lower(plan)) and ends_strictly(lower(plan, costs))
 
 
 def test_the_strict_simulation_sees_a_wrong_order() -> None:
