@@ -19,8 +19,8 @@ SCORES_BACKWARD = 2.5
 """Work of attention's backward over that of its forward: five products for two."""
 
 BESIDE_ON_GPU = 0.15
-"""`Costs.beside`: NCCL's kernel holds multiprocessors while it waits. Measured on an H200: 42.4 ms in
-place of 35.8 for backwards beside which a message waits most of the time."""
+"""`Costs.beside`: NCCL's kernel holds multiprocessors while it waits. Measured on an H200: 42.4 ms
+in place of 35.8 for backwards beside which a message waits most of the time."""
 
 
 @dataclass(frozen=True)
