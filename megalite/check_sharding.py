@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megalite.config import Config
 from megalite.near import near_divisors
 
-LEVELS = (0, 1, 2)
+LEVELS = (0, 1, 2, 3)
 
 
 def sharding(config: Config) -> Iterator[str]:

@@ -17,8 +17,8 @@ class ParallelConfig:
     zero: int = option(
         -1,
         "What the data ranks shard in place of replicating it (ZeRO). 0: nothing; 1: optimizer "
-        "states and master weights; 2: gradients too. -1: 1 if dp > 1, and 0 with "
-        "--post-validation.",
+        "states and master weights; 2: gradients too; 3: weights too, gathered layer by layer for "
+        "each use. -1: 1 if dp > 1, and 0 with --post-validation.",
         metavar="LEVEL",
     )
     zero_shard_size: int = option(

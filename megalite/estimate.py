@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from megalite.config import Config
 from megalite.models.stage import StageSpec, stage_specs
-from megalite.optim.filling import fill_buckets
+from megalite.optim.filling import BUCKET_ELEMENTS, fill_buckets
 from megalite.pipeline.actions import Op, Order
 from megalite.run_plan import run_plan, stage_rank
 
@@ -105,12 +105,20 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
         logits = tokens * columns * (2 * width + 3 * full)
     return RankEstimate(
         parameters=parameters,
-        weights=parameters * width,
+        weights=width * _weights(config, specs, parameters),
         gradients=full * _gradients(config, specs, parameters),
         optimizer=full * _states(config) * parameters // config.parallel.shard_size,
         activations=tokens * _peak_kept(config, specs, order, width),
         logits=logits,
     )
+
+
+def _weights(config: Config, specs: Sequence[StageSpec], parameters: int) -> int:
+    """Weights that each rank keeps: all, or its shard and the two largest layers, gathered."""
+    shards = config.parallel.shard_size
+    if config.parallel.zero < 3 or shards == 1:
+        return parameters
+    return parameters // shards + sum(sorted(_bucket_sizes(config, specs))[-2:])
 
 
 def _gradients(config: Config, specs: Sequence[StageSpec], parameters: int) -> int:
@@ -123,18 +131,24 @@ def _gradients(config: Config, specs: Sequence[StageSpec], parameters: int) -> i
 
 def _bucket_sizes(config: Config, specs: Sequence[StageSpec]) -> list[int]:
     """Parameters of each bucket of matrices, as `megalite.optim.buckets` makes them."""
-    sizes, kinds = [], []
+    by_layer = config.parallel.zero >= 3
+    sizes: list[int] = []
+    kinds: list[tuple[int, str]] = []
     for spec in specs:
         tables = {"embedding": spec.has_embedding, "head": spec.has_head}
-        layers = [size for block in spec.blocks for size in _matrices(config)[block % 2]]
+        blocks = [
+            (f"layer {block // 2}" if by_layer else "layers", list(_matrices(config)[block % 2]))
+            for block in spec.blocks
+        ]
         for kind, of_kind in (
             ("embedding", [_table(config)] * tables["embedding"]),
-            ("layers", layers),
+            *blocks,
             ("head", [_table(config)] * (tables["head"] and not _tied_here(config, spec))),
         ):
             sizes += of_kind
             kinds += [(spec.stage, kind)] * len(of_kind)
-    return [sum(sizes[i] for i in bucket) for bucket in fill_buckets(sizes, kinds)]
+    full = sum(sizes) if by_layer else BUCKET_ELEMENTS
+    return [sum(sizes[i] for i in bucket) for bucket in fill_buckets(sizes, kinds, full)]
 
 
 def _tied_here(config: Config, spec: StageSpec) -> bool:

@@ -115,7 +115,10 @@ class Trainer:
         self._last_stage = self.stages.get(plan.num_stages - 1)
         if config.model.tie_embeddings and 0 in self.stages and self._last_stage is not None:
             self._last_stage.share_embedding(self.stages[0])
-        self.flat = FlatParameters(self.stages, groups, shards_gradients=config.parallel.zero >= 2)
+        level = config.parallel.zero
+        self.flat = FlatParameters(
+            self.stages, groups, shards_gradients=level >= 2, shards_weights=level >= 3
+        )
         self.executor = Executor(self.stages, groups, self.flat)
         loss_scale = make_loss_scale(config, device)
         self.optimizer = Optimizer(self.flat, groups, config.train, loss_scale)
@@ -315,10 +318,10 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write the final weights; returns when all ranks have."""
-        allowance_s = self.flat.parameters.nbytes / SLOWEST_DISK_BYTES_PER_S
+        allowance_s = self.flat.length * self.flat.dtype.itemsize / SLOWEST_DISK_BYTES_PER_S
         self._activity.begin("saving weights", allowance_s=allowance_s)
         self.optimizer.validate()
-        save_weights(folder, self.stages.values(), self.groups)
+        save_weights(folder, self.flat.whole_parameters(), self.groups)
         self.groups.wait_for_all(self.device)
 
     def _write_trace(self) -> None:

@@ -24,7 +24,7 @@ from megalite.parallel.activity import Activity
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.pipeline import Message
 from megalite.parallel.topology import Topology
-from megalite.pipeline.actions import Op, Program
+from megalite.pipeline.actions import Op, Program, Use
 from megalite.pipeline.channels import is_message
 from megalite.pipeline.lower import lower
 from megalite.pipeline.runtime import Executor
@@ -56,8 +56,11 @@ class StubStage:
         return (self._table if self.spec.has_embedding else x) + 1.0
 
 
-class StubGradients:
-    """Gradients that nobody sums."""
+class StubParameters:
+    """Weights that are always there, and gradients that nobody sums."""
+
+    def begin_action(self, _use: Use | None, _following: Use | None) -> None:
+        """Nothing."""
 
     def add_product(self, _parameter: torch.nn.Parameter, _a: Tensor, _b: Tensor) -> None:
         """Nothing."""
@@ -180,7 +183,7 @@ def stub_executor(
     solo = ParallelGroups.solo()
     pipeline = cast("Any", StubPipeline(rank, size))
     groups = ParallelGroups(Topology(pp=size), rank, solo.tp, pipeline, solo.dp, activity)
-    return Executor(stages, groups, StubGradients())
+    return Executor(stages, groups, StubParameters())
 
 
 def head(out: Tensor, _: MicroBatch) -> Tensor:

@@ -18,36 +18,43 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megalite.errors import DataError
-from megalite.layers.shard import named_shards
+from megalite.layers.shard import Shard
 from megalite.parallel.groups import ParallelGroups
 
 METADATA_KEY = "megalite"
 
 
-def save_weights(folder: Path, stages: Iterable[nn.Module], groups: ParallelGroups) -> None:
+def save_weights(
+    folder: Path, parameters: Iterable[tuple[nn.Parameter, Shard]], groups: ParallelGroups
+) -> None:
     """Write this rank's slices to `folder/rank-00000.safetensors`; replicas over dp write once.
 
     The file appears under its name only when it is complete.
+
+    Args:
+        folder: made if it is not there.
+        parameters: of this rank, with their shards; all are taken, by replicas too, and each is
+            read before the next one is asked for.
+        groups: of this rank.
     """
-    if groups.dp.rank:
-        return
     tensors: dict[str, Tensor] = {}
     places: dict[str, dict] = {}
-    for stage in stages:
-        for parameter, shard in named_shards(stage):
-            if shard.tied_copy == 1:
+    for parameter, shard in parameters:
+        if shard.tied_copy == 1 or groups.dp.rank:
+            continue
+        for piece in shard.pieces:
+            if piece.replica or not piece.length:
                 continue
-            for piece in shard.pieces:
-                if piece.replica or not piece.length:
-                    continue
-                tensors[piece.name] = (
-                    piece.of(parameter.detach()).cpu().clone(memory_format=torch.contiguous_format)
-                )
-                places[piece.name] = {
-                    "shape": piece.shape,
-                    "dim": piece.dim,
-                    "start": piece.start,
-                }
+            tensors[piece.name] = (
+                piece.of(parameter.detach()).cpu().clone(memory_format=torch.contiguous_format)
+            )
+            places[piece.name] = {
+                "shape": piece.shape,
+                "dim": piece.dim,
+                "start": piece.start,
+            }
+    if groups.dp.rank:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     name = f"rank-{groups.world_rank:05d}.safetensors"
     temporary = folder / f".{name}.tmp"

@@ -178,6 +178,7 @@ class _Linear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        ctx.later.await_weight(ctx.parameter)
         x, weight = ctx.saved_tensors
         dx = dy @ weight
         if ctx.later.defer(ctx.parameter, dy, x):
@@ -200,6 +201,7 @@ class _ColumnParallel(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        ctx.later.await_weight(ctx.parameter)
         x, weight = ctx.saved_tensors
         tp: TensorGroup = ctx.tp
         cut = tp.sequence_parallel

@@ -17,6 +17,10 @@ from megalite.parallel.tensor import TensorGroup
 class ProductSums(Protocol):
     """Where weight gradients add up; `megalite.optim.flat.FlatParameters` is one."""
 
+    def await_weight(self, parameter: nn.Parameter) -> None:
+        """The parameter is about to be read."""
+        ...
+
     def add_product(self, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
         """a @ b to the parameter's gradient: [O, T] and [T, I], T tokens."""
         ...
@@ -87,6 +91,11 @@ class WeightGradients:
             return False
         self._deferred[self._micro_batch].append(_Product(weight, dy, x, tp))
         return True
+
+    def await_weight(self, weight: nn.Parameter) -> None:
+        """A backward is about to read a weight, which is not always there."""
+        if self.sums is not None:
+            self.sums.await_weight(weight)
 
     def give(self, weight: nn.Parameter, dy: Tensor, x: Tensor) -> Tensor | None:
         """dy^T x over all tokens, [O, I], to where it adds up; else returned for autograd.

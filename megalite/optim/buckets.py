@@ -60,6 +60,12 @@ class Slot:
         decay, and with which ranks they are summed."""
         return self.stages, self.shard.decays, self.deferrable, self.shard.tied_copy
 
+    @property
+    def layer(self) -> str:
+        """The layer that a matrix belongs to, by its name; norm weights belong to none."""
+        is_matrix = self.shard.decays
+        return ".".join(self.shard.pieces[0].name.split(".")[:3]) if is_matrix else ""
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -120,15 +126,29 @@ class Span:
 
 
 def make_buckets(
-    stages: Mapping[int, nn.Module], num_shards: int = 1, elements: int = BUCKET_ELEMENTS
+    stages: Mapping[int, nn.Module],
+    num_shards: int = 1,
+    elements: int = BUCKET_ELEMENTS,
+    *,
+    by_layer: bool = False,
 ) -> tuple[Bucket, ...]:
-    """The buckets of a rank with these stages, in the buffers' order; see `fill_buckets`."""
+    """The buckets of a rank with these stages, in the buffers' order; see `fill_buckets`.
+
+    Args:
+        stages: by number.
+        num_shards: equal parts that each bucket is cut into.
+        elements: that a bucket is full with.
+        by_layer: a bucket for the matrices of each layer, however many elements they have.
+    """
     slots = _slots(stages)
     sizes = [slot.parameter.numel() for slot in slots]
+    kinds = [(slot.kind, slot.layer if by_layer else "") for slot in slots]
+    if by_layer:
+        elements = sum(sizes)
     unit = num_shards * ALIGNED_ELEMENTS if num_shards > 1 else 1
     buckets: list[Bucket] = []
     start = 0
-    for indices in fill_buckets(sizes, [slot.kind for slot in slots], elements):
+    for indices in fill_buckets(sizes, kinds, elements):
         placed, at = [], start
         for index in indices:
             placed.append(replace(slots[index], start=at))
@@ -174,7 +194,7 @@ def counted_spans(slots: Sequence[Slot]) -> list[tuple[int, int]]:
     for slot in slots:
         if slot.shard.tied_copy == 1:
             continue
-        row = slot.parameter[0].numel() if slot.parameter.dim() > 1 else 1
+        row = slot.parameter.shape[1:].numel()
         for piece in slot.shard.pieces:
             if piece.replica or not piece.length:
                 continue

@@ -57,7 +57,7 @@ def _copies(slot: Slot, groups: ParallelGroups) -> Iterator[tuple[AxisGroup, int
     """Slices of the flat buffers that are copies, each with who holds them."""
     if slot.shard.tied_copy is not None:
         yield groups.pp.embedding_group, slot.start, slot.stop
-    row = slot.parameter[0].numel() if slot.parameter.dim() > 1 else 1
+    row = slot.parameter.shape[1:].numel()
     for piece in slot.shard.pieces:
         if piece.partial and piece.length:
             assert piece.dim == 0, "copies of rows lie in one piece"

@@ -1,21 +1,23 @@
 """A rank's parameters and gradients in flat buffers, sharded over the data ranks as ZeRO does.
 
-All parameters of a rank's stages are views of one contiguous buffer in the run's precision. Their
-gradients, fp32 (fp64 in fp64 runs), lie in the same order, whole or as shards. Each data rank of a
-shard group owns an equal part of each bucket (`megalite.optim.buckets`): it gets the sum of those
-gradients, updates those parameters, and passes them on to the others. A shard group of one rank
-owns everything, and nothing is passed on.
+All parameters of a rank's stages are views of a row of buckets (`megalite.optim.buckets`) in the
+run's precision. Their gradients, fp32 (fp64 in fp64 runs), lie in the same order, whole or as
+shards. Each data rank of a shard group owns an equal part of each bucket: it gets the sum of those
+gradients, updates those parameters, and passes them on to the others, at once or when they are
+used. A shard group of one rank owns everything, and nothing is passed on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megalite.layers.linear import LINEAR
+from megalite.layers.shard import Shard
 from megalite.optim.buckets import (
     counted_spans,
     cut,
@@ -24,9 +26,11 @@ from megalite.optim.buckets import (
 )
 from megalite.optim.copies import CopySums
 from megalite.optim.filling import BUCKET_ELEMENTS
+from megalite.optim.gathered import GatheredWeights
 from megalite.optim.gradients import Gradients, ShardedGradients, WholeGradients
 from megalite.parallel.group import Pending
 from megalite.parallel.groups import ParallelGroups
+from megalite.pipeline.actions import Use
 from megalite_kernels.products import accumulate_product_
 
 
@@ -38,13 +42,15 @@ class FlatParameters:
             values are kept.
         groups: of this rank; `groups.dp.shards` is the shard group.
         shards_gradients: keep only what this rank owns of the gradients (ZeRO level 2).
-        bucket_elements: see `BUCKET_ELEMENTS`.
+        shards_weights: of matrices too, which are whole only while they are used (ZeRO level 3).
+        bucket_elements: see `BUCKET_ELEMENTS`; with `shards_weights` a bucket is a layer.
 
     Attributes:
         slots: of all parameters.
         spans: what this rank owns of the flat buffers.
-        parameters: flat, in the parameters' dtype.
-        own_parameters: views of `parameters`, one for each span.
+        length: elements of a flat buffer.
+        dtype, device: of the parameters.
+        own_parameters: what this rank owns of them, a tensor for each span.
         own_gradients: likewise of the gradients; the step's sums after `finish_reduction`.
         last_use: called when the first gradient of a step comes, if anyone uses those of the step
             before until then; None: nobody does.
@@ -56,11 +62,13 @@ class FlatParameters:
         groups: ParallelGroups,
         *,
         shards_gradients: bool = False,
+        shards_weights: bool = False,
         bucket_elements: int = BUCKET_ELEMENTS,
     ):
         self._shards = groups.dp.shards
         rank, size = self._shards.rank, self._shards.size
-        self._buckets = make_buckets(stages, size, bucket_elements)
+        shards_weights = shards_weights and size > 1
+        self._buckets = make_buckets(stages, size, bucket_elements, by_layer=shards_weights)
         self.slots = tuple(slot for bucket in self._buckets for slot in bucket.slots)
         self.spans = own_spans(self._buckets, rank, size)
         self._place = {
@@ -69,9 +77,9 @@ class FlatParameters:
             for slot in bucket.slots
         }
         first = self.slots[0].parameter
+        self.length = self._buckets[-1].stop
+        self.dtype, self.device = first.dtype, first.device
         dtype, device = torch.promote_types(first.dtype, torch.float32), first.device
-        self.parameters = torch.zeros(self._buckets[-1].stop, dtype=first.dtype, device=device)
-        self.own_parameters = [self.parameters[span.slice] for span in self.spans]
         self._gradients: Gradients
         if shards_gradients and size > 1:
             self._gradients = ShardedGradients(self._buckets, groups.dp, dtype, device)
@@ -82,15 +90,14 @@ class FlatParameters:
         self._copies = CopySums(self.slots, self.spans, self.own_gradients, groups)
         self._arriving: dict[int, Pending] = {}
         self._hooks: list[RemovableHandle] = []
+        self._wholes, self.own_parameters = self._place_weights(apart=shards_weights)
         for slot in self.slots:
-            view = slot.of(self.parameters)
-            view.copy_(slot.parameter.data)
-            slot.parameter.data = view
             hook = slot.parameter.register_post_accumulate_grad_hook(self._take)
             self._hooks.append(hook)
         self._linear = [m for s in stages.values() for m in s.modules() if isinstance(m, LINEAR)]
         for module in self._linear:
             module.weight_gradients.sums = self
+        self._gathered = self._make_gathered(stages) if shards_weights else None
         if size > 1:
             self._await_before_use(stages)
 
@@ -136,6 +143,22 @@ class FlatParameters:
         self._gradients.finish()
         self._copies.sum()
 
+    def begin_action(self, use: Use | None, following: Use | None) -> None:
+        """What an action does with weights, and the next one that uses any; see
+        `GatheredWeights.begin`."""
+        if self._gathered is not None:
+            self._gathered.begin(use, following)
+
+    def await_weight(self, parameter: nn.Parameter) -> None:
+        """The parameter may be read afterwards, until another layer's is awaited."""
+        number = self._place[id(parameter)][0]
+        if self._gathered is not None and number in self._gathered:
+            self._gathered.use(number)
+            return
+        pending = self._arriving.pop(number, None)
+        if pending is not None:
+            pending.wait()
+
     def counted_gradients(self) -> list[Tensor]:
         """Slices of what this rank owns of the gradients: every element of the whole model once,
         if put together over the shard group and all tensor and pipeline ranks."""
@@ -151,16 +174,25 @@ class FlatParameters:
         Every rank of the shard group calls it for the same spans in the same order. Modules wait
         for their parameters before they use them.
         """
-        if self._shards.size > 1:
-            bucket = self._buckets[span]
-            whole = self.parameters[bucket.start : bucket.stop]
-            own = self.own_parameters[span]
+        if self._gathered is not None and span in self._gathered:
+            self._gathered.forget(span)
+        elif self._shards.size > 1:
+            whole, own = self._wholes[span], self.own_parameters[span]
             self._arriving[span] = self._shards.start_all_gather_into(whole, own)
 
     def wait_for_parameters(self) -> None:
-        """All parameters may be read afterwards."""
+        """All parameters that are whole between steps may be read afterwards."""
         while self._arriving:
             self._arriving.popitem()[1].wait()
+
+    def whole_parameters(self) -> Iterator[tuple[nn.Parameter, Shard]]:
+        """Each parameter with its shard; it may be read until the next one is asked for.
+
+        Every rank of the shard group takes all of them.
+        """
+        for slot in self.slots:
+            self.await_weight(slot.parameter)
+            yield slot.parameter, slot.shard
 
     def whole(self, parts: Sequence[Tensor]) -> Tensor:
         """A flat buffer put together from what the ranks of the shard group own of it.
@@ -169,7 +201,7 @@ class FlatParameters:
             parts: this rank's, by span.
         """
         first = parts[0]
-        whole = torch.empty(self.parameters.shape, dtype=first.dtype, device=first.device)
+        whole = torch.empty(self.length, dtype=first.dtype, device=first.device)
         if self._shards.size == 1:
             return torch.cat(list(parts), out=whole)
         for bucket, part in zip(self._buckets, parts, strict=True):
@@ -185,15 +217,70 @@ class FlatParameters:
             self.add(parameter, parameter.grad)
             parameter.grad = None
 
+    def _place_weights(self, *, apart: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Move all parameters into the buckets.
+
+        Args:
+            apart: what is gathered has storage of its own, whole and owned.
+
+        Returns:
+            The whole buckets, and what this rank owns of them by span.
+        """
+        new = partial(torch.zeros, dtype=self.dtype, device=self.device)
+        if apart:
+            wholes = [new(bucket.length) for bucket in self._buckets]
+        else:
+            buffer = new(self.length)
+            wholes = [buffer[bucket.start : bucket.stop] for bucket in self._buckets]
+        for bucket, whole in zip(self._buckets, wholes, strict=True):
+            for slot in bucket.slots:
+                start = slot.start - bucket.start
+                view = whole[start : start + slot.parameter.numel()].view(slot.parameter.shape)
+                view.copy_(slot.parameter.data)
+                slot.parameter.data = view
+        if not apart:
+            return wholes, [buffer[span.slice] for span in self.spans]
+        own = [whole.chunk(self._shards.size)[self._shards.rank] for whole in wholes]
+        decays = [bucket.decays for bucket in self._buckets]
+        return wholes, [o.clone() if alone else o for o, alone in zip(own, decays, strict=True)]
+
+    def _make_gathered(self, stages: Mapping[int, nn.Module]) -> GatheredWeights:
+        """Of the matrices' buckets; norm weights, a thousandth of all, stay whole."""
+        matrices = [n for n, bucket in enumerate(self._buckets) if bucket.decays]
+        orders: dict[int, list[int]] = {}
+        read_in_backward: set[int] = set()
+        for stage, module in stages.items():
+            orders[stage] = []
+            for layer in module.modules():
+                number = self._bucket_of(layer)
+                if number not in matrices:
+                    continue
+                if isinstance(layer, LINEAR):
+                    read_in_backward.add(number)
+                if orders[stage][-1:] != [number]:
+                    orders[stage].append(number)
+        return GatheredWeights(
+            self._shards,
+            {number: self._wholes[number] for number in matrices},
+            {number: self.own_parameters[number] for number in matrices},
+            orders,
+            frozenset(matrices) - read_in_backward,
+        )
+
+    def _bucket_of(self, module: nn.Module) -> int | None:
+        """Number of the bucket with the module's weight, if it has one."""
+        place = self._place.get(id(getattr(module, "weight", None)))
+        return None if place is None else place[0]
+
     def _await_before_use(self, stages: Mapping[int, nn.Module]) -> None:
         """Make each module with a parameter wait for it, layer after layer, in its forward."""
 
         def wait(module: nn.Module, _: object) -> None:
-            pending = self._arriving.pop(self._place[id(module.weight)][0], None)
-            if pending is not None:
-                pending.wait()
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter), "only modules with one have this hook"
+            self.await_weight(weight)
 
         for stage in stages.values():
             for module in stage.modules():
-                if id(getattr(module, "weight", None)) in self._place:
+                if self._bucket_of(module) is not None:
                     self._hooks.append(module.register_forward_pre_hook(wait))

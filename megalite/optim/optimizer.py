@@ -91,7 +91,7 @@ class Optimizer:
         self.master = [part.to(dtype, copy=guesses) for part in flat.own_parameters]
         self.exp_avg = [torch.zeros_like(part) for part in self.master]
         self.exp_avg_sq = [torch.zeros_like(part) for part in self.master]
-        self.steps = torch.zeros((), device=flat.parameters.device)
+        self.steps = torch.zeros((), device=flat.device)
         self._copies_master = self.master[0].data_ptr() != flat.own_parameters[0].data_ptr()
         self._open: _OpenStep | None = None
         self._spare: _State | None = None
@@ -228,7 +228,7 @@ class Optimizer:
         """This rank's share of the squared global norm, fp64 [1]; every element counts once."""
         slices = self._flat.counted_gradients()
         if not slices:
-            return torch.zeros(1, dtype=torch.float64, device=self._flat.parameters.device)
+            return torch.zeros(1, dtype=torch.float64, device=self._flat.device)
         return torch.stack([_square_sum(part) for part in slices]).sum()[None]
 
 

@@ -66,6 +66,9 @@ class Action:
         return cls(int(match[1]), Op(match[2]), int(match[3]))
 
 
+Use = tuple[int, bool]
+"""What an action does with weights: a stage's, in a forward (False) or a backward (True)."""
+
 Order = tuple[Action, ...]
 """What one rank does, one action after the other."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from megalite.layers.weight_gradients import WeightGradients
 from megalite.models.stage import StageSpec
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.pipeline import Message
-from megalite.pipeline.actions import GIVES_WEIGHT_GRADIENT, SENDS, Action, Op, Plan, Program
+from megalite.pipeline.actions import GIVES_WEIGHT_GRADIENT, SENDS, Action, Op, Plan, Program, Use
 from megalite.pipeline.channels import (
     goes_later,
     is_message,
@@ -56,8 +56,12 @@ class Stage(Protocol):
         ...
 
 
-class GradientSums(Protocol):
-    """Where gradients go; `megalite.optim.flat.FlatParameters` is one."""
+class Parameters(Protocol):
+    """Where weights come from and gradients go; `megalite.optim.flat.FlatParameters` is one."""
+
+    def begin_action(self, use: Use | None, following: Use | None) -> None:
+        """An action begins that uses weights so, or none, and the next one that uses any."""
+        ...
 
     def add_product(self, parameter: torch.nn.Parameter, a: Tensor, b: Tensor) -> None:
         """Add a @ b to a gradient that autograd does not deliver itself."""
@@ -93,6 +97,8 @@ class _Step:
         later: whether it goes from an earlier rank to a later one.
         makes: number of the result that a computation hands on; -1 if of none.
         is_last: it gives its stage's weights their last gradients.
+        use: what a computation does with weights; None: nothing.
+        following: the next one's that does anything.
     """
 
     action: Action
@@ -104,6 +110,8 @@ class _Step:
     later: bool = False
     makes: int = -1
     is_last: bool = False
+    use: Use | None = None
+    following: Use | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -150,18 +158,17 @@ class Executor:
     Args:
         stages: this rank's stages by number.
         groups: of this rank.
-        gradients: told where each stage's gradients become final, so that they are reduced at once.
+        parameters: told which weights are used, so that they are there, and where each stage's
+            gradients become final, so that they are reduced at once.
 
     Attributes:
         recorder: of when each action runs, for whoever asks it to record.
     """
 
-    def __init__(
-        self, stages: Mapping[int, Stage], groups: ParallelGroups, gradients: GradientSums
-    ):
+    def __init__(self, stages: Mapping[int, Stage], groups: ParallelGroups, parameters: Parameters):
         self.stages, self.pp = stages, groups.pp
         self._topology, self._activity = groups.topology, groups.activity
-        self._gradients = gradients
+        self._parameters = parameters
         device = next(iter(stages.values())).device
         self.recorder = Recorder(device, self.pp.rank)
         self._known: tuple[Program, tuple[_Step, ...]] | None = None
@@ -192,9 +199,10 @@ class Executor:
             taken = self._take_input(index, step, flight)
             self._activity.enter(step.words, index)
             self.recorder.begins(action)
+            self._parameters.begin_action(step.use, step.following)
             if step.is_last:
                 deferred = action.op is Op.WEIGHT_GRADIENT
-                self._gradients.begin_last_gradients(action.stage, deferred=deferred)
+                self._parameters.begin_last_gradients(action.stage, deferred=deferred)
             match action.op:
                 case Op.FORWARD:
                     self._forward(program, step, taken, micro_batch, head, flight)
@@ -203,7 +211,7 @@ class Executor:
                 case _:
                     self._backward(step, taken, flight)
             if step.is_last:
-                self._gradients.end_last_gradients(action.stage)
+                self._parameters.end_last_gradients(action.stage)
             self.recorder.ends()
             del taken
             for channel in flight.leaving:
@@ -267,7 +275,7 @@ class Executor:
         later = self.stages[action.stage].weight_gradients
         with torch.no_grad():
             for parameter, a, b in later.compute(action.micro_batch):
-                self._gradients.add_product(parameter, a, b)
+                self._parameters.add_product(parameter, a, b)
 
     def _take_input(self, index: int, step: _Step, flight: _Flight) -> Tensor | None:
         """What the neighbouring stage made for an action; None if it takes nothing of another."""
@@ -309,12 +317,25 @@ def _steps(program: Program, rank: int) -> tuple[_Step, ...]:
     """A rank's steps of a program."""
     order = program.ranks[rank]
     last = {a.stage: index for index, a in enumerate(order) if a.op in GIVES_WEIGHT_GRADIENT}
+    uses = [None if is_message(action) else _use(action) for action in order]
+    following = [next(filter(None, uses[index + 1 :]), None) for index in range(len(order))]
     return tuple(
         _message(program.plan, action)
         if is_message(action)
-        else _computation(program.plan, action, is_last=last.get(action.stage) == index)
+        else replace(
+            _computation(program.plan, action, is_last=last.get(action.stage) == index),
+            use=uses[index],
+            following=following[index],
+        )
         for index, action in enumerate(order)
     )
+
+
+def _use(action: Action) -> Use | None:
+    """What a computation does with weights."""
+    if action.op is Op.WEIGHT_GRADIENT:
+        return None
+    return action.stage, action.op is not Op.FORWARD
 
 
 def _message(plan: Plan, action: Action) -> _Step:

@@ -46,7 +46,7 @@ def state(trainer: Trainer) -> list[Tensor]:
     optimizer = trainer.optimizer
     optimizer.validate()
     buffers = (optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq)
-    return [trainer.flat.parameters.clone(), *map(torch.cat, buffers)]
+    return [trainer.flat.whole(trainer.flat.own_parameters), *map(torch.cat, buffers)]
 
 
 def overflow_job(values: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def steps_job(values: dict[str, Any], fault: str = "", wrong: bool = False) -> d
         trainer.optimizer.validate()
     optimizer = trainer.optimizer
     state = (*optimizer.master, *optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.steps)
-    tensors = [trainer.flat.parameters, *state, *statistics]
+    tensors = [trainer.flat.whole(trainer.flat.own_parameters), *state, *statistics]
     return dict(tensors=[x.clone() for x in tensors], guesses=guesses, runs=len(runs))
 
 

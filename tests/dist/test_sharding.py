@@ -24,6 +24,7 @@ from megalite.models.stage import stage_specs
 from megalite.optim import flat as flat_module
 from megalite.optim.flat import FlatParameters
 from megalite.parallel.group import AxisGroup
+from megalite.pipeline.channels import is_message
 from megalite.pipeline.schedules import SCHEDULES
 from megalite.report import layout_words
 from megalite.trainer import Trainer
@@ -44,7 +45,7 @@ def small_buckets() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         right = flat_module.make_buckets
         patch.setattr(
-            flat_module, "make_buckets", lambda stages, size, _: right(stages, size, SMALL_BUCKETS)
+            flat_module, "make_buckets", lambda stages, size, _, **how: right(stages, size, SMALL_BUCKETS, **how)
         )
         yield
 
@@ -70,7 +71,7 @@ def trained_job(values: dict[str, Any]) -> tuple[list[Tensor], Named, int]:
     statistics = [take_step(trainer, step) for step in range(STEPS)]
     optimizer, flat = trainer.optimizer, trainer.flat
     optimizer.validate()
-    found = named(flat, "weight", flat.parameters)
+    found = named(flat, "weight", flat.whole(flat.own_parameters))
     for what in ("master", "exp_avg", "exp_avg_sq"):
         found |= named(flat, what, flat.whole(getattr(optimizer, what)))
     assert optimizer.steps.item() == STEPS - 1
@@ -140,9 +141,9 @@ def check_levels(pool: RankPool, layout: dict[str, Any]) -> None:
         assert difference(without_norms(plain), without_norms(sharded)) == 0.0
     double = layout | dict(precision="fp64")
     plain = trained(pool, double | dict(zero=0))
-    sharded = [dict(zero=1), dict(zero=2)]
+    sharded = [dict(zero=level) for level in (1, 2, 3)]
     if layout["dp"] == 4:
-        sharded += [dict(zero=1, zero_shard_size=2), dict(zero=2, zero_shard_size=2)]
+        sharded += [dict(zero=level, zero_shard_size=2) for level in (1, 2, 3)]
     for how in sharded:
         assert difference(plain, trained(pool, double | how)) < 1e-11, how
 
@@ -163,10 +164,13 @@ class Late:
     """A gather that runs only when somebody waits for it."""
 
     whole: Tensor
-    gather: Callable[[], Tensor]
+    gather: Callable[[], Tensor] | None
 
     def wait(self) -> Tensor:
-        return self.gather()
+        if self.gather is not None:
+            self.gather()
+            self.gather = None
+        return self.whole
 
 
 def late_job(values: dict[str, Any]) -> tuple[list[Tensor], Named, int]:
@@ -181,13 +185,86 @@ def late_job(values: dict[str, Any]) -> tuple[list[Tensor], Named, int]:
         return trained_job(values)
 
 
+@pytest.mark.parametrize("zero", [1, 3])
 @pytest.mark.parametrize(
     "layout", [dict(dp=2), dict(dp=2, pp=2, schedule="zb-v", tie_embeddings=True)], ids=str
 )
-def test_every_module_waits_for_its_parameters(pool: RankPool, layout: dict[str, Any]) -> None:
+def test_every_module_waits_for_its_parameters(
+    pool: RankPool, layout: dict[str, Any], zero: int
+) -> None:
     size = layout["dp"] * layout.get("pp", 1)
-    found = [outcome.value for outcome in pool.run(size, late_job, layout | dict(zero=1))]
-    assert difference(trained(pool, layout | dict(zero=1)), found) == 0.0
+    found = [outcome.value for outcome in pool.run(size, late_job, layout | dict(zero=zero))]
+    assert difference(trained(pool, layout | dict(zero=zero)), found) == 0.0
+
+
+@dataclass
+class Gathers:
+    """What the gathers of two steps at level 3 did on one rank.
+
+    Attributes:
+        whole: the most buckets that were whole at a time.
+        late: gathers that began when their bucket was needed.
+        count: of gathers.
+        actions: of the two steps.
+        elements: whole between steps: those of norm weights.
+        norms: elements of the norm weights' buckets.
+    """
+
+    whole: int
+    late: int
+    count: int
+    actions: int
+    elements: int
+    norms: int
+
+
+def gathers_job(values: dict[str, Any]) -> Gathers:
+    trainer = make_trainer(**{"steps": 3, "num_layers": 4, "zero": 3, **values})
+    flat = trainer.flat
+    gathered = flat._gathered
+    assert gathered is not None
+    used: list[int] = []
+    started: list[tuple[int, bool]] = []
+    most = 0
+    right_use, right_gather = gathered.use, gathered._gather
+
+    def whole() -> list[int]:
+        return [n for n, w in gathered._wholes.items() if w.untyped_storage().nbytes()]
+
+    def use(number: int) -> None:
+        used.append(number)
+        right_use(number)
+
+    def gather(number: int) -> Any:
+        nonlocal most
+        if number not in gathered._there:
+            started.append((number, used[-1:] == [number]))
+        pending = right_gather(number)
+        most = max(most, len(whole()))
+        return pending
+
+    gathered.use, gathered._gather = use, gather  # type: ignore[method-assign]
+    for step in range(2):
+        trainer.train_step(step)
+    actions = sum(not is_message(a) for a in trainer._program(2).ranks[trainer.groups.pp.rank])
+    late = sum(is_late for _, is_late in started)
+    norms = sum(bucket.length for bucket in flat._buckets if not bucket.decays)
+    elements = sum(w.untyped_storage().nbytes() for w in flat._wholes) // flat.dtype.itemsize
+    return Gathers(most, late, len(started), 2 * actions, elements, norms)
+
+
+@pytest.mark.parametrize("values", [dict(), dict(pp=2, schedule="zb-h1"), dict(recompute="full")])
+def test_level_3_gathers_a_layer_ahead_and_gives_it_back(
+    pool: RankPool, values: dict[str, Any]
+) -> None:
+    layout = dict(dp=2, global_batch_size=8, micro_batch_size=2)
+    size = 2 * values.get("pp", 1)
+    for outcome in pool.run(size, gathers_job, {**layout, **values}):
+        found = outcome.value
+        assert found.whole == 2, "one in use and the next"
+        assert found.count > found.actions
+        assert found.late == 2, "the first of each step alone, when weights have just changed"
+        assert found.elements == found.norms
 
 
 @pytest.mark.parametrize(
@@ -266,7 +343,7 @@ def memory_job(shards_gradients: bool) -> tuple[int, int, int]:
         max(bucket.length for bucket in flat._buckets if bucket.decays is decays)
         for decays in (True, False)
     )
-    count = flat.parameters.numel()
+    count = flat.length
     own = count // 4 + 2 * (matrices + norms) + matrices
     return alive.most, 4 * count, 4 * own + others.most
 
@@ -292,6 +369,9 @@ VERIFIED = [
     "--dp 2 --pp 2 --zero 2 --schedule zb-h1",
     "--dp 2 --tp 2 --zero 2",
     "--dp 4 --zero 1 --zero-shard-size 2",
+    "--dp 2 --zero 3 --tie-embeddings",
+    "--dp 2 --pp 2 --zero 3 --schedule zb-v",
+    "--dp 2 --tp 2 --zero 3 --recompute full",
 ]
 MORE_VERIFIED = [
     f"{layout} --zero {zero}{tied}"
@@ -299,7 +379,7 @@ MORE_VERIFIED = [
         *("--dp 2", "--dp 4", "--dp 2 --tp 2", "--dp 2 --pp 2", "--dp 2 --tp 2 --pp 2"),
         *(f"--dp 2 --pp 2 --schedule {name}" for name in SCHEDULES),
     )
-    for zero in (0, 1, 2)
+    for zero in (0, 1, 2, 3)
     for tied in ("", " --tie-embeddings")
 ]
 
