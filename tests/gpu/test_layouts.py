@@ -17,7 +17,7 @@ FLAGS = [*SMALL, "--steps", "20", "--lr-warmup-steps", "5", "--device", "cuda"]
 BOUNDS = {"fp32": (1e-5, 1e-4, 1e-5), "fp64": (1e-11, 1e-10, 1e-11)}
 LAYOUTS = [
     *("--tp 2", "--tp 2 --no-sequence-parallel", "--pp 2", "--pp 2 --schedule gpipe"),
-    *("--dp 2 --zero 0", "--dp 2 --zero 1", "--dp 2 --zero 2"),
+    *(f"--dp 2 --zero {level}" for level in range(4)),
 ]
 SCHEDULES = [
     *("interleaved", "zb-h1", "zb-v --recompute full", "v-min", "dualpipe-v", "auto"),

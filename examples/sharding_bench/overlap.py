@@ -1,0 +1,48 @@
+"""How much of a step's communication nothing hides, from the kernels that a GPU ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+Interval = tuple[float, float]
+
+
+def communication_ms(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Time of a step in which NCCL's kernels run, and in which no other kernel does [ms].
+
+    Zeros on a CPU.
+    """
+    if device.type != "cuda":
+        step()
+        return 0.0, 0.0
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize(device)
+    ours: list[Interval] = []
+    others: list[Interval] = []
+    for event in recorded.events():
+        if event.device_type == DeviceType.CUDA:
+            kind = ours if "nccl" in event.name.lower() else others
+            kind.append((event.time_range.start, event.time_range.end))
+    both = length(union([*ours, *others]))
+    return length(union(ours)) / 1e3, (both - length(union(others))) / 1e3
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """Disjoint intervals that cover the same."""
+    joined: list[Interval] = []
+    for start, end in sorted(intervals):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def length(intervals: Iterable[Interval]) -> float:
+    """Sum of their lengths."""
+    return sum(end - start for start, end in intervals)
