@@ -4,9 +4,11 @@ python -m megalite.plan --schedule zb-v --pp 4 --micro-batches 8
 python -m megalite.plan --pp 4 --micro-batches 8 --compare
 python -m megalite.plan --pp 8 --micro-batches 32 --costs input=1.2,weight=0.7 --compare
 python -m megalite.plan --schedule mine.txt
+python -m megalite.plan --memory --model llama3-8b --tp 4 --dp 8
 
 Times are those of one micro-batch on all stages of a rank, in a unit of your own. A schedule is
-drawn by tools/draw_schedule.py; docs/schedules.md says when to use which.
+drawn by tools/draw_schedule.py; docs/schedules.md says when to use which. With --memory all other
+flags are those of megalite.pretrain: what a rank of that run needs, under each ZeRO level.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from megalite import cli, report
 from megalite.pipeline.actions import SENDS, Plan
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedules import SCHEDULES
 from megalite.pipeline.simulate import simulate
 from megalite.pipeline.times import costs_of, read_times
+from megalite.planning.choice import choose_by_estimate, has_choice, without_choice
 from megalite.preprocessing.flags import Flag, end, read_flags, together
+from megalite.program import checked
 from megalite.schedule_flags import (
     SCHEDULE_FLAGS,
     plan_of,
@@ -34,7 +39,12 @@ from megalite.schedule_flags import (
 MOST_FORWARDS = 100_000
 """Of the schedules that are compared, together; they take a minute or so."""
 
-FLAGS = (*SCHEDULE_FLAGS, Flag("--compare", "Every schedule in place of one.", False))
+MEMORY = "--memory"
+FLAGS = (
+    *SCHEDULE_FLAGS,
+    Flag("--compare", "Every schedule in place of one.", False),
+    Flag(MEMORY, "Memory of a run, in place of a schedule: its flags follow.", False),
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ConfigError: all that is wrong with the flags.
     """
     words = sys.argv[1:] if argv is None else argv
+    if MEMORY in words:
+        print(memory([word for word in words if word != MEMORY]))
+        return 0
     values, problems = read_flags(
         words, FLAGS, prog="python -m megalite.plan", description=__doc__ or ""
     )
@@ -85,6 +98,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if values["compare"]:
         print(_without_chunks(values["chunks"]), end="")
     return 0
+
+
+def memory(words: Sequence[str]) -> str:
+    """What the ranks of a run need, and what they would under each ZeRO level.
+
+    Raises:
+        ConfigError: all that is wrong with the run's flags.
+    """
+    name = f"python -m megalite.plan {MEMORY}"
+    command = cli.parse(words, prog=name, description="Memory of a run.", switches={})
+    config = without_choice(checked(command, None))
+    if has_choice(config):
+        config = choose_by_estimate(config).config
+    return "\n\n".join(filter(None, (report.rank_table(config), report.levels(config))))
 
 
 def figures(plan: Plan, times: Mapping[str, float]) -> Figures:

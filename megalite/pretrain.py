@@ -80,7 +80,8 @@ def _describe(config: Config, told: Sequence[str]) -> None:
             notes=told,
         )
     )
-    print("\n" + report.timeline(config))
+    for part in filter(None, (report.levels(config), report.timeline(config))):
+        print("\n" + part)
 
 
 def _machine(command: cli.Command) -> Machine:
@@ -191,12 +192,13 @@ def _train(
     record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
         result = trainer.fit(log)
+        measured = _measured_memory(rank)
         sample = _sample(trainer)
         if config.run.save_weights:
             trainer.save(folder / "weights")
         if first:
             assert log is not None
-            log.say(_closing(mixture, result, sample, folder, trainer))
+            log.say(_closing(mixture, result, measured, sample, folder, trainer))
     return 0
 
 
@@ -268,6 +270,24 @@ def _back_ends(config: Config, device: torch.device) -> dict[str, str]:
     return {"attention": attention_back_end(config, device), **served}
 
 
+def _measured_memory(rank: Rank) -> str:
+    """What training took beside what was predicted; all ranks call it. Nothing on a CPU, whose
+    memory holds the program and its libraries too."""
+    import torch
+
+    from megalite.metrics import peak_memory_bytes
+
+    if rank.device.type != "cuda":
+        return ""
+    pp, peak = rank.groups.pp, peak_memory_bytes(rank.device)
+    peaks = torch.zeros(pp.size, dtype=torch.float64, device=rank.device)
+    peaks[pp.rank] = peak
+    pp.all_reduce(peaks)
+    for group in (rank.groups.tp, rank.groups.dp):
+        group.all_reduce(peaks, maximum=True)
+    return report.memory(without_choice(rank.config), [int(each) for each in peaks.tolist()])
+
+
 def _sample(trainer: Trainer) -> tuple[str, str] | None:
     """(prompt, continuation) as text; None if none was asked for, or tokens have no known text."""
     from megalite.data.source import token_texts_known
@@ -286,6 +306,7 @@ def _sample(trainer: Trainer) -> tuple[str, str] | None:
 def _closing(
     mixture: Mixture,
     result: Result,
+    measured: str,
     sample: tuple[str, str] | None,
     folder: Path,
     trainer: Trainer,
@@ -308,6 +329,8 @@ def _closing(
         if mixture.bigram_nats:
             known += f", {mixture.bigram_nats:.4f} knowing pairs of neighbours"
         lines.append(known)
+    if measured:
+        lines.append(measured)
     written = ["metrics.jsonl", "config.json", "data.json"]
     if is_file(trainer.config.parallel.schedule):
         written.append("plan.txt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from megalite.check_sharding import LEVELS
 from megalite.config import Config
 from megalite.estimate import (
     flops_per_token,
@@ -74,7 +75,45 @@ def opening(
     lines = [f"megalite {version}"] + [
         f"  {name:<{width}s}  {text.replace(chr(10), below)}" for name, text in rows
     ]
-    return "\n".join([*lines, "", _rank_table(config)])
+    return "\n".join([*lines, "", rank_table(config)])
+
+
+def levels(config: Config) -> str:
+    """Memory of the rank that needs most under each ZeRO level; nothing to say with one data rank,
+    or with `--post-validation`, which shards nothing."""
+    if config.parallel.dp == 1 or config.train.post_validation:
+        return ""
+    lines = [
+        f"ZeRO over {config.parallel.zero_shard_size or config.parallel.dp} data ranks, memory of "
+        "the rank that needs most (* this run):",
+        f"  level  {'weights':>9s}  {'gradients':>9s}  {'optimizer':>9s}  {'activations':>11s}  "
+        f"{'all':>9s}",
+    ]
+    for level in LEVELS:
+        each = config.replace(zero=level)
+        most = max(rank_estimates(_with_precision(each)), key=lambda rank: rank.total)
+        mark = "*" if level == config.parallel.zero else " "
+        lines.append(
+            f"  {mark} {level}    {_gib(most.weights):>9s}  {_gib(most.gradients):>9s}  "
+            f"{_gib(most.optimizer):>9s}  {_gib(most.activations + most.logits):>11s}  "
+            f"{_gib(most.total):>9s}"
+        )
+    return "\n".join(lines)
+
+
+def memory(config: Config, peaks: Sequence[int]) -> str:
+    """`memory at its peak: 19.4 GiB (predicted 19.5)`, of each pipeline rank.
+
+    Args:
+        config: of a run that has a precision.
+        peaks: of the allocator, the most of each pipeline rank's [bytes].
+    """
+    told = [
+        f"{'' if len(peaks) == 1 else f'pp {rank}: '}{peak / 2**30:.2f} GiB "
+        f"(predicted {estimate.total / 2**30:.2f})"
+        for rank, (peak, estimate) in enumerate(zip(peaks, rank_estimates(config), strict=True))
+    ]
+    return "memory at its peak: " + ", ".join(told)
 
 
 def timeline(config: Config) -> str:
@@ -166,7 +205,7 @@ def _precision(config: Config) -> str:
     return config.train.precision
 
 
-def _rank_table(config: Config) -> str:
+def rank_table(config: Config) -> str:
     """Coordinates, blocks, parameters and memory of each rank; of many, of each pipeline rank."""
     rows = list(_rank_rows(config))
     width = max(len(owned) for _, _, owned, _ in rows)
@@ -184,10 +223,9 @@ def _rank_table(config: Config) -> str:
 
 def _rank_rows(config: Config) -> Iterator[tuple[str, str, str, str]]:
     """Ranks, their coordinates, what they own, parameters and memory."""
-    known = config if config.train.precision != "auto" else config.replace(precision="bf16")
     topology = Topology(tp=config.parallel.tp, pp=config.parallel.pp, dp=config.parallel.dp)
     owners, specs = stage_rank(config), stage_specs(config)
-    for pp_rank, memory in enumerate(rank_estimates(known)):
+    for pp_rank, memory in enumerate(rank_estimates(_with_precision(config))):
         owned = " + ".join(spec.words() for spec in specs if owners[spec.stage] == pp_rank)
         detail = (
             f"{_si(memory.parameters):>10s}  {_gib(memory.total)} "
@@ -203,6 +241,11 @@ def _rank_rows(config: Config) -> Iterator[tuple[str, str, str, str]]:
             at = topology.coordinates(rank)
             place = f"{at.pp:>2d} {at.dp:>2d} {at.tp:>2d}"
             yield str(rank), place, owned, detail if rank == here[0] else '         "'
+
+
+def _with_precision(config: Config) -> Config:
+    """The run as it is on a GPU, if it is open where it runs."""
+    return config if config.train.precision != "auto" else config.replace(precision="bf16")
 
 
 def _si(number: float) -> str:

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from commands import run
 
+from megalite import plan, report
 from megalite.config import Config, resolve
+from megalite.errors import ConfigError
 from megalite.estimate import (
+    _bucket_sizes,
     flops_per_token,
     rank_estimates,
     stage_parameters,
@@ -18,6 +22,7 @@ from megalite.estimate import (
 from megalite.layers.shard import named_shards
 from megalite.models.llama import LlamaStage
 from megalite.models.stage import StageSpec, stage_specs
+from megalite.optim.buckets import make_buckets
 from megalite.parallel.tensor import TensorGroup
 
 SHAPE: dict[str, Any] = dict(
@@ -262,3 +267,48 @@ def test_flops_of_wide_heads_follow_the_heads() -> None:
     config = settings("wide heads")
     matrices = whole_parameters(config) - 101 * 48
     assert flops_per_token(config) == 6 * matrices + 12 * 5 * 80 * 16
+
+
+def test_the_table_of_levels_marks_the_run_s_and_shrinks() -> None:
+    config = run(*"--model llama3-8b --dp 4 --zero 2 --precision bf16".split())
+    head, columns, *rows = report.levels(config).splitlines()
+    assert head.startswith("ZeRO over 4 data ranks") and "optimizer" in columns
+    assert [row.split()[0] for row in rows] == ["0", "1", "*", "3"]
+    totals = [float(row.split()[-2]) for row in rows]
+    assert totals == sorted(totals, reverse=True) and totals[0] > totals[-1]
+    assert report.levels(run()) == ""
+    assert report.levels(run(*"--dp 2 --pp 2 --post-validation".split())) == ""
+
+
+def test_measured_memory_stands_beside_what_was_predicted() -> None:
+    config = run(*"--pp 2 --precision bf16".split())
+    predicted = [estimate.total / 2**30 for estimate in rank_estimates(config)]
+    told = report.memory(config, [3 * 2**30, 2**30])
+    assert told == (
+        f"memory at its peak: pp 0: 3.00 GiB (predicted {predicted[0]:.2f}), "
+        f"pp 1: 1.00 GiB (predicted {predicted[1]:.2f})"
+    )
+    assert "pp 0" not in report.memory(run("--precision", "bf16"), [2**30])
+
+
+def test_the_planner_tells_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main("--memory --model llama3-8b --tp 4 --dp 8".split()) == 0
+    told = capsys.readouterr().out
+    assert "ZeRO over 8 data ranks" in told and "gradients 7.48 GiB" in told
+    with pytest.raises(ConfigError, match="--zero 7: choose from 0, 1, 2, 3"):
+        plan.main("--memory --dp 2 --zero 7".split())
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_buckets_are_those_of_the_modules(zero: int, tied: bool) -> None:
+    config = run(*f"--model 1b --num-layers 5 --dp 2 --zero {zero}".split())
+    config = config.replace(tie_embeddings=tied)
+    (spec,) = stage_specs(config)
+    stage = LlamaStage(
+        config, spec, tp=TensorGroup(), dtype=torch.bfloat16, device=torch.device("meta")
+    )
+    buckets = make_buckets({0: stage}, 2, by_layer=zero == 3)
+    sizes = [sum(s.parameter.numel() for s in b.slots) for b in buckets if b.decays]
+    assert _bucket_sizes(config, [spec]) == sizes
+    assert (len(sizes) == 5 + 2 - tied) == (zero == 3)

@@ -27,7 +27,7 @@ from megalite.layers import (
 )
 from megalite.layers.batch import Documents, MicroBatch
 from megalite.models import llama
-from megalite.optim import copies, flat, gradients, optimizer
+from megalite.optim import copies, flat, gathered, gradients, optimizer
 from megalite.optim.buckets import cut
 from megalite.parallel import data, pipeline, tensor
 from megalite.parallel.group import Pending
@@ -346,6 +346,11 @@ def not_passed_on(patch: Patch) -> None:
     patch.setattr(flat.FlatParameters, "pass_on", lambda self, span: None)
 
 
+def gathered_of_the_step_before(patch: Patch) -> None:
+    """What is whole when the weights change is used again."""
+    patch.setattr(gathered.GatheredWeights, "forget", lambda self, number: None)
+
+
 def norm_of_one_shard(patch: Patch) -> None:
     """Each data rank clips by the norm of what it owns."""
     right = optimizer.Optimizer._squared_norm
@@ -649,6 +654,13 @@ FAULTS: dict[str, Fault] = {
     ),
     "not passed on": Fault(
         not_passed_on, "--dp 2", "activation", "embedding", "look at what data ranks shard"
+    ),
+    "gathered of the step before": Fault(
+        gathered_of_the_step_before,
+        "--dp 2 --pp 2 --zero 3",
+        "activation",
+        "layers.2",
+        "look at what data ranks shard",
     ),
     "norm of one shard": Fault(
         norm_of_one_shard, "--dp 2 --tp 2", "norm", "", "look at what data ranks shard"
