@@ -151,6 +151,11 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--decoder-first-pipeline-num-layers": Refused("give all stages with --pp-layers N,N,..."),
         "--decoder-last-pipeline-num-layers": Refused("give all stages with --pp-layers N,N,..."),
         "--use-distributed-optimizer": Alias("zero", "1"),
+        "--use-torch-fsdp2": Alias("zero", "3"),
+        "--use-megatron-fsdp": Alias("zero", "3"),
+        "--data-parallel-sharding-strategy": Refused(
+            "give --zero 0, 1, 2 or 3 for no_shard, optim, optim_grads or optim_grads_params"
+        ),
         "--num-distributed-optimizer-instances": Refused(
             "give the data ranks of each instance with --zero-shard-size"
         ),

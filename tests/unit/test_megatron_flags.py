@@ -94,6 +94,8 @@ def test_an_alias_without_a_value_equals_our_flag(flag: str) -> None:
         ("--enable-zbh1-pipeline", "schedule", "zb-h1"),
         ("--zero-bubble-v-schedule", "schedule", "zb-v"),
         ("--use-distributed-optimizer", "zero", 1),
+        ("--use-torch-fsdp2", "zero", 3),
+        ("--use-megatron-fsdp", "zero", 3),
         ("--bf16", "precision", "bf16"),
         ("--fp16", "precision", "fp16"),
         ("--recompute-activations", "recompute", "selective"),
