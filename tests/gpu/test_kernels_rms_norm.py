@@ -233,3 +233,34 @@ def test_more_than_two_to_the_31_elements() -> None:
         assert torch.equal(y[part], y_part) and torch.equal(dx[part], dx_part)
         total += dweight_part.double()
     check_relative([dweight], [total], 1e-5)
+
+
+def test_add_more_than_two_to_the_31_elements() -> None:
+    hidden = 16384
+    rows = 2**31 // hidden + 5
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB")
+    tensors = [torch.empty(rows, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    for tensor in tensors:
+        for part in tensor.split(16384):
+            part.normal_()
+    x, residual, *grads = tensors
+    weight = normal(hidden)
+    *whole, dweight = run(add_rms_norm, [x, residual, weight], grads)
+    total = torch.zeros_like(weight, dtype=torch.float64)
+    for part in (slice(rows // 2), slice(rows // 2, rows)):
+        inputs = [x[part], residual[part], weight]
+        *parts, dweight_part = run(add_rms_norm, inputs, [grad[part] for grad in grads])
+        assert all(torch.equal(a[part], b) for a, b in zip(whole, parts, strict=True))
+        total += dweight_part.double()
+    check_relative([dweight], [total], 1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_another_gpu_than_the_current_one() -> None:
+    x, dy, weight = normal(64, 512), normal(64, 512), normal(512)
+    want = run(rms_norm, [x, weight], [dy])
+    got = run(rms_norm, [x.to("cuda:1"), weight.to("cuda:1")], [dy.to("cuda:1")])
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(got, want, strict=True):
+        assert a.device.index == 1 and torch.equal(a.cpu(), b.cpu())

@@ -193,6 +193,25 @@ def test_more_elements_than_32_bits_count(layout: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_backward_of_more_elements_than_32_bits_count(layout: str) -> None:
+    length, batch, heads, kv_heads, dim = 4096, 160, 32, 1, 128
+    cos, sin = tables(length, 1, dim)
+    q, k = (
+        torch.randn(length, batch, n, dim, device="cuda", dtype=LOW[0], requires_grad=True)
+        for n in (heads, kv_heads)
+    )
+    assert q.numel() > 1 << 31
+    gradients = torch.autograd.grad(rope(q, k, cos, sin, layout), (q, k), (q.detach(), k.detach()))
+    for place in (slice(0, 2), slice(-2, None)):
+        ends = [t[place].detach().clone().requires_grad_() for t in (q, k)]
+        wanted = torch.autograd.grad(
+            rope(*ends, cos[place], sin[place], layout), ends, [t.detach() for t in ends]
+        )
+        for got, want in zip(gradients, wanted, strict=True):
+            assert torch.equal(got[place], want)
+
+
 def queries_and_keys(qkv: Tensor) -> tuple[Tensor, Tensor]:
     q, k, _ = qkv.unflatten(2, (48, 128)).split([32, 8, 8], dim=2)
     return q, k

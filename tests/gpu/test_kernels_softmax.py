@@ -229,3 +229,16 @@ def test_over_two_to_the_31_elements(shape: tuple[int, ...], causal: bool) -> No
         slope = got * (dy - (dy * got).sum(-1, keepdim=True))
         torch.testing.assert_close(dx[at][..., :seen].double(), slope, rtol=2**-6, atol=1e-6)
         assert y[at][..., seen:].eq(0).all() and dx[at][..., seen:].eq(0).all()
+
+
+def test_masked_over_two_to_the_31_elements() -> None:
+    heads, queries, keys = 40, 8192, 8192
+    x = torch.empty(heads, queries, keys, device="cuda", dtype=torch.bfloat16).uniform_(-4, 4)
+    assert x.numel() > 1 << 31
+    mask = torch.rand(queries, keys, device="cuda") < 0.3
+    y = softmax(x, 0.5, mask, False)
+    dx = fused._softmax_backward(x, y, 0.5, False)
+    for head in (0, heads - 1):
+        part = softmax(x[head], 0.5, mask, False)
+        assert torch.equal(y[head], part)
+        assert torch.equal(dx[head], fused._softmax_backward(x[head], part, 0.5, False))
