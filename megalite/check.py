@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from math import isfinite
 from types import MappingProxyType
 
-from megalite import check_data, check_pipeline, check_scaling
+from megalite import check_data, check_parameters, check_pipeline, check_scaling
 from megalite.check_memory import memory
 from megalite.check_sharding import sharding
 from megalite.check_trace import steps_to_trace
@@ -336,6 +336,7 @@ _RULES: tuple[Callable[[Config], Violations], ...] = (
     sharding,
     _batch,
     _length,
+    check_parameters.rates,
     check_scaling.loss_scale,
     _data,
     _order,

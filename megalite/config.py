@@ -22,6 +22,7 @@ from megalite.batch_sizes import BatchSizes
 from megalite.config_data import DataConfig
 from megalite.config_model import ModelConfig
 from megalite.config_parallel import ParallelConfig
+from megalite.config_parameters import ParametersConfig
 from megalite.config_scaling import ScalingConfig
 from megalite.errors import ConfigError
 from megalite.option import option
@@ -133,13 +134,14 @@ class Config:
     """One run. Immutable: `replace` returns a changed copy.
 
     Attributes:
-        model, parallel, train, scaling, data, run: the groups of fields.
+        model, parallel, train, parameters, scaling, data, run: the groups of fields.
         derived: names of the fields whose values were not given but followed from others.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parameters: ParametersConfig = field(default_factory=ParametersConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -40,6 +40,7 @@ from megalite.planning.measure import measure_message
 from megalite.planning.recorded import recorded_costs
 from megalite.planning.shared import memory_limit
 from megalite.run_plan import is_file, run_plan
+from megalite.treatment import treatments
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -121,7 +122,7 @@ class Trainer:
         )
         self.executor = Executor(self.stages, groups, self.flat)
         loss_scale = make_loss_scale(config, device)
-        self.optimizer = Optimizer(self.flat, groups, config.train, loss_scale)
+        self.optimizer = Optimizer(self.flat, groups, config.train, treatments(config), loss_scale)
         train_samples, valid_samples, self._tested = samples
         self.loader = Loader(config, train_samples, valid_samples, groups.dp, device)
 

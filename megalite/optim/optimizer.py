@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megalite.config import TrainConfig
-from megalite.optim.buckets import Span
 from megalite.optim.flat import FlatParameters
 from megalite.optim.host_flag import HostFlag
 from megalite.optim.scaler import LossScale
+from megalite.optim.segments import segments
 from megalite.parallel.group import Pending
 from megalite.parallel.groups import ParallelGroups
+from megalite.treatment import Treatment
 from megalite_kernels import adamw_
 
 NORM_ROW = 4096
@@ -69,6 +71,7 @@ class Optimizer:
         flat: this rank's flat buffers.
         groups: of this rank.
         train: hyper-parameters.
+        treatments: rate and decay of every whole tensor, by name.
         loss_scale: of the loss that the gradients are of.
 
     Attributes:
@@ -82,10 +85,12 @@ class Optimizer:
         flat: FlatParameters,
         groups: ParallelGroups,
         train: TrainConfig,
+        treatments: Mapping[str, Treatment],
         loss_scale: LossScale,
     ):
         self._flat, self._groups, self._train = flat, groups, train
         self.loss_scale = loss_scale
+        self._segments = segments(flat.slots, flat.spans, treatments)
         guesses = train.post_validation and groups.pp.size > 1
         dtype = flat.own_gradients[0].dtype
         self.master = [part.to(dtype, copy=guesses) for part in flat.own_parameters]
@@ -202,27 +207,28 @@ class Optimizer:
         """
         flat, spare, train = self._flat, self._spare, self._train
         for i in sorted(range(len(flat.spans)), key=lambda number: flat.spans[number].decays):
-            adamw_(
-                self.master[i],
-                flat.own_gradients[i],
-                self.exp_avg[i],
-                self.exp_avg_sq[i],
-                step,
-                lr=lr,
-                beta1=train.adam_beta1,
-                beta2=train.adam_beta2,
-                eps=train.adam_eps,
-                weight_decay=self._weight_decay(flat.spans[i]),
-                scale=scale,
-                skip=skip,
-                copy=flat.own_parameters[i] if self._copies_master else None,
-                out=None if spare is None else (spare[0][i], spare[1][i], spare[2][i]),
-                run=run,
-            )
+            for segment in self._segments[i]:
+                part, treatment = segment.slice, segment.treatment
+                adamw_(
+                    self.master[i][part],
+                    flat.own_gradients[i][part],
+                    self.exp_avg[i][part],
+                    self.exp_avg_sq[i][part],
+                    step,
+                    lr=lr * treatment.lr_scale,
+                    beta1=train.adam_beta1,
+                    beta2=train.adam_beta2,
+                    eps=train.adam_eps,
+                    weight_decay=treatment.weight_decay,
+                    scale=scale,
+                    skip=skip,
+                    copy=flat.own_parameters[i][part] if self._copies_master else None,
+                    out=None
+                    if spare is None
+                    else (spare[0][i][part], spare[1][i][part], spare[2][i][part]),
+                    run=run,
+                )
             flat.pass_on(i)
-
-    def _weight_decay(self, span: Span) -> float:
-        return self._train.weight_decay if span.decays else 0.0
 
     def _squared_norm(self) -> Tensor:
         """This rank's share of the squared global norm, fp64 [1]; every element counts once."""

@@ -11,8 +11,9 @@ head dim, F ffn, V vocabulary (not padded).
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -66,9 +67,10 @@ class DefinedStep:
         loss: mean over the counted tokens of the global batch [nats].
         gradients: of the loss, by name.
         norm: of all gradients.
-        lr: learning rate.
+        rates: learning rate by name.
+        decays: weight decay by name.
         weights: after the step.
-        update_scale: lr / (sqrt(second moment) + eps) by name: how much an error of a gradient
+        update_scale: rate / (sqrt(second moment) + eps) by name: how much an error of a gradient
             moves a weight.
         activations: of the whole global batch, by site in forward order, if they were watched.
     """
@@ -77,7 +79,8 @@ class DefinedStep:
     loss: float
     gradients: Weights
     norm: float
-    lr: float
+    rates: dict[str, float]
+    decays: dict[str, float]
     weights: Weights
     update_scale: Weights
     activations: dict[str, Tensor]
@@ -99,6 +102,19 @@ class Definition:
         self._m = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self._v = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self._updates = 0
+        rules, decay = config.parameters, config.train.weight_decay
+        self._lr_scales = {
+            name: last_match(config, rules.lr_scale, name, 1.0) for name in self.weights
+        }
+        self._decays = {
+            name: last_match(
+                config,
+                rules.weight_decay_for,
+                name,
+                0.0 if name.endswith("norm.weight") else decay,
+            )
+            for name in self.weights
+        }
 
     def batch(self, step: int) -> DefinedBatch:
         """The global batch of a step, from the formula of the order."""
@@ -136,13 +152,16 @@ class Definition:
         loss, gradients = loss_gradients(self.config, before, batch, batch.mask.sum(), seen)
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         lr = learning_rate(self.config.train, step)
+        rates = {name: lr * scale for name, scale in self._lr_scales.items()}
         scale = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         if not skipped:
-            scale = self._adamw(gradients, norm, lr)
+            scale = self._adamw(gradients, norm, rates)
         after = dict(self.weights)
-        return DefinedStep(before, loss, gradients, norm, lr, after, scale, activations)
+        return DefinedStep(
+            before, loss, gradients, norm, rates, self._decays, after, scale, activations
+        )
 
-    def _adamw(self, gradients: Weights, norm: float, lr: float) -> Weights:
+    def _adamw(self, gradients: Weights, norm: float, rates: dict[str, float]) -> Weights:
         """Clip, and move every weight; returns the scale of the update.
 
         Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2.
@@ -158,10 +177,20 @@ class Definition:
             self._v[name] = beta2 * self._v[name] + (1 - beta2) * g * g
             m = self._m[name] / (1 - beta1**self._updates)
             v = self._v[name] / (1 - beta2**self._updates)
-            decay = 0.0 if name.endswith("norm.weight") else train.weight_decay
-            scales[name] = lr / (v.sqrt() + train.adam_eps)
-            self.weights[name] = (1 - lr * decay) * self.weights[name] - scales[name] * m
+            scales[name] = rates[name] / (v.sqrt() + train.adam_eps)
+            kept = 1 - rates[name] * self._decays[name]
+            self.weights[name] = kept * self.weights[name] - scales[name] * m
         return scales
+
+
+def last_match(config: Config, rules: Sequence[str], name: str, default: float) -> float:
+    """X of the last PATTERN=X whose pattern matches the tensor's name, or the tied head's."""
+    names = [name, HEAD] if name == EMBEDDING and config.model.tie_embeddings else [name]
+    for rule in reversed(",".join(rules).split(",")):
+        pattern, _, value = rule.partition("=")
+        if fnmatch.filter(names, pattern):
+            return float(value)
+    return default
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -3,16 +3,20 @@
 Kept are all relations that parallel code depends on: the layout; heads and key/value heads against
 tp, and how many query heads share one; which ranks hold vocabulary, a part of it or padding alone;
 which stages have more layers than the smallest; whether tp divides the sequence; micro-batches
-against stages; tied embeddings, dropout, recomputation, schedule, RoPE scaling. No torch import.
+against stages; tied embeddings, dropout, recomputation, schedule, RoPE scaling; what is asked of
+tensors by name, of layers that stand for others. No torch import.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megalite.config import Config, resolve
 from megalite.models.stage import stage_specs
 from megalite.run_plan import is_file
+from megalite.tensor_names import in_layer, layer_of, tensor_names
+from megalite.treatment import Treatment, treatments
 
 MOST_RANKS = 16
 """Larger layouts get fewer data replicas: two show what many do."""
@@ -56,7 +60,7 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
     """
     model, parallel, train = config.model, config.parallel, config.train
     tp, pp = parallel.tp, parallel.pp
-    changes = []
+    changes: list[str] = []
     dp = parallel.dp
     if config.world_size > most_ranks and dp > 2:
         dp = 2
@@ -102,6 +106,7 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
         lr_wsd_decay_steps=2 if train.lr_decay_style == "WSD" else 0,
         weight_decay=train.weight_decay or 0.1,
         adam_eps=ADAM_EPS,
+        **_named(config, round(sum(layers))),
         # A loss scale that changes does so in every step.
         loss_scale=LOSS_SCALE if config.scaling.loss_scale else 0.0,
         initial_loss_scale=LOSS_SCALE,
@@ -149,6 +154,43 @@ def _layers(config: Config) -> tuple[float, ...]:
     least = min(whole for whole, _ in counts)
     few = min(least, 2 if len(counts) <= 2 else 1)
     return tuple(few + min(1, whole - least) + (0.5 if half else 0) for whole, half in counts)
+
+
+def _named(config: Config, num_layers: int) -> dict[str, tuple[str, ...]]:
+    """The options that name tensors, for a model of so many layers, name by name."""
+    given, plain = treatments(config), treatments(_unnamed(config))
+    stands_for = _stands_for(given, config.model.num_layers, num_layers)
+    scales, decays = [], []
+    for name in tensor_names(config.replace(num_layers=num_layers, pp_layers=())):
+        layer = layer_of(name)
+        theirs = name if layer is None else in_layer(name, stands_for[layer])
+        if given[theirs].lr_scale != plain[theirs].lr_scale:
+            scales.append(f"{name}={given[theirs].lr_scale}")
+        if given[theirs].weight_decay != plain[theirs].weight_decay:
+            decays.append(f"{name}={given[theirs].weight_decay}")
+    return {"lr_scale": tuple(scales), "weight_decay_for": tuple(decays)}
+
+
+def _unnamed(config: Config) -> Config:
+    return config.replace(lr_scale=(), weight_decay_for=())
+
+
+def _stands_for(given: Mapping[str, Treatment], num_layers: int, few: int) -> list[int]:
+    """The layer that each of a few stands for: of its share of all layers the first that is
+    treated otherwise than the one before it, so that exceptions are among them."""
+    by_layer: list[dict[str, Treatment]] = [{} for _ in range(num_layers)]
+    for name, treatment in given.items():
+        layer = layer_of(name)
+        if layer is not None:
+            by_layer[layer][in_layer(name, 0)] = treatment
+    common = max(by_layer, key=by_layer.count)
+    chosen: list[int] = []
+    before = common
+    for turn in range(few):
+        share = range(turn * num_layers // few, (turn + 1) * num_layers // few)
+        chosen.append(next((n for n in share if by_layer[n] != before), share[0]))
+        before = by_layer[chosen[-1]]
+    return chosen
 
 
 def _vocabulary(config: Config) -> tuple[int, int]:

@@ -116,6 +116,7 @@ LAYOUTS: list[dict[str, Any]] = [
     dict(dp=2, pp=2, tie_embeddings=True, schedule="zb-h1"),
     dict(dp=2, tp=2, num_kv_heads=1),
     dict(dp=4),
+    dict(dp=2, lr_scale=("*.q_proj.*=3", "*.down_proj.*=0.3"), weight_decay_for=("*norm*=0.2",)),
 ]
 MORE: list[dict[str, Any]] = [
     dict(dp=2),

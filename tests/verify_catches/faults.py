@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megalite import trainer
+from megalite.config import Config
 from megalite.data import host_batch
 from megalite.layers import (
     attention,
@@ -27,11 +28,12 @@ from megalite.layers import (
 )
 from megalite.layers.batch import Documents, MicroBatch
 from megalite.models import llama
-from megalite.optim import copies, flat, gradients, optimizer
+from megalite.optim import copies, flat, gradients, optimizer, segments
 from megalite.optim.buckets import cut
 from megalite.parallel import data, pipeline, tensor
 from megalite.parallel.group import Pending
 from megalite.pipeline import runtime
+from megalite.treatment import Treatment
 
 Patch = pytest.MonkeyPatch
 
@@ -254,13 +256,15 @@ def norm_not_summed_over_stages(patch: Patch) -> None:
     patch.setattr(optimizer.Optimizer, "_squared_norm", broken)
 
 
+def treated(patch: Patch, change: Callable[[Treatment], Treatment]) -> None:
+    """Each tensor otherwise than it should be."""
+    right = trainer.treatments
+    patch.setattr(trainer, "treatments", lambda c: {n: change(t) for n, t in right(c).items()})
+
+
 def decay_on_norms(patch: Patch) -> None:
     """Weight decay applies to everything."""
-
-    def broken(self: Any, _span: Any) -> float:
-        return self._train.weight_decay
-
-    patch.setattr(optimizer.Optimizer, "_weight_decay", broken)
+    treated(patch, lambda treatment: replace(treatment, weight_decay=0.1))
 
 
 def stale_receive_buffer(patch: Patch) -> None:
@@ -564,9 +568,35 @@ def dropout_not_scaled(patch: Patch) -> None:
 
 
 ALL = "--tp 2 --pp 2 --dp 2"
+NAMED = "--lr-scale *.q_proj.*=3 --weight-decay-for *norm*=0.2,*.mlp.*=0"
 TIED = "--tie-embeddings"
 DROPOUT = "--hidden-dropout 0.2 --attention-dropout 0.2"
 NORM, Q = "post_attention_layernorm.weight", "q_proj.weight"
+
+
+def scale_ignored(patch: Patch) -> None:
+    treated(patch, lambda treatment: replace(treatment, lr_scale=1.0))
+
+
+def decay_for_ignored(patch: Patch) -> None:
+    plain = trainer.treatments
+
+    def broken(config: Config) -> Any:
+        return plain(config.replace(weight_decay_for=()))
+
+    patch.setattr(trainer, "treatments", broken)
+
+
+def packed_treated_alike(patch: Patch) -> None:
+    """As the first of the tensors in one matrix."""
+    right = segments._marks
+
+    def broken(slots: Any, treatments: Any) -> Any:
+        starts = {slot.start for slot in slots}
+        return (mark for mark in right(slots, treatments) if mark[0] in starts)
+
+    patch.setattr(segments, "_marks", broken)
+
 
 FAULTS: dict[str, Fault] = {
     "norm gradients not reduced": Fault(
@@ -740,6 +770,15 @@ FAULTS: dict[str, Fault] = {
     ),
     "pipeline gradient scaled": Fault(
         pipeline_gradient_scaled, "--pp 2", "gradient", "layers.1", "every gradient of stage 0"
+    ),
+    "scale ignored": Fault(
+        scale_ignored, f"--dp 2 {NAMED}", "weight", "q_proj", "--lr-scale is not applied"
+    ),
+    "decay by name ignored": Fault(
+        decay_for_ignored, f"--tp 2 {NAMED}", "weight", "", "--weight-decay-for is not applied"
+    ),
+    "packed treated alike": Fault(
+        packed_treated_alike, f"--dp 2 {NAMED}", "weight", "k_proj", "moves by 3 times"
     ),
     "dropout not scaled": Fault(
         dropout_not_scaled, f"--tp 2 {DROPOUT}", "activation", "layers.0.input", "0.8 times"

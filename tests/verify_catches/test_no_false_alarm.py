@@ -49,6 +49,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "dropout": ("", "--hidden-dropout 0.1", "--attention-dropout 0.2"),
     "clipping": ("", "--clip-grad 0.1", "--clip-grad 0"),
     "rate": ("", "--lr-decay-style linear", "--lr-decay-style WSD", "--lr-decay-style constant"),
+    "rates by name": ("", "--lr-scale *.q_proj.*=3,*.mlp.*=0.5 --weight-decay-for *norm*=0.2"),
     "rope": ("", "--rope-scaling llama3", "--rope-scaling linear", "--rope-scaling yarn"),
     "growing batch": ("", "--rampup-batch-size 12 12 30"),
     "packing": ("", "--packing best-fit"),
