@@ -337,6 +337,7 @@ _RULES: tuple[Callable[[Config], Violations], ...] = (
     _batch,
     _length,
     check_parameters.rates,
+    check_parameters.freezing,
     check_scaling.loss_scale,
     _data,
     _order,

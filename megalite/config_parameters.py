@@ -9,7 +9,7 @@ from megalite.option import option
 
 @dataclass(frozen=True)
 class ParametersConfig:
-    """Rates and decay of some parameters, by the names of their tensors."""
+    """Rates and decay of some parameters, and which stay, by the names of their tensors."""
 
     lr_scale: tuple[str, ...] = option(
         (),
@@ -21,4 +21,10 @@ class ParametersConfig:
         (),
         "Weight decay X in place of --weight-decay, or of none, for tensors that match PATTERN.",
         metavar="PATTERN=X,...",
+    )
+    freeze: tuple[str, ...] = option(
+        (),
+        "Tensors that match PATTERN stay as they are: no gradient, no optimizer state, no decay. "
+        "q, k and v of a layer go together, and so do gate and up.",
+        metavar="PATTERN,...",
     )

@@ -17,7 +17,7 @@ from megalite.pipeline.costs import Costs
 from megalite.pipeline.draw import draw, legend
 from megalite.pipeline.picture import planned
 from megalite.run_plan import run_plan, stage_rank
-from megalite.treatment import treatments
+from megalite.treatment import treatments, without_rules
 from megalite.wording import counted
 
 MOST_RANKS_LISTED = 16
@@ -149,11 +149,12 @@ def _batch(config: Config) -> str:
 def _by_name(config: Config) -> str:
     """What is asked of tensors by name, and of how many."""
     given = treatments(config)
-    plain = treatments(config.replace(lr_scale=(), weight_decay_for=()))
+    plain = treatments(without_rules(config))
     asked = Counter(
         phrase
         for name, treatment in given.items()
         for phrase, is_asked in (
+            ("frozen", treatment.frozen),
             (f"lr x {treatment.lr_scale:g}", treatment.lr_scale != plain[name].lr_scale),
             (
                 f"weight decay {treatment.weight_decay:g}",

@@ -92,12 +92,12 @@ class Optimizer:
         self.loss_scale = loss_scale
         self._segments = segments(flat.slots, flat.spans, treatments)
         guesses = train.post_validation and groups.pp.size > 1
-        dtype = flat.own_gradients[0].dtype
+        dtype = flat.gradient_dtype
         self.master = [part.to(dtype, copy=guesses) for part in flat.own_parameters]
         self.exp_avg = [torch.zeros_like(part) for part in self.master]
         self.exp_avg_sq = [torch.zeros_like(part) for part in self.master]
         self.steps = torch.zeros((), device=flat.device)
-        self._copies_master = self.master[0].data_ptr() != flat.own_parameters[0].data_ptr()
+        self._copies_master = guesses or flat.dtype != dtype
         self._open: _OpenStep | None = None
         self._spare: _State | None = None
         if guesses:

@@ -11,9 +11,8 @@ head dim, F ffn, V vocabulary (not padded).
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +25,7 @@ from megalite.layers.rope import rope_amplitude, rope_frequencies
 from megalite.optim.lr import learning_rate
 from megalite.parallel.rng import keep_mask, make_key, normal_slice
 from megalite.tokenizer.byte import ByteTokenizer
+from megalite.verification.defined_rules import DefinedRules
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -65,10 +65,11 @@ class DefinedStep:
     Attributes:
         before: weights before the step.
         loss: mean over the counted tokens of the global batch [nats].
-        gradients: of the loss, by name.
+        gradients: of the loss, by name; zero where a weight is frozen.
         norm: of all gradients.
         rates: learning rate by name.
         decays: weight decay by name.
+        frozen: names of weights that stay.
         weights: after the step.
         update_scale: rate / (sqrt(second moment) + eps) by name: how much an error of a gradient
             moves a weight.
@@ -81,6 +82,7 @@ class DefinedStep:
     norm: float
     rates: dict[str, float]
     decays: dict[str, float]
+    frozen: frozenset[str]
     weights: Weights
     update_scale: Weights
     activations: dict[str, Tensor]
@@ -102,19 +104,7 @@ class Definition:
         self._m = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self._v = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self._updates = 0
-        rules, decay = config.parameters, config.train.weight_decay
-        self._lr_scales = {
-            name: last_match(config, rules.lr_scale, name, 1.0) for name in self.weights
-        }
-        self._decays = {
-            name: last_match(
-                config,
-                rules.weight_decay_for,
-                name,
-                0.0 if name.endswith("norm.weight") else decay,
-            )
-            for name in self.weights
-        }
+        self._named = DefinedRules(config, self.weights)
 
     def batch(self, step: int) -> DefinedBatch:
         """The global batch of a step, from the formula of the order."""
@@ -150,15 +140,25 @@ class Definition:
 
         seen = keep if watch else None
         loss, gradients = loss_gradients(self.config, before, batch, batch.mask.sum(), seen)
+        gradients |= {name: torch.zeros_like(before[name]) for name in self._named.frozen}
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         lr = learning_rate(self.config.train, step)
-        rates = {name: lr * scale for name, scale in self._lr_scales.items()}
+        rates = {name: lr * scale for name, scale in self._named.lr_scales.items()}
         scale = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         if not skipped:
             scale = self._adamw(gradients, norm, rates)
         after = dict(self.weights)
         return DefinedStep(
-            before, loss, gradients, norm, rates, self._decays, after, scale, activations
+            before,
+            loss,
+            gradients,
+            norm,
+            rates,
+            self._named.decays,
+            self._named.frozen,
+            after,
+            scale,
+            activations,
         )
 
     def _adamw(self, gradients: Weights, norm: float, rates: dict[str, float]) -> Weights:
@@ -171,26 +171,16 @@ class Definition:
         clip = min(1.0, train.clip_grad / (norm + 1e-6)) if train.clip_grad else 1.0
         beta1, beta2 = train.adam_beta1, train.adam_beta2
         scales = {}
-        for name, gradient in gradients.items():
-            g = gradient * clip
+        for name in self.weights.keys() - self._named.frozen:
+            g = gradients[name] * clip
             self._m[name] = beta1 * self._m[name] + (1 - beta1) * g
             self._v[name] = beta2 * self._v[name] + (1 - beta2) * g * g
             m = self._m[name] / (1 - beta1**self._updates)
             v = self._v[name] / (1 - beta2**self._updates)
             scales[name] = rates[name] / (v.sqrt() + train.adam_eps)
-            kept = 1 - rates[name] * self._decays[name]
+            kept = 1 - rates[name] * self._named.decays[name]
             self.weights[name] = kept * self.weights[name] - scales[name] * m
         return scales
-
-
-def last_match(config: Config, rules: Sequence[str], name: str, default: float) -> float:
-    """X of the last PATTERN=X whose pattern matches the tensor's name, or the tied head's."""
-    names = [name, HEAD] if name == EMBEDDING and config.model.tie_embeddings else [name]
-    for rule in reversed(",".join(rules).split(",")):
-        pattern, _, value = rule.partition("=")
-        if fnmatch.filter(names, pattern):
-            return float(value)
-    return default
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from megalite.config import Config, resolve
 from megalite.models.stage import stage_specs
 from megalite.run_plan import is_file
 from megalite.tensor_names import in_layer, layer_of, tensor_names
-from megalite.treatment import Treatment, treatments
+from megalite.treatment import Treatment, treatments, without_rules
 
 MOST_RANKS = 16
 """Larger layouts get fewer data replicas: two show what many do."""
@@ -158,9 +158,9 @@ def _layers(config: Config) -> tuple[float, ...]:
 
 def _named(config: Config, num_layers: int) -> dict[str, tuple[str, ...]]:
     """The options that name tensors, for a model of so many layers, name by name."""
-    given, plain = treatments(config), treatments(_unnamed(config))
+    given, plain = treatments(config), treatments(without_rules(config))
     stands_for = _stands_for(given, config.model.num_layers, num_layers)
-    scales, decays = [], []
+    scales, decays, frozen = [], [], []
     for name in tensor_names(config.replace(num_layers=num_layers, pp_layers=())):
         layer = layer_of(name)
         theirs = name if layer is None else in_layer(name, stands_for[layer])
@@ -168,11 +168,13 @@ def _named(config: Config, num_layers: int) -> dict[str, tuple[str, ...]]:
             scales.append(f"{name}={given[theirs].lr_scale}")
         if given[theirs].weight_decay != plain[theirs].weight_decay:
             decays.append(f"{name}={given[theirs].weight_decay}")
-    return {"lr_scale": tuple(scales), "weight_decay_for": tuple(decays)}
-
-
-def _unnamed(config: Config) -> Config:
-    return config.replace(lr_scale=(), weight_decay_for=())
+        if given[theirs].frozen:
+            frozen.append(name)
+    return {
+        "lr_scale": tuple(scales),
+        "weight_decay_for": tuple(decays),
+        "freeze": tuple(frozen),
+    }
 
 
 def _stands_for(given: Mapping[str, Treatment], num_layers: int, few: int) -> list[int]:

@@ -59,6 +59,9 @@ def weight_suspects(evidence: Evidence, _: Difference) -> Iterator[str]:
             "optimizer's moments or its count of steps"
         )
         return
+    if names <= evidence.defined.frozen:
+        yield "weights that --freeze holds move"
+        return
     yield from _treated_alike(evidence, names)
     yield from _decay(evidence, names)
     yield from _other_rate(evidence, names)

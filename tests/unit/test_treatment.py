@@ -11,15 +11,17 @@ import torch
 from commands import run, violations
 
 from megalite.config import Config, resolve
-from megalite.layers.shard import named_shards
+from megalite.estimate import flops_per_token, rank_estimates
+from megalite.layers.shard import freeze, named_shards
 from megalite.models.llama import LlamaStage
 from megalite.models.stage import stage_specs
 from megalite.optim.buckets import make_buckets, own_spans
 from megalite.optim.segments import segments
 from megalite.parallel.tensor import TensorGroup
 from megalite.report import opening
+from megalite.run_plan import stage_rank
 from megalite.tensor_names import EMBEDDING, HEAD, in_layer, layer_of, parameter_names
-from megalite.treatment import treatments
+from megalite.treatment import frozen_names, treatments
 from megalite.verification.definition import weight_shapes
 from megalite.verification.shrink import shrink
 
@@ -221,3 +223,115 @@ def test_the_opening_says_what_is_asked_of_how_many() -> None:
         line.split("by name")[1].strip()
         == "weight decay 0.2: 7 tensors; lr x 2: 9 tensors; lr x 0.1: 1 tensor"
     )
+
+
+# Frozen parameters
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--freeze lm_haed.*", "--freeze lm_haed.* matches no tensor; the nearest are lm_head"),
+        ("--freeze lm_head.*=1", "matches no tensor"),
+        ("--freeze *", "--freeze * leaves nothing to train"),
+        ("--freeze model.*,lm_head.*", "--freeze model.*,lm_head.* leaves nothing to train"),
+        ("--freeze *.[qk]_proj.*", "q, k and v of a layer lie in one matrix"),
+        (f"--freeze {V}", f"holds {V}, but not {Q}"),
+        (f"--freeze {UP}", "gate and up of a layer lie in one matrix; freeze all of them or none"),
+        ("--freeze *.mlp.* --lr-scale *.up_proj.*=2", "no effect: --freeze holds all that it"),
+        ("--freeze *.mlp.* --weight-decay-for *.up_proj.*=0", "--weight-decay-for *.up_proj.*=0"),
+    ],
+)
+def test_a_bad_pattern_is_named(flags: str, told: str) -> None:
+    (found,) = violations("--num-layers", "3", *flags.split())
+    assert told in found
+
+
+def test_patterns_together_may_freeze_what_is_packed() -> None:
+    config = run("--freeze", "*.q_proj.*,*.k_proj.*", "*.v_proj.*", "--lr-scale", "*_proj.*=2")
+    assert {name.split(".")[-2] for name in frozen_names(config)} == {"q_proj", "k_proj", "v_proj"}
+
+
+def test_one_side_of_a_tied_pair_freezes_both() -> None:
+    config = configure(tie_embeddings=True, pp=2, freeze=("lm_head.*",))
+    assert frozen_names(config) == {EMBEDDING}
+    for spec in stage_specs(config):
+        where: Any = dict(dtype=torch.float32, device=torch.device("cpu"))
+        stage = LlamaStage(config, spec, tp=TensorGroup.solo(), **where)
+        freeze(stage, frozen_names(config))
+        tables = [p for p in stage.parameters() if not p.requires_grad]
+        assert [len(table) for table in tables] == [config.model.padded_vocab_size(1)]
+
+
+PATTERNS = {
+    "nothing": (),
+    "embedding": (EMBEDDING,),
+    "half": (EMBEDDING, "*.layers.[01].*"),
+    "matrices": ("*_proj.*",),
+    "norms": ("*norm.weight",),
+    "rest": (HEAD, NORM, "*.2.*"),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("cut", [dict(), dict(pp=3), dict(pp=2, schedule="zb-v", num_layers=4)])
+def test_memory_is_of_what_is_trained(cut: dict[str, Any], pattern: str, tied: bool) -> None:
+    config = configure(
+        **{"precision": "bf16", "tie_embeddings": tied, "freeze": PATTERNS[pattern], **cut}
+    )
+    owners = stage_rank(config)
+    for rank, memory in enumerate(rank_estimates(config)):
+        stages: dict[int, LlamaStage] = {}
+        for spec in stage_specs(config):
+            if owners[spec.stage] == rank:
+                where: Any = dict(dtype=torch.bfloat16, device=torch.device("meta"))
+                stages[spec.stage] = LlamaStage(config, spec, tp=TensorGroup.solo(), **where)
+                freeze(stages[spec.stage], frozen_names(config))
+        last = stages.get(len(owners) - 1)
+        if tied and last is not None and 0 in stages:
+            last.share_embedding(stages[0])
+        held = {id(p): p for stage in stages.values() for p in stage.parameters()}
+        trained = sum(p.numel() for p in held.values() if p.requires_grad)
+        assert memory.weights == 2 * sum(p.numel() for p in held.values())
+        assert (memory.gradients, memory.optimizer) == (4 * trained, 12 * trained)
+        # Level 2: a share, and two of the largest buckets.
+        sharded = config.replace(dp=2, zero=2, global_batch_size=8)
+        buckets = [b.length for b in make_buckets(stages) if b.decays]
+        want = 4 * (trained // 2 + 2 * max(buckets, default=0))
+        assert rank_estimates(sharded)[rank].gradients == want
+        # Level 3: of weights a share and two layers, and whole what is frozen.
+        frozen = sum(p.numel() for p in held.values() if not p.requires_grad)
+        layers = sorted(b.length for b in make_buckets(stages, by_layer=True) if b.decays)
+        want = 2 * (frozen + trained // 2 + sum(layers[-2:]))
+        assert rank_estimates(sharded.replace(zero=3))[rank].weights == want
+
+
+def test_frozen_matrices_cost_no_gradient() -> None:
+    model = configure().model
+    plain = flops_per_token(configure())
+    mlp = 3 * 3 * model.hidden_size * model.ffn_hidden_size
+    assert flops_per_token(configure(freeze=("*.mlp.*",))) == plain - 2 * mlp
+    assert flops_per_token(configure(freeze=(EMBEDDING,))) == plain, "a lookup"
+    head = model.vocab_size * model.hidden_size
+    assert flops_per_token(configure(freeze=(HEAD,), tp=2)) == plain - 2 * head
+    tied = configure(tie_embeddings=True)
+    frozen = configure(tie_embeddings=True, freeze=(HEAD,))
+    assert flops_per_token(frozen) == flops_per_token(tied) - 2 * head
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layers"),
+    [("*.layers.[0-5].*", {0, 1}), ("*.layers.1?.*,*.layers.[6-9].*", {2, 3}), ("*", set())],
+)
+def test_the_small_model_is_frozen_where_the_large_one_is(pattern: str, layers: set[int]) -> None:
+    flags = [] if pattern == "*" else ["--freeze", pattern]
+    frozen = frozen_names(small("--pp", "4", *flags))
+    assert {layer_of(name) for name in frozen} == layers
+
+
+def test_something_is_left_to_train_in_the_small_model() -> None:
+    only = "*embed*,lm_head.*,model.norm.*,*.[0-68-9].*,*.1[01].*"
+    config = small("--freeze", only)
+    names = {n for n, t in treatments(config).items() if not t.frozen}
+    assert names and {layer_of(name) for name in names} <= {0, 1}

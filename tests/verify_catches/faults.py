@@ -569,6 +569,7 @@ def dropout_not_scaled(patch: Patch) -> None:
 
 ALL = "--tp 2 --pp 2 --dp 2"
 NAMED = "--lr-scale *.q_proj.*=3 --weight-decay-for *norm*=0.2,*.mlp.*=0"
+FROZEN = "--freeze model.embed_tokens.*,model.layers.0.*"
 TIED = "--tie-embeddings"
 DROPOUT = "--hidden-dropout 0.2 --attention-dropout 0.2"
 NORM, Q = "post_attention_layernorm.weight", "q_proj.weight"
@@ -585,6 +586,24 @@ def decay_for_ignored(patch: Patch) -> None:
         return plain(config.replace(weight_decay_for=()))
 
     patch.setattr(trainer, "treatments", broken)
+
+
+def nothing_frozen(patch: Patch) -> None:
+    patch.setattr(trainer, "freeze", lambda _stage, _names: None)
+
+
+def frozen_decays(patch: Patch) -> None:
+    """Weights that have no gradient lose a share of themselves."""
+    right = trainer.Trainer.update
+
+    def broken(self: Any, *args: Any) -> Tensor:
+        for stage in self.stages.values():
+            for parameter in stage.parameters():
+                if not parameter.requires_grad:
+                    parameter.data.mul_(1 - 1e-4)
+        return right(self, *args)
+
+    patch.setattr(trainer.Trainer, "update", broken)
 
 
 def packed_treated_alike(patch: Patch) -> None:
@@ -779,6 +798,12 @@ FAULTS: dict[str, Fault] = {
     ),
     "packed treated alike": Fault(
         packed_treated_alike, f"--dp 2 {NAMED}", "weight", "k_proj", "moves by 3 times"
+    ),
+    "nothing frozen": Fault(
+        nothing_frozen, f"--pp 2 {FROZEN}", "gradient", "layers.0", "--freeze is not applied"
+    ),
+    "frozen weights decay": Fault(
+        frozen_decays, f"--dp 2 {FROZEN}", "weight", "embed_tokens", "--freeze holds move"
     ),
     "dropout not scaled": Fault(
         dropout_not_scaled, f"--tp 2 {DROPOUT}", "activation", "layers.0.input", "0.8 times"
