@@ -78,6 +78,15 @@ class TrainConfig:
     adam_beta2: float = option(0.95, "AdamW: decay of the second moment.", metavar="X")
     adam_eps: float = option(1e-8, "AdamW: added to the root of the second moment.", metavar="X")
     clip_grad: float = option(1.0, "Largest global gradient norm. 0: no clipping.", metavar="X")
+    skip_spikes: float = option(
+        0.0,
+        "Skip a step whose loss or gradient norm is more than Z standard deviations above its mean "
+        "over the last --spike-window steps. 0: none.",
+        metavar="Z",
+    )
+    spike_window: int = option(
+        128, "--skip-spikes: steps to compare with; the first so many are taken.", metavar="STEPS"
+    )
     post_validation: bool = option(
         False,
         "Begin the next step before all pipeline ranks know the gradient norm, as if nothing were "

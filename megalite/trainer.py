@@ -124,7 +124,7 @@ class Trainer:
         )
         self.executor = Executor(self.stages, groups, self.flat)
         loss_scale = make_loss_scale(config, device)
-        self.optimizer = Optimizer(self.flat, groups, config.train, treatments(config), loss_scale)
+        self.optimizer = Optimizer(self.flat, groups, config.train, loss_scale, treatments(config))
         train_samples, valid_samples, self._tested = samples
         self.loader = Loader(config, train_samples, valid_samples, groups.dp, device)
 
@@ -137,9 +137,9 @@ class Trainer:
         """Optimizer step `step`, 0 first.
 
         Returns:
-            fp64 [2] on the device: gradient norm before clipping, loss [nats per token]; [3] in
-            fp16: and the step's loss scale. Equal on all ranks. Not there before
-            `optimizer.validate` if the step `is_open`.
+            fp64 on the device: gradient norm before clipping, loss [nats per token]; in fp16 the
+            step's loss scale; with --skip-spikes whether the step was one. Equal on all ranks. Not
+            there before `optimizer.validate` if the step `is_open`.
         """
         return self.update(step, self.accumulate(step))
 

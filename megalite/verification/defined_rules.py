@@ -1,9 +1,10 @@
-"""What the options that name tensors mean, written for reading: the definition's part of it."""
+"""What options of the update mean, written for reading: a part of the definition."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
+from statistics import fmean, pstdev
 
 from megalite.config import Config
 
@@ -37,6 +38,29 @@ class DefinedRules:
             ):
                 frozen.add(name)
         self.frozen = frozenset(frozen)
+
+
+class DefinedSpikes:
+    """Which steps stand out of the ones before them.
+
+    Args:
+        config: resolved.
+    """
+
+    def __init__(self, config: Config):
+        self._deviations, self._window = config.train.skip_spikes, config.train.spike_window
+        self._seen: list[tuple[float, float]] = []
+
+    def stands_out(self, norm: float, loss: float) -> bool:
+        """Whether a step is skipped for its gradient norm or its loss, which are remembered."""
+        last = self._seen[-self._window :]
+        self._seen.append((norm, loss))
+        if not self._deviations or len(last) < self._window:
+            return False
+        return any(
+            figure > fmean(before) + self._deviations * pstdev(before)
+            for figure, before in zip((norm, loss), zip(*last, strict=True), strict=True)
+        )
 
 
 def _last_match(rules: Sequence[str], called: list[str], default: float) -> float:

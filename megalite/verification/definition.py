@@ -25,7 +25,7 @@ from megalite.layers.rope import rope_amplitude, rope_frequencies
 from megalite.optim.lr import learning_rate
 from megalite.parallel.rng import keep_mask, make_key, normal_slice
 from megalite.tokenizer.byte import ByteTokenizer
-from megalite.verification.defined_rules import DefinedRules
+from megalite.verification.defined_rules import DefinedRules, DefinedSpikes
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -105,6 +105,7 @@ class Definition:
         self._v = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self._updates = 0
         self._named = DefinedRules(config, self.weights)
+        self._spikes = DefinedSpikes(config)
 
     def batch(self, step: int) -> DefinedBatch:
         """The global batch of a step, from the formula of the order."""
@@ -124,12 +125,15 @@ class Definition:
         )
         return DefinedBatch(tokens, labels, mask, documents, step)
 
-    def step(self, step: int, *, skipped: bool = False, watch: bool = False) -> DefinedStep:
+    def step(
+        self, step: int, *, skipped: bool = False, factor: float = 1.0, watch: bool = False
+    ) -> DefinedStep:
         """Take optimizer step `step`, 0 first.
 
         Args:
             step: number.
             skipped: the gradient counts as not finite: nothing moves.
+            factor: that gradients are multiplied by.
             watch: keep the activations.
         """
         before, batch = dict(self.weights), self.batch(step)
@@ -140,12 +144,13 @@ class Definition:
 
         seen = keep if watch else None
         loss, gradients = loss_gradients(self.config, before, batch, batch.mask.sum(), seen)
+        gradients = {name: g * factor for name, g in gradients.items()}
         gradients |= {name: torch.zeros_like(before[name]) for name in self._named.frozen}
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         lr = learning_rate(self.config.train, step)
         rates = {name: lr * scale for name, scale in self._named.lr_scales.items()}
         scale = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        if not skipped:
+        if not skipped and not self._spikes.stands_out(norm, loss):
             scale = self._adamw(gradients, norm, rates)
         after = dict(self.weights)
         return DefinedStep(

@@ -119,18 +119,21 @@ class Recorder:
         """The weights as they are: of bf16 and fp16 runs the master weights."""
         return [*self._named(self.trainer.optimizer.master), *self._frozen()]
 
-    def step(self, step: int, *, poisoned: bool = False) -> RankStep:
+    def step(self, step: int, *, poisoned: bool = False, factor: float = 1.0) -> RankStep:
         """Take a step.
 
         Args:
             step: number, 0 first.
             poisoned: the last rank of the world that has gradients gets one that is not finite.
+            factor: that all gradients are multiplied by.
         """
         groups = self.trainer.groups
         activations: dict[tuple[str, Samples_of], Tensor] = {}
         is_last = groups.world_rank == self._last
         with self._watched(activations), self._poisoned(poisoned and is_last):
             loss = self.trainer.accumulate(step)
+        for part in self.trainer.flat.own_gradients:
+            part.mul_(factor)
         scale = self.trainer.optimizer.loss_scale.value
         gradients = self._named([part / scale for part in self.trainer.flat.own_gradients])
         statistics = self.trainer.update(step, loss)

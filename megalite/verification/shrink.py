@@ -25,6 +25,11 @@ STEPS = 4
 SKIPPED_STEP = 2
 """The step of a verification in which one rank's gradient is not finite."""
 
+SPIKE_STEP = 4
+"""The step with --skip-spikes in which all gradients are `SPIKE` times as large."""
+
+SPIKE = 2.0**20
+
 ADAM_EPS = 1e-3
 """AdamW divides a gradient by its own size: of one near zero, which is all rounding, a small
 epsilon makes a step of full size. This one is above them and below the others, near 1e-2."""
@@ -71,6 +76,8 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
     micro_batches = config.num_micro_batches
     if not is_file(parallel.schedule):  # a plan in a file is for so many
         micro_batches = _micro_batches(micro_batches, pp)
+    # The spike, and one step behind it.
+    steps = STEPS + 2 * (train.skip_spikes > 0)
     micro_batch_size = min(2, train.micro_batch_size)
     unit = micro_batch_size * dp
     small = config.given().replace(
@@ -93,7 +100,7 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
         micro_batch_size=micro_batch_size,
         global_batch_size=micro_batches * unit,
         rampup_batch_size=_ramp(config, micro_batches, unit),
-        steps=STEPS,
+        steps=steps,
         tokens=0,
         # Comparing takes longer than a step, and what runs here says little of the run itself.
         start_timeout=0.0,
@@ -102,11 +109,14 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
         lr=1e-3,
         min_lr=1e-4,
         lr_warmup_steps=2,
-        lr_decay_steps=STEPS + 1,
+        lr_decay_steps=steps + 1,
         lr_wsd_decay_steps=2 if train.lr_decay_style == "WSD" else 0,
         weight_decay=train.weight_decay or 0.1,
         adam_eps=ADAM_EPS,
         **_named(config, round(sum(layers))),
+        # Those before the planted spike that are finite; nothing else stands out so far.
+        skip_spikes=100.0 if train.skip_spikes else 0.0,
+        spike_window=3,
         # A loss scale that changes does so in every step.
         loss_scale=LOSS_SCALE if config.scaling.loss_scale else 0.0,
         initial_loss_scale=LOSS_SCALE,

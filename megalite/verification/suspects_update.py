@@ -9,7 +9,7 @@ from megalite.optim.lr import learning_rate
 from megalite.verification.compare import Difference
 from megalite.verification.definition import EMBEDDING
 from megalite.verification.evidence import Evidence, common_factor, same, same_number
-from megalite.verification.shrink import SKIPPED_STEP
+from megalite.verification.shrink import SKIPPED_STEP, SPIKE_STEP
 
 
 def norm_suspects(evidence: Evidence, first: Difference) -> Iterator[str]:
@@ -57,6 +57,15 @@ def weight_suspects(evidence: Evidence, _: Difference) -> Iterator[str]:
         yield (
             "the step before, which was skipped for a gradient that is not finite, has moved the "
             "optimizer's moments or its count of steps"
+        )
+        return
+    if evidence.config.train.skip_spikes and evidence.step == SPIKE_STEP:
+        yield "a step that --skip-spikes skips moves the weights"
+        return
+    if evidence.config.train.skip_spikes and evidence.step == SPIKE_STEP + 1:
+        yield (
+            "the step before, which --skip-spikes skipped, has moved the optimizer's moments or "
+            "its count of steps"
         )
         return
     if names <= evidence.defined.frozen:

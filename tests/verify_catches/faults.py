@@ -528,8 +528,8 @@ def not_clipped(patch: Patch) -> None:
     """The norm is reported, but nothing is clipped by it."""
     right = optimizer.Optimizer.__init__
 
-    def broken(self: Any, stages: Any, groups: Any, train: Any, loss_scale: Any) -> None:
-        right(self, stages, groups, replace(train, clip_grad=0.0), loss_scale)
+    def broken(self: Any, flat: Any, groups: Any, train: Any, *others: Any) -> None:
+        right(self, flat, groups, replace(train, clip_grad=0.0), *others)
 
     patch.setattr(optimizer.Optimizer, "__init__", broken)
 

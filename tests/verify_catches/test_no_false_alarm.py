@@ -52,6 +52,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "rate": ("", "--lr-decay-style linear", "--lr-decay-style WSD", "--lr-decay-style constant"),
     "rates by name": ("", "--lr-scale *.q_proj.*=3,*.mlp.*=0.5 --weight-decay-for *norm*=0.2"),
     "frozen": ("", f"--freeze {EMBEDDING},*.layers.[01].*", "--freeze *.self_attn.*,*norm.*"),
+    "spikes": ("", "--skip-spikes 6 --spike-window 9"),
     "rope": ("", "--rope-scaling llama3", "--rope-scaling linear", "--rope-scaling yarn"),
     "growing batch": ("", "--rampup-batch-size 12 12 30"),
     "packing": ("", "--packing best-fit"),
