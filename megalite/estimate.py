@@ -139,15 +139,19 @@ def _gradients(config: Config, specs: Sequence[StageSpec], trained: int) -> int:
 def _bucket_sizes(config: Config, specs: Sequence[StageSpec]) -> list[int]:
     """Parameters of each bucket of matrices, as `megalite.optim.buckets` makes them."""
     frozen, by_layer = frozen_names(config), config.parallel.zero >= 3
-    sizes: list[int] = []
-    kinds: list[tuple[object, ...]] = []
+    held: dict[str, tuple[int, int]] = {}
     for spec in specs:
         for name, size in _named_sizes(config, spec):
-            if not is_norm(name) and name not in frozen:
-                layer = layer_of(name)
-                of = name if layer is None else layer
-                sizes.append(size)
-                kinds.append((spec.stage, layer is None, of if by_layer else ""))
+            # By name: embedding and head that are tied on one rank are there once.
+            held.setdefault(name, (spec.stage, size))
+    sizes: list[int] = []
+    kinds: list[tuple[object, ...]] = []
+    for name, (stage, size) in held.items():
+        if not is_norm(name) and name not in frozen:
+            layer = layer_of(name)
+            of = name if layer is None else layer
+            sizes.append(size)
+            kinds.append((stage, layer is None, of if by_layer else ""))
     full = sum(sizes) if by_layer else BUCKET_ELEMENTS
     return [sum(sizes[i] for i in bucket) for bucket in fill_buckets(sizes, kinds, full)]
 

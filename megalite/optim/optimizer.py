@@ -95,8 +95,7 @@ class Optimizer:
         self._segments = segments(flat.slots, flat.spans, treatments)
         self._spikes: SpikeGuard | None = None
         if train.skip_spikes:
-            device = flat.parameters.device
-            self._spikes = SpikeGuard(train.skip_spikes, train.spike_window, device)
+            self._spikes = SpikeGuard(train.skip_spikes, train.spike_window, flat.device)
         guesses = train.post_validation and groups.pp.size > 1
         dtype = flat.gradient_dtype
         self.master = [part.to(dtype, copy=guesses) for part in flat.own_parameters]

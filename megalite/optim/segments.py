@@ -59,7 +59,7 @@ def _marks(
 ) -> Iterator[tuple[int, Treatment]]:
     """Places in the flat buffers from which on a treatment holds."""
     for slot in slots:
-        row = slot.parameter[0].numel() if slot.parameter.dim() > 1 else 1
+        row = slot.parameter.shape[1:].numel()
         for piece in slot.shard.pieces:
             rows = piece.local_start if piece.dim == 0 else 0
             yield slot.start + rows * row, treatments[piece.name]

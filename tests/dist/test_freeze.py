@@ -15,7 +15,6 @@ from worlds import make_trainer, world_groups
 
 from megalite.config import Config
 from megalite.layers import linear
-from megalite.layers.shard import named_shards
 from megalite.trainer import Trainer
 from megalite.treatment import frozen_names
 from megalite.verification.run import Verdict, verify
@@ -33,8 +32,7 @@ def held(trainer: Trainer) -> dict[tuple[str, int], Tensor]:
     """Every named slice on this rank."""
     return {
         (piece.name, piece.start): piece.of(parameter).detach().clone()
-        for stage in trainer.stages.values()
-        for parameter, shard in named_shards(stage)
+        for parameter, shard in trainer.flat.whole_parameters()
         for piece in shard.pieces
         if piece.length
     }
@@ -98,6 +96,7 @@ LAYOUTS: list[dict[str, Any]] = [
     dict(**HALVES, dp=2, zero=2, freeze=BACK, tp=2),
     dict(pp=2, tie_embeddings=True, freeze=("lm_head.*", "*norm.weight")),
     dict(tp=2, recompute="full", freeze=SPOTS, num_kv_heads=1),
+    dict(**HALVES, dp=2, zero=3, freeze=FRONT, schedule="zb-h1"),
 ]
 MORE: list[dict[str, Any]] = [
     *(
@@ -109,13 +108,14 @@ MORE: list[dict[str, Any]] = [
         for name in names
         for freeze in (FRONT, BACK)
     ),
-    *(dict(dp=2, zero=zero, pp=2, freeze=SPOTS, schedule="zb-h2") for zero in (0, 1, 2)),
-    *(dict(dp=2, zero=zero, freeze=("*_proj.*",)) for zero in (0, 1, 2)),
+    *(dict(dp=2, zero=zero, pp=2, freeze=SPOTS, schedule="zb-h2") for zero in (0, 1, 2, 3)),
+    *(dict(dp=2, zero=zero, freeze=("*_proj.*",)) for zero in (0, 1, 2, 3)),
     *(dict(**HALVES, dp=2, zero=zero, freeze=FRONT, schedule="zb-h1") for zero in (0, 1, 2)),
     dict(**QUARTERS, schedule="interleaved", freeze=FRONT, tp=2),
     dict(pp=2, schedule="zb-v", tie_embeddings=True, freeze=("lm_head.*",)),
     dict(**HALVES, recompute="full", freeze=FRONT),
     dict(pp=2, recompute="selective", freeze=SPOTS, dp=2, zero=1),
+    dict(dp=2, zero=3, recompute="full", freeze=SPOTS, tie_embeddings=True),
     dict(pp=4, tp=2, freeze=("*.[03].*", "lm_head.*"), schedule="zb-h1"),
     dict(tp=2, sequence_parallel=False, freeze=("*_proj.*", "lm_head.*")),
 ]
@@ -204,6 +204,7 @@ VERIFIED = [
     "--pp 2 --schedule zb-h1 --freeze model.embed_tokens.*,model.layers.[01].*",
     "--pp 2 --dp 2 --zero 2 --freeze model.layers.[23].*,model.norm.*,lm_head.*",
     "--tp 2 --tie-embeddings --freeze lm_head.*,*norm.weight --lr-scale *.mlp.*=2",
+    "--dp 2 --zero 3 --freeze *.0.self_attn.*,lm_head.*",
     "--pp 2 --post-validation --freeze *_proj.*,lm_head.*",
 ]
 

@@ -31,7 +31,7 @@ def state(trainer: Trainer) -> list[Tensor]:
     optimizer = trainer.optimizer
     optimizer.validate()
     parts = (*optimizer.master, *optimizer.exp_avg, *optimizer.exp_avg_sq, optimizer.steps)
-    return [x.clone() for x in (trainer.flat.parameters, *parts)]
+    return [x.clone() for x in (*trainer.flat.own_parameters, *parts)]
 
 
 def steps_job(values: dict[str, Any], looks: bool = True) -> dict[str, Any]:
