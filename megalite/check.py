@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from math import isfinite
 from types import MappingProxyType
 
-from megalite import check_data, check_pipeline, check_scaling
+from megalite import check_data, check_parameters, check_pipeline, check_scaling
 from megalite.check_memory import memory
 from megalite.check_sharding import sharding
 from megalite.check_trace import steps_to_trace
@@ -234,6 +234,13 @@ def _length(config: Config) -> Violations:
         )
     if train.min_lr > train.lr:
         yield f"--min-lr {train.min_lr} is above --lr {train.lr}"
+    if train.skip_spikes and train.spike_window < 2:
+        yield f"--spike-window {train.spike_window} must be at least 2: one step has no deviation"
+    elif train.skip_spikes and 0 < train.steps <= train.spike_window:
+        yield (
+            f"--spike-window {train.spike_window} is not below the {train.steps} steps of the run, "
+            "so none would be skipped; give a shorter one, or leave out --skip-spikes"
+        )
     after_warm_up = train.lr_decay_steps - train.lr_warmup_steps
     if train.lr_decay_style == "WSD" and 0 < after_warm_up < train.lr_wsd_decay_steps:
         yield (
@@ -336,6 +343,8 @@ _RULES: tuple[Callable[[Config], Violations], ...] = (
     sharding,
     _batch,
     _length,
+    check_parameters.rates,
+    check_parameters.freezing,
     check_scaling.loss_scale,
     _data,
     _order,

@@ -35,6 +35,7 @@ _TITLES: Mapping[str, str] = MappingProxyType(
         "model": "model",
         "parallel": "layout",
         "train": "training",
+        "parameters": "parameters by name",
         "scaling": "loss scale",
         "data": "data",
         "run": "run",

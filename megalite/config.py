@@ -22,6 +22,7 @@ from megalite.batch_sizes import BatchSizes
 from megalite.config_data import DataConfig
 from megalite.config_model import ModelConfig
 from megalite.config_parallel import ParallelConfig
+from megalite.config_parameters import ParametersConfig
 from megalite.config_scaling import ScalingConfig
 from megalite.errors import ConfigError
 from megalite.option import option
@@ -77,6 +78,15 @@ class TrainConfig:
     adam_beta2: float = option(0.95, "AdamW: decay of the second moment.", metavar="X")
     adam_eps: float = option(1e-8, "AdamW: added to the root of the second moment.", metavar="X")
     clip_grad: float = option(1.0, "Largest global gradient norm. 0: no clipping.", metavar="X")
+    skip_spikes: float = option(
+        0.0,
+        "Skip a step whose loss or gradient norm is more than Z standard deviations above its mean "
+        "over the last --spike-window steps. 0: none.",
+        metavar="Z",
+    )
+    spike_window: int = option(
+        128, "--skip-spikes: steps to compare with; the first so many are taken.", metavar="STEPS"
+    )
     post_validation: bool = option(
         False,
         "Begin the next step before all pipeline ranks know the gradient norm, as if nothing were "
@@ -133,13 +143,14 @@ class Config:
     """One run. Immutable: `replace` returns a changed copy.
 
     Attributes:
-        model, parallel, train, scaling, data, run: the groups of fields.
+        model, parallel, train, parameters, scaling, data, run: the groups of fields.
         derived: names of the fields whose values were not given but followed from others.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parameters: ParametersConfig = field(default_factory=ParametersConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -99,6 +99,7 @@ _EFFECTS = (
         lambda c: not c.scaling.loss_scale,
         "with --loss-scale, which never changes",
     ),
+    Effect(("spike_window",), lambda c: c.train.skip_spikes > 0, "without --skip-spikes"),
     Effect(
         ("eval_interval",),
         lambda c: c.train.eval_steps > 0,

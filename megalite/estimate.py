@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -14,6 +14,8 @@ from megalite.models.stage import StageSpec, stage_specs
 from megalite.optim.filling import BUCKET_ELEMENTS, fill_buckets
 from megalite.pipeline.actions import Op, Order
 from megalite.run_plan import run_plan, stage_rank
+from megalite.tensor_names import EMBEDDING, FINAL_NORM, HEAD, is_norm, layer_of
+from megalite.treatment import frozen_names
 
 WEIGHT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8})
 
@@ -24,8 +26,8 @@ class RankEstimate:
 
     Attributes:
         parameters: number of parameters held, padding and copies included.
-        weights, gradients, optimizer: flat buffers, as far as this rank keeps them; master weights
-            are the optimizer's.
+        weights, gradients, optimizer: as far as this rank keeps them; master weights are the
+            optimizer's. Frozen parameters have weights alone.
         activations: kept for backward, at the schedule's peak of micro-batches.
         logits: of one micro-batch, with the loss's temporaries; on the last stage.
     """
@@ -95,6 +97,7 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
     """Memory of each rank that has these stages and works in this order."""
     train = config.train
     parameters = rank_parameters(config, specs)
+    trained = parameters - _frozen(config, specs)
     width = WEIGHT_BYTES[train.precision]
     full = max(4, width)
     tokens = train.micro_batch_size * config.model.seq_length
@@ -106,49 +109,80 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
     return RankEstimate(
         parameters=parameters,
         weights=width * _weights(config, specs, parameters),
-        gradients=full * _gradients(config, specs, parameters),
-        optimizer=full * _states(config) * parameters // config.parallel.shard_size,
+        gradients=full * _gradients(config, specs, trained),
+        optimizer=full * _states(config) * trained // config.parallel.shard_size,
         activations=tokens * _peak_kept(config, specs, order, width),
         logits=logits,
     )
 
 
 def _weights(config: Config, specs: Sequence[StageSpec], parameters: int) -> int:
-    """Weights that each rank keeps: all, or its shard and the two largest layers, gathered."""
+    """Weights that each rank keeps: all, or its shard of what is trained and the two largest
+    layers, gathered, beside what is frozen."""
     shards = config.parallel.shard_size
     if config.parallel.zero < 3 or shards == 1:
         return parameters
-    return parameters // shards + sum(sorted(_bucket_sizes(config, specs))[-2:])
+    frozen = _frozen(config, specs)
+    gathered = sum(sorted(_bucket_sizes(config, specs))[-2:])
+    return frozen + (parameters - frozen) // shards + gathered
 
 
-def _gradients(config: Config, specs: Sequence[StageSpec], parameters: int) -> int:
-    """Gradients that each rank keeps: all, or its shard and two buckets to fill and to sum."""
+def _gradients(config: Config, specs: Sequence[StageSpec], trained: int) -> int:
+    """Gradients that each rank keeps: of all that is trained, or its shard and two buckets to fill
+    and to sum."""
     shards = config.parallel.shard_size
     if config.parallel.zero < 2 or shards == 1:
-        return parameters
-    return parameters // shards + 2 * max(_bucket_sizes(config, specs))
+        return trained
+    return trained // shards + 2 * max(_bucket_sizes(config, specs), default=0)
 
 
 def _bucket_sizes(config: Config, specs: Sequence[StageSpec]) -> list[int]:
     """Parameters of each bucket of matrices, as `megalite.optim.buckets` makes them."""
-    by_layer = config.parallel.zero >= 3
-    sizes: list[int] = []
-    kinds: list[tuple[int, str]] = []
+    frozen, by_layer = frozen_names(config), config.parallel.zero >= 3
+    held: dict[str, tuple[int, int]] = {}
     for spec in specs:
-        tables = {"embedding": spec.has_embedding, "head": spec.has_head}
-        blocks = [
-            (f"layer {block // 2}" if by_layer else "layers", list(_matrices(config)[block % 2]))
-            for block in spec.blocks
-        ]
-        for kind, of_kind in (
-            ("embedding", [_table(config)] * tables["embedding"]),
-            *blocks,
-            ("head", [_table(config)] * (tables["head"] and not _tied_here(config, spec))),
-        ):
-            sizes += of_kind
-            kinds += [(spec.stage, kind)] * len(of_kind)
+        for name, size in _named_sizes(config, spec):
+            # By name: embedding and head that are tied on one rank are there once.
+            held.setdefault(name, (spec.stage, size))
+    sizes: list[int] = []
+    kinds: list[tuple[object, ...]] = []
+    for name, (stage, size) in held.items():
+        if not is_norm(name) and name not in frozen:
+            layer = layer_of(name)
+            of = name if layer is None else layer
+            sizes.append(size)
+            kinds.append((stage, layer is None, of if by_layer else ""))
     full = sum(sizes) if by_layer else BUCKET_ELEMENTS
     return [sum(sizes[i] for i in bucket) for bucket in fill_buckets(sizes, kinds, full)]
+
+
+def _frozen(config: Config, specs: Sequence[StageSpec]) -> int:
+    """Parameters of these stages that are not trained, on each rank."""
+    frozen = frozen_names(config)
+    # By name: embedding and head that are tied on one rank are there once.
+    held = dict(pair for spec in specs for pair in _named_sizes(config, spec))
+    return sum(size for name, size in held.items() if name in frozen)
+
+
+def _named_sizes(config: Config, spec: StageSpec) -> Iterator[tuple[str, int]]:
+    """Parameters of a stage, by the first tensor in each, with their elements on each rank."""
+    hidden = config.model.hidden_size
+    if spec.has_embedding:
+        yield EMBEDDING, _table(config)
+    for block in spec.blocks:
+        prefix = f"model.layers.{block // 2}"
+        norm, packed, out = (
+            ("post_attention_layernorm", "mlp.gate_proj", "mlp.down_proj")
+            if block % 2
+            else ("input_layernorm", "self_attn.q_proj", "self_attn.o_proj")
+        )
+        sizes = (hidden, *_matrices(config)[block % 2])
+        for part, size in zip((norm, packed, out), sizes, strict=True):
+            yield f"{prefix}.{part}.weight", size
+    if spec.has_head:
+        yield FINAL_NORM, hidden
+        if not _tied_here(config, spec):
+            yield EMBEDDING if config.model.tie_embeddings else HEAD, _table(config)
 
 
 def _tied_here(config: Config, spec: StageSpec) -> bool:
@@ -187,17 +221,23 @@ def kept_for_weights_bytes(config: Config, spec: StageSpec) -> int:
 
 
 def flops_per_token(config: Config) -> float:
-    """Floating-point operations of forward and backward per trained token: 6 N + 12 L h s.
+    """Floating-point operations of forward and backward per trained token: 6 N + 12 L h s - 2 F.
 
-    N: parameters without the input embedding (a tied head counts). Attention is counted as a full
-    square, as the field does, which flatters a causal model by up to 10%; recomputation is not
-    counted. Source: Narayanan et al., arXiv:2104.04473, and PaLM's appendix B, arXiv:2204.02311.
+    N: parameters without the input embedding (a tied head counts); F: those of them that stay as
+    they are, without a gradient. Attention is counted as a full square, as the field does, which
+    flatters a causal model by up to 10%; recomputation is not counted. Source: Narayanan et al.,
+    arXiv:2104.04473, and PaLM's appendix B, arXiv:2204.02311.
     """
     model = config.model
     embedding = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
     matrices = whole_parameters(config) - embedding
     attention = model.num_attention_heads * model.head_dim
-    return 6.0 * matrices + 12.0 * model.num_layers * attention * model.seq_length
+    counted = config.replace(tp=1, make_vocab_size_divisible_by=1)
+    whole = StageSpec(0, 0, 2 * model.num_layers, has_embedding=True, has_head=True)
+    frozen = _frozen(counted, [whole])
+    if EMBEDDING in frozen_names(config):
+        frozen -= embedding
+    return 6.0 * matrices - 2.0 * frozen + 12.0 * model.num_layers * attention * model.seq_length
 
 
 def _table(config: Config) -> int:

@@ -155,9 +155,9 @@ class RunLog:
             self._board.close()
 
     def step(self, step: int, reading: Reading, lr: float) -> None:
-        """Record optimizer step `step` (1 first); its reading holds gradient norm, loss and, in
-        fp16, the loss scale."""
-        grad_norm, loss, *scaling = reading.values
+        """Record optimizer step `step` (1 first); its reading is what `Trainer.train_step`
+        returns."""
+        grad_norm, loss, *others = reading.values
         seconds = max(reading.seconds, 1e-9)
         self._training_s += seconds
         self._steps_done += 1
@@ -176,12 +176,14 @@ class RunLog:
         if self._peak is not None:
             rate = flops_per_token(self._config) * tokens / seconds / self._config.world_size
             record["mfu"] = rate / self._peak
-        if not math.isfinite(grad_norm):
+        if self._config.train.precision == "fp16":
+            record["loss_scale"] = others.pop(0)
+        if self._config.train.skip_spikes and others.pop(0):
+            record["spike"] = True
+        if "spike" in record or not math.isfinite(grad_norm):
             record["skipped"] = True
             self._steps_skipped += 1
-        if scaling:
-            record["loss_scale"] = scaling[0]
-            record["steps_skipped"] = self._steps_skipped
+        record["steps_skipped"] = self._steps_skipped
         self._write("train", step, record)
         if step % self._config.run.log_interval == 0 or step == self._config.train.steps:
             self.say(self._line(record))
@@ -219,7 +221,7 @@ class RunLog:
             f"loss {record['loss']:.4f}",
             f"lr {record['lr']:.2e}",
             f"norm {record['grad_norm']:.3f}",
-            *_scaling(record),
+            *_skipping(record),
             f"{_count(record['tokens_per_s'])} tok/s",
             f"{record['step_ms']:.0f} ms",
         ]
@@ -228,7 +230,8 @@ class RunLog:
         parts.append(f"{record['memory_bytes'] / 2**30:.2f} GiB")
         parts.append(f"ETA {_duration(left * per_step)}")
         if record.get("skipped"):
-            parts.append("gradient not finite: step skipped")
+            why = "spike" if "spike" in record else "gradient not finite"
+            parts.append(f"{why}: step skipped")
         return "  ".join(parts)
 
     def _write(self, kind: str, step: int, record: Mapping[str, Any]) -> None:
@@ -266,12 +269,12 @@ def _open_tensorboard(config: Config, folder: Path) -> Any:
     return SummaryWriter(str(folder / "tensorboard"))
 
 
-def _scaling(record: Mapping[str, Any]) -> Iterator[str]:
-    """Of fp16 runs, the loss scale and how many steps have been skipped so far."""
+def _skipping(record: Mapping[str, Any]) -> Iterator[str]:
+    """Of fp16 runs the loss scale, and how many steps have been skipped so far."""
     if "loss_scale" in record:
         yield f"scale {record['loss_scale']:.10g}"
-        if record["steps_skipped"]:
-            yield f"{record['steps_skipped']} skipped"
+    if record["steps_skipped"]:
+        yield f"{record['steps_skipped']} skipped"
 
 
 def _count(number: float) -> str:

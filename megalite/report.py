@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from megalite.check_sharding import LEVELS
@@ -17,6 +18,7 @@ from megalite.pipeline.costs import Costs
 from megalite.pipeline.draw import draw, legend
 from megalite.pipeline.picture import planned
 from megalite.run_plan import run_plan, stage_rank
+from megalite.treatment import treatments, without_rules
 from megalite.wording import counted
 
 MOST_RANKS_LISTED = 16
@@ -64,6 +66,7 @@ def opening(
             f"AdamW, lr {train.lr:g} ({train.lr_decay_style}, {train.lr_warmup_steps} warm-up), "
             f"{_precision(config)}, recompute {train.recompute}",
         ),
+        *(("by name", text) for text in filter(None, [_by_name(config)])),
         ("arithmetic", f"{_si(flops_per_token(config) * config.tokens_per_step)}FLOP a step"),
         ("data", data),
         ("run", folder),
@@ -180,6 +183,26 @@ def _batch(config: Config) -> str:
         f"on {counted(config.parallel.dp, 'data rank')}; "
         f"{_si(config.tokens_per_step).rstrip()} tokens"
     )
+
+
+def _by_name(config: Config) -> str:
+    """What is asked of tensors by name, and of how many."""
+    given = treatments(config)
+    plain = treatments(without_rules(config))
+    asked = Counter(
+        phrase
+        for name, treatment in given.items()
+        for phrase, is_asked in (
+            ("frozen", treatment.frozen),
+            (f"lr x {treatment.lr_scale:g}", treatment.lr_scale != plain[name].lr_scale),
+            (
+                f"weight decay {treatment.weight_decay:g}",
+                treatment.weight_decay != plain[name].weight_decay,
+            ),
+        )
+        if is_asked
+    )
+    return "; ".join(f"{phrase}: {counted(number, 'tensor')}" for phrase, number in asked.items())
 
 
 def _ramp(config: Config) -> str:

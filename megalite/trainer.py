@@ -18,7 +18,7 @@ from megalite.data.loader import Loader
 from megalite.data.samples import Samples
 from megalite.estimate import fixed_bytes
 from megalite.layers.batch import MicroBatch
-from megalite.layers.shard import initialize
+from megalite.layers.shard import freeze, initialize
 from megalite.metrics import DelayedScalars, Reading, RunLog
 from megalite.models.llama import LlamaStage
 from megalite.models.stage import stage_specs
@@ -40,6 +40,7 @@ from megalite.planning.measure import measure_message
 from megalite.planning.recorded import recorded_costs
 from megalite.planning.shared import memory_limit
 from megalite.run_plan import is_file, run_plan
+from megalite.treatment import frozen_names, treatments
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -107,10 +108,12 @@ class Trainer:
         plan = self._plan(config.num_micro_batches)
         self._stage_rank = plan.stage_rank
         self.stages: dict[int, LlamaStage] = {}
+        frozen = frozen_names(config)
         for spec in stage_specs(config):
             if plan.stage_rank[spec.stage] == groups.pp.rank:
                 stage = LlamaStage(config, spec, tp=groups.tp, dtype=dtype, device=device)
                 initialize(stage, config.train.seed)
+                freeze(stage, frozen)
                 self.stages[spec.stage] = stage
         self._last_stage = self.stages.get(plan.num_stages - 1)
         if config.model.tie_embeddings and 0 in self.stages and self._last_stage is not None:
@@ -121,7 +124,7 @@ class Trainer:
         )
         self.executor = Executor(self.stages, groups, self.flat)
         loss_scale = make_loss_scale(config, device)
-        self.optimizer = Optimizer(self.flat, groups, config.train, loss_scale)
+        self.optimizer = Optimizer(self.flat, groups, config.train, loss_scale, treatments(config))
         train_samples, valid_samples, self._tested = samples
         self.loader = Loader(config, train_samples, valid_samples, groups.dp, device)
 
@@ -134,9 +137,9 @@ class Trainer:
         """Optimizer step `step`, 0 first.
 
         Returns:
-            fp64 [2] on the device: gradient norm before clipping, loss [nats per token]; [3] in
-            fp16: and the step's loss scale. Equal on all ranks. Not there before
-            `optimizer.validate` if the step `is_open`.
+            fp64 on the device: gradient norm before clipping, loss [nats per token]; in fp16 the
+            step's loss scale; with --skip-spikes whether the step was one. Equal on all ranks. Not
+            there before `optimizer.validate` if the step `is_open`.
         """
         return self.update(step, self.accumulate(step))
 
@@ -318,7 +321,9 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write the final weights; returns when all ranks have."""
-        allowance_s = self.flat.length * self.flat.dtype.itemsize / SLOWEST_DISK_BYTES_PER_S
+        frozen_bytes = sum(parameter.nbytes for parameter, _ in self.flat.frozen)
+        held_bytes = self.flat.length * self.flat.dtype.itemsize + frozen_bytes
+        allowance_s = held_bytes / SLOWEST_DISK_BYTES_PER_S
         self._activity.begin("saving weights", allowance_s=allowance_s)
         self.optimizer.validate()
         save_weights(folder, self.flat.whole_parameters(), self.groups)

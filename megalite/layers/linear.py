@@ -181,7 +181,7 @@ class _Linear(Function):
         ctx.later.await_weight(ctx.parameter)
         x, weight = ctx.saved_tensors
         dx = dy @ weight
-        if ctx.later.defer(ctx.parameter, dy, x):
+        if not ctx.needs_input_grad[1] or ctx.later.defer(ctx.parameter, dy, x):
             return dx, None, None
         return dx, ctx.later.give(ctx.parameter, dy, x), None
 
@@ -206,7 +206,9 @@ class _ColumnParallel(Function):
         tp: TensorGroup = ctx.tp
         cut = tp.sequence_parallel
         reduce = tp.start_reduce_scatter if cut else tp.start_all_reduce
-        if ctx.later.defer(ctx.parameter, dy, x, tp if cut else None):
+        if not ctx.needs_input_grad[1] or ctx.later.defer(
+            ctx.parameter, dy, x, tp if cut else None
+        ):
             return reduce(dy @ weight).wait(), None, None, None
         gathered = tp.start_all_gather(x) if cut else Pending(x)
         input_gradient = reduce(dy @ weight)

@@ -7,7 +7,7 @@ under which weights are saved. Names are those of Hugging Face's LLaMA.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,14 @@ def named_shards(module: nn.Module) -> Iterator[tuple[nn.Parameter, Shard]]:
             yield weight, shard
     missing = [name for name, p in module.named_parameters() if id(p) not in seen]
     assert not missing, f"parameters without a shard: {missing}"
+
+
+def freeze(module: nn.Module, names: Collection[str]) -> None:
+    """Make parameters that hold these whole tensors, and nothing else, ask for no gradient."""
+    for parameter, shard in named_shards(module):
+        held = {piece.name in names for piece in shard.pieces}
+        assert len(held) == 1, f"a part of {[piece.name for piece in shard.pieces]} would stay"
+        parameter.requires_grad_(not held.pop())
 
 
 @torch.no_grad()

@@ -38,9 +38,7 @@ from megalite.layers.rope import rope_tables
 from megalite.layers.weight_gradients import WeightGradients
 from megalite.models.stage import LayerPart, StageSpec
 from megalite.parallel.tensor import TensorGroup
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+from megalite.tensor_names import EMBEDDING, FINAL_NORM, HEAD
 
 
 class DecoderLayer(nn.Module):
@@ -163,9 +161,7 @@ class LlamaStage(nn.Module):
             for part in spec.parts
         )
         if spec.has_head:
-            self.norm = RMSNorm(
-                model.hidden_size, model.norm_epsilon, name="model.norm.weight", **where
-            )
+            self.norm = RMSNorm(model.hidden_size, model.norm_epsilon, name=FINAL_NORM, **where)
             self.head = ColumnParallelLinear(
                 model.hidden_size,
                 [

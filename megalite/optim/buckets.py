@@ -159,6 +159,11 @@ def make_buckets(
     return tuple(buckets)
 
 
+def flat_length(buckets: Sequence[Bucket]) -> int:
+    """Elements of the flat buffers; none on a rank all of whose parameters are frozen."""
+    return buckets[-1].stop if buckets else 0
+
+
 def own_spans(buckets: Sequence[Bucket], rank: int, size: int) -> tuple[Span, ...]:
     """What a rank of a shard group owns, in the buffers' order; neighbours are joined."""
     spans: list[Span] = []
@@ -209,14 +214,15 @@ def counted_spans(slots: Sequence[Slot]) -> list[tuple[int, int]]:
 
 
 def _slots(stages: Mapping[int, nn.Module]) -> list[Slot]:
-    """Every parameter once: matrices of one stage after the other, then norm weights likewise; not
-    placed yet."""
+    """Every parameter that is trained, once: matrices of one stage after the other, then norm
+    weights likewise; not placed yet."""
     users: dict[int, list[int]] = {}
     found: dict[int, tuple[nn.Parameter, Shard]] = {}
     deferrable: set[int] = set()
     tied: set[int] = set()
     for number, stage in sorted(stages.items()):
-        for parameter, shard in named_shards(stage):
+        trained = [(p, shard) for p, shard in named_shards(stage) if p.requires_grad]
+        for parameter, shard in trained:
             found.setdefault(id(parameter), (parameter, shard))
             users.setdefault(id(parameter), []).append(number)
         later = getattr(stage, "weight_gradients", None)

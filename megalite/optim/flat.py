@@ -1,10 +1,11 @@
 """A rank's parameters and gradients in flat buffers, sharded over the data ranks as ZeRO does.
 
-All parameters of a rank's stages are views of a row of buckets (`megalite.optim.buckets`) in the
-run's precision. Their gradients, fp32 (fp64 in fp64 runs), lie in the same order, whole or as
-shards. Each data rank of a shard group owns an equal part of each bucket: it gets the sum of those
-gradients, updates those parameters, and passes them on to the others, at once or when they are
-used. A shard group of one rank owns everything, and nothing is passed on.
+All parameters of a rank's stages that ask for a gradient are views of a row of buckets
+(`megalite.optim.buckets`) in the run's precision. Their gradients, fp32 (fp64 in fp64 runs), lie in
+the same order, whole or as shards. Each data rank of a shard group owns an equal part of each
+bucket: it gets the sum of those gradients, updates those parameters, and passes them on to the
+others, at once or when they are used. A shard group of one rank owns everything, and nothing is
+passed on.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megalite.layers.linear import LINEAR
-from megalite.layers.shard import Shard
+from megalite.layers.shard import Shard, named_shards
 from megalite.optim.buckets import (
     counted_spans,
     cut,
+    flat_length,
     make_buckets,
     own_spans,
 )
@@ -46,7 +48,9 @@ class FlatParameters:
         bucket_elements: see `BUCKET_ELEMENTS`; with `shards_weights` a bucket is a layer.
 
     Attributes:
-        slots: of all parameters.
+        slots: of all parameters that ask for a gradient.
+        frozen: the other parameters, in no buffer, whole on every rank, with their shards.
+        gradient_dtype: fp32 or fp64.
         spans: what this rank owns of the flat buffers.
         length: elements of a flat buffer.
         dtype, device: of the parameters.
@@ -76,10 +80,14 @@ class FlatParameters:
             for number, bucket in enumerate(self._buckets)
             for slot in bucket.slots
         }
-        first = self.slots[0].parameter
-        self.length = self._buckets[-1].stop
+        trained = {id(slot.parameter) for slot in self.slots}
+        held = {id(p): (p, shard) for s in stages.values() for p, shard in named_shards(s)}
+        self.frozen = tuple(held[key] for key in held if key not in trained)
+        first = next(iter(held.values()))[0]
+        self.length = flat_length(self._buckets)
         self.dtype, self.device = first.dtype, first.device
         dtype, device = torch.promote_types(first.dtype, torch.float32), first.device
+        self.gradient_dtype = dtype
         self._gradients: Gradients
         if shards_gradients and size > 1:
             self._gradients = ShardedGradients(self._buckets, groups.dp, dtype, device)
@@ -151,7 +159,10 @@ class FlatParameters:
 
     def await_weight(self, parameter: nn.Parameter) -> None:
         """The parameter may be read afterwards, until another layer's is awaited."""
-        number = self._place[id(parameter)][0]
+        place = self._place.get(id(parameter))
+        if place is None:  # frozen
+            return
+        number = place[0]
         if self._gathered is not None and number in self._gathered:
             self._gathered.use(number)
             return
@@ -193,6 +204,7 @@ class FlatParameters:
         for slot in self.slots:
             self.await_weight(slot.parameter)
             yield slot.parameter, slot.shard
+        yield from self.frozen
 
     def whole(self, parts: Sequence[Tensor]) -> Tensor:
         """A flat buffer put together from what the ranks of the shard group own of it.
@@ -200,9 +212,9 @@ class FlatParameters:
         Args:
             parts: this rank's, by span.
         """
-        first = parts[0]
-        whole = torch.empty(self.length, dtype=first.dtype, device=first.device)
-        if self._shards.size == 1:
+        dtype = parts[0].dtype if parts else self.gradient_dtype
+        whole = torch.empty(self.length, dtype=dtype, device=self.device)
+        if self._shards.size == 1 and parts:
             return torch.cat(list(parts), out=whole)
         for bucket, part in zip(self._buckets, parts, strict=True):
             into = whole[bucket.start : bucket.stop]

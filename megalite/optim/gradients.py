@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megalite.optim.buckets import Bucket, Slot, Span
+from megalite.optim.buckets import Bucket, Slot, Span, flat_length
 from megalite.parallel.data import DataGroup
 from megalite.parallel.group import Pending
 
@@ -93,7 +93,7 @@ class WholeGradients:
         device: torch.device,
     ):
         self._buckets, self._dp = buckets, dp
-        self.buffer = torch.zeros(buckets[-1].stop, dtype=dtype, device=device)
+        self.buffer = torch.zeros(flat_length(buckets), dtype=dtype, device=device)
         self.parts = [self.buffer[span.slice] for span in spans]
         self._closing = [_Closing() for _ in buckets]
         # As gradients come: from the back, norm weights last, which the first layer completes.
@@ -154,6 +154,9 @@ class WholeGradients:
 
     def finish(self) -> None:
         """Wait for the sums over the data ranks."""
+        if self._last_use is not None:  # no gradient came: all parameters here are frozen
+            self._last_use()
+            self._last_use = None
         for closing in self._closing:
             assert closing.pending is not None, "a stage's last gradients never ended"
             closing.pending.wait()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megalite.config import TrainConfig
-from megalite.optim.buckets import Span
 from megalite.optim.flat import FlatParameters
 from megalite.optim.host_flag import HostFlag
 from megalite.optim.scaler import LossScale
+from megalite.optim.segments import segments
+from megalite.optim.spikes import SpikeGuard
 from megalite.parallel.group import Pending
 from megalite.parallel.groups import ParallelGroups
+from megalite.treatment import Treatment
 from megalite_kernels import adamw_
 
 NORM_ROW = 4096
@@ -50,7 +53,8 @@ class Optimizer:
 
     Nothing here waits for the GPU: the update kernel reads the factor that clips the gradients, and
     takes the loss scale out of them, on the device, and skips the step, on all ranks alike, if the
-    norm is not finite.
+    norm is not finite, or with --skip-spikes stands out. Such a step has no effect on weights,
+    moments and their count of steps; the learning rate goes on.
 
     With post-validation and several pipeline ranks a step is guessed while its norm is summed over
     them: each rank moves its weights as if there were nothing to clip, and begins the next step
@@ -70,6 +74,7 @@ class Optimizer:
         groups: of this rank.
         train: hyper-parameters.
         loss_scale: of the loss that the gradients are of.
+        treatments: rate and decay of every whole tensor, by name.
 
     Attributes:
         master, exp_avg, exp_avg_sq: what this rank owns, by `flat.spans`; of an open step, as they
@@ -83,16 +88,21 @@ class Optimizer:
         groups: ParallelGroups,
         train: TrainConfig,
         loss_scale: LossScale,
+        treatments: Mapping[str, Treatment],
     ):
         self._flat, self._groups, self._train = flat, groups, train
         self.loss_scale = loss_scale
+        self._segments = segments(flat.slots, flat.spans, treatments)
+        self._spikes: SpikeGuard | None = None
+        if train.skip_spikes:
+            self._spikes = SpikeGuard(train.skip_spikes, train.spike_window, flat.device)
         guesses = train.post_validation and groups.pp.size > 1
-        dtype = flat.own_gradients[0].dtype
+        dtype = flat.gradient_dtype
         self.master = [part.to(dtype, copy=guesses) for part in flat.own_parameters]
         self.exp_avg = [torch.zeros_like(part) for part in self.master]
         self.exp_avg_sq = [torch.zeros_like(part) for part in self.master]
         self.steps = torch.zeros((), device=flat.device)
-        self._copies_master = self.master[0].data_ptr() != flat.own_parameters[0].data_ptr()
+        self._copies_master = guesses or flat.dtype != dtype
         self._open: _OpenStep | None = None
         self._spare: _State | None = None
         if guesses:
@@ -119,17 +129,20 @@ class Optimizer:
 
         Args:
             lr: learning rate of this step.
-            statistics: fp64 [n], sums that only some pipeline ranks hold (others hold zeros); they
-                ride along in the norm's collective.
+            statistics: fp64 [n], the loss first, sums that only some pipeline ranks hold (others
+                hold zeros); they ride along in the norm's collective.
 
         Returns:
             fp64 [1 + n] on the device: the gradient norm before clipping, and the statistics
-            summed over the pipeline ranks. Equal on all ranks. Of a step that `is_open`, not to be
+            summed over the pipeline ranks; with --skip-spikes [2 + n], 1 behind them if the step
+            was skipped for a spike. Equal on all ranks. Of a step that `is_open`, not to be
             read before `validate`, which puts them there.
         """
         squares = self._groups.dp.shards.all_reduce(self._squared_norm())
         self._groups.tp.all_reduce(squares)
         totals = torch.cat([squares, statistics])
+        if self._spikes is not None:
+            totals = torch.cat([totals, torch.zeros_like(squares)])
         pending = self._groups.pp.start_all_reduce(totals)
         guesses = self._trusts_guess or math.isnan(self._guess)
         self._open = _OpenStep(pending, lr, self._spare is not None and guesses)
@@ -156,13 +169,17 @@ class Optimizer:
         if step is None:
             return
         loss_scale = self.loss_scale.value
-        norm = step.totals.wait()[0].sqrt_().div_(loss_scale)
+        totals = step.totals.wait()
+        norm = totals[0].sqrt_().div_(loss_scale)
         scale = torch.ones_like(norm)
         if self._train.clip_grad:
             scale = (self._train.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         skip = (~norm.isfinite()).float()
-        self.steps += 1.0 - skip
         self.loss_scale.update(skip)
+        if self._spikes is not None:
+            totals[-1] = self._spikes.judge(totals[:2])
+            skip = torch.maximum(skip, totals[-1].float())
+        self.steps += 1.0 - skip
         rescaled = self.loss_scale.value != loss_scale
         wrong = ((scale != self._guess) | (skip != 0) | rescaled).float()
         scale = scale / loss_scale
@@ -202,27 +219,28 @@ class Optimizer:
         """
         flat, spare, train = self._flat, self._spare, self._train
         for i in sorted(range(len(flat.spans)), key=lambda number: flat.spans[number].decays):
-            adamw_(
-                self.master[i],
-                flat.own_gradients[i],
-                self.exp_avg[i],
-                self.exp_avg_sq[i],
-                step,
-                lr=lr,
-                beta1=train.adam_beta1,
-                beta2=train.adam_beta2,
-                eps=train.adam_eps,
-                weight_decay=self._weight_decay(flat.spans[i]),
-                scale=scale,
-                skip=skip,
-                copy=flat.own_parameters[i] if self._copies_master else None,
-                out=None if spare is None else (spare[0][i], spare[1][i], spare[2][i]),
-                run=run,
-            )
+            for segment in self._segments[i]:
+                part, treatment = segment.slice, segment.treatment
+                adamw_(
+                    self.master[i][part],
+                    flat.own_gradients[i][part],
+                    self.exp_avg[i][part],
+                    self.exp_avg_sq[i][part],
+                    step,
+                    lr=lr * treatment.lr_scale,
+                    beta1=train.adam_beta1,
+                    beta2=train.adam_beta2,
+                    eps=train.adam_eps,
+                    weight_decay=treatment.weight_decay,
+                    scale=scale,
+                    skip=skip,
+                    copy=flat.own_parameters[i][part] if self._copies_master else None,
+                    out=None
+                    if spare is None
+                    else (spare[0][i][part], spare[1][i][part], spare[2][i][part]),
+                    run=run,
+                )
             flat.pass_on(i)
-
-    def _weight_decay(self, span: Span) -> float:
-        return self._train.weight_decay if span.decays else 0.0
 
     def _squared_norm(self) -> Tensor:
         """This rank's share of the squared global norm, fp64 [1]; every element counts once."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -138,8 +139,8 @@ class _Flight:
         arriving: messages that are being received, by their numbers.
         leaving: messages that are being sent to later and to earlier ranks; their tensors are kept
             until they have arrived.
-        graphs: for each backward to come, the stage's input and the edge of its output; the output
-            itself is not kept.
+        graphs: for each backward to come, the stage's input and the edge of its output, None if
+            nothing before it asks for a gradient; the output itself is not kept.
         results: what the head returned, by micro-batch.
     """
 
@@ -148,7 +149,9 @@ class _Flight:
     leaving: tuple[deque[_Transfer], deque[_Transfer]] = field(
         default_factory=lambda: (deque(), deque())
     )
-    graphs: dict[Place, tuple[Tensor, GradientEdge, Tensor | None]] = field(default_factory=dict)
+    graphs: dict[Place, tuple[Tensor, GradientEdge | None, Tensor | None]] = field(
+        default_factory=dict
+    )
     results: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -251,7 +254,9 @@ class Executor:
         if differentiate:
             seed = torch.ones_like(out) if stage.spec.has_head else None
             place = (action.stage, action.micro_batch)
-            flight.graphs[place] = (x, get_gradient_edge(out), seed)
+            # A first stage whose parameters are all frozen has no graph.
+            edge = get_gradient_edge(out) if out.requires_grad else None
+            flight.graphs[place] = (x, edge, seed)
         if not stage.spec.has_head:
             flight.made[step.makes] = out.detach()
 
@@ -261,11 +266,10 @@ class Executor:
         stage = self.stages[action.stage]
         x, edge, seed = flight.graphs.pop((action.stage, action.micro_batch))
         gradient = seed if gradient is None else gradient
-        if action.op is Op.INPUT_GRADIENT:
-            with stage.weight_gradients.deferring(action.micro_batch):
+        later = stage.weight_gradients.deferring(action.micro_batch)
+        with later if action.op is Op.INPUT_GRADIENT else nullcontext():
+            if edge is not None:
                 torch.autograd.backward(edge, gradient)
-        else:
-            torch.autograd.backward(edge, gradient)
         if not stage.spec.has_embedding:
             assert x.grad is not None, f"{action} gave its input no gradient"
             flight.made[step.makes] = x.grad

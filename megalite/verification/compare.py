@@ -135,10 +135,10 @@ class Comparison:
     def _grow_update_errors(self, defined: DefinedStep, growth: int) -> None:
         """AdamW moves a weight by lr m / (sqrt(v) + eps): an error of the gradient moves it by
         twice lr / (sqrt(v) + eps) times that error, through m and through v, and never by more
-        than the step itself, twice lr."""
+        than the step itself, twice the rate."""
         bounds = self._gradient_bounds(defined.gradients, growth)
         for name, scale in defined.update_scale.items():
-            moved = (2 * scale * bounds[name]).clamp(max=2 * defined.lr)
+            moved = (2 * scale * bounds[name]).clamp(max=2 * defined.rates[name])
             self._update_errors[name] = self._update_errors[name] + moved
 
     def _weight_bounds(self, step: int) -> dict[str, Tensor]:

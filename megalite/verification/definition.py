@@ -25,6 +25,7 @@ from megalite.layers.rope import rope_amplitude, rope_frequencies
 from megalite.optim.lr import learning_rate
 from megalite.parallel.rng import keep_mask, make_key, normal_slice
 from megalite.tokenizer.byte import ByteTokenizer
+from megalite.verification.defined_rules import DefinedRules, DefinedSpikes
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -64,11 +65,13 @@ class DefinedStep:
     Attributes:
         before: weights before the step.
         loss: mean over the counted tokens of the global batch [nats].
-        gradients: of the loss, by name.
+        gradients: of the loss, by name; zero where a weight is frozen.
         norm: of all gradients.
-        lr: learning rate.
+        rates: learning rate by name.
+        decays: weight decay by name.
+        frozen: names of weights that stay.
         weights: after the step.
-        update_scale: lr / (sqrt(second moment) + eps) by name: how much an error of a gradient
+        update_scale: rate / (sqrt(second moment) + eps) by name: how much an error of a gradient
             moves a weight.
         activations: of the whole global batch, by site in forward order, if they were watched.
     """
@@ -77,7 +80,9 @@ class DefinedStep:
     loss: float
     gradients: Weights
     norm: float
-    lr: float
+    rates: dict[str, float]
+    decays: dict[str, float]
+    frozen: frozenset[str]
     weights: Weights
     update_scale: Weights
     activations: dict[str, Tensor]
@@ -99,6 +104,8 @@ class Definition:
         self._m = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self._v = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self._updates = 0
+        self._named = DefinedRules(config, self.weights)
+        self._spikes = DefinedSpikes(config)
 
     def batch(self, step: int) -> DefinedBatch:
         """The global batch of a step, from the formula of the order."""
@@ -118,12 +125,15 @@ class Definition:
         )
         return DefinedBatch(tokens, labels, mask, documents, step)
 
-    def step(self, step: int, *, skipped: bool = False, watch: bool = False) -> DefinedStep:
+    def step(
+        self, step: int, *, skipped: bool = False, factor: float = 1.0, watch: bool = False
+    ) -> DefinedStep:
         """Take optimizer step `step`, 0 first.
 
         Args:
             step: number.
             skipped: the gradient counts as not finite: nothing moves.
+            factor: that gradients are multiplied by.
             watch: keep the activations.
         """
         before, batch = dict(self.weights), self.batch(step)
@@ -134,15 +144,29 @@ class Definition:
 
         seen = keep if watch else None
         loss, gradients = loss_gradients(self.config, before, batch, batch.mask.sum(), seen)
+        gradients = {name: g * factor for name, g in gradients.items()}
+        gradients |= {name: torch.zeros_like(before[name]) for name in self._named.frozen}
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         lr = learning_rate(self.config.train, step)
+        rates = {name: lr * scale for name, scale in self._named.lr_scales.items()}
         scale = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        if not skipped:
-            scale = self._adamw(gradients, norm, lr)
+        if not skipped and not self._spikes.stands_out(norm, loss):
+            scale = self._adamw(gradients, norm, rates)
         after = dict(self.weights)
-        return DefinedStep(before, loss, gradients, norm, lr, after, scale, activations)
+        return DefinedStep(
+            before,
+            loss,
+            gradients,
+            norm,
+            rates,
+            self._named.decays,
+            self._named.frozen,
+            after,
+            scale,
+            activations,
+        )
 
-    def _adamw(self, gradients: Weights, norm: float, lr: float) -> Weights:
+    def _adamw(self, gradients: Weights, norm: float, rates: dict[str, float]) -> Weights:
         """Clip, and move every weight; returns the scale of the update.
 
         Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2.
@@ -152,15 +176,15 @@ class Definition:
         clip = min(1.0, train.clip_grad / (norm + 1e-6)) if train.clip_grad else 1.0
         beta1, beta2 = train.adam_beta1, train.adam_beta2
         scales = {}
-        for name, gradient in gradients.items():
-            g = gradient * clip
+        for name in self.weights.keys() - self._named.frozen:
+            g = gradients[name] * clip
             self._m[name] = beta1 * self._m[name] + (1 - beta1) * g
             self._v[name] = beta2 * self._v[name] + (1 - beta2) * g * g
             m = self._m[name] / (1 - beta1**self._updates)
             v = self._v[name] / (1 - beta2**self._updates)
-            decay = 0.0 if name.endswith("norm.weight") else train.weight_decay
-            scales[name] = lr / (v.sqrt() + train.adam_eps)
-            self.weights[name] = (1 - lr * decay) * self.weights[name] - scales[name] * m
+            scales[name] = rates[name] / (v.sqrt() + train.adam_eps)
+            kept = 1 - rates[name] * self._named.decays[name]
+            self.weights[name] = kept * self.weights[name] - scales[name] * m
         return scales
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from megalite.config import Config
 from megalite.data.samples import PADDING, sample_order
-from megalite.layers.shard import Piece
-from megalite.models.llama import DecoderLayer
+from megalite.layers.shard import Piece, Shard
+from megalite.optim.buckets import Slot, counted_spans
 from megalite.optim.flat import FlatParameters
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.rng import make_key
@@ -113,23 +113,27 @@ class Recorder:
         self.trainer = Trainer(config, (samples, samples, None), groups, device)
         self.trainer.optimizer.guess_wrong()  # so that what is compared has been amended
         self._watch = watch
+        self._last = self._last_with_gradients()
 
     def weights(self) -> list[Part]:
         """The weights as they are: of bf16 and fp16 runs the master weights."""
-        return self._named(self.trainer.optimizer.master)
+        return [*self._named(self.trainer.optimizer.master), *self._frozen()]
 
-    def step(self, step: int, *, poisoned: bool = False) -> RankStep:
+    def step(self, step: int, *, poisoned: bool = False, factor: float = 1.0) -> RankStep:
         """Take a step.
 
         Args:
             step: number, 0 first.
-            poisoned: the last rank of the world gets a gradient that is not finite.
+            poisoned: the last rank of the world that has gradients gets one that is not finite.
+            factor: that all gradients are multiplied by.
         """
         groups = self.trainer.groups
         activations: dict[tuple[str, Samples_of], Tensor] = {}
-        is_last = groups.world_rank == groups.topology.world_size - 1
+        is_last = groups.world_rank == self._last
         with self._watched(activations), self._poisoned(poisoned and is_last):
             loss = self.trainer.accumulate(step)
+        for part in self.trainer.flat.own_gradients:
+            part.mul_(factor)
         scale = self.trainer.optimizer.loss_scale.value
         gradients = self._named([part / scale for part in self.trainer.flat.own_gradients])
         statistics = self.trainer.update(step, loss)
@@ -140,6 +144,11 @@ class Recorder:
     def _named(self, parts: Sequence[Tensor]) -> list[Part]:
         """The named slices in what the shard group owns together."""
         return list(_parts(self.trainer.flat, self.trainer.flat.whole(parts)))
+
+    def _frozen(self) -> Iterator[Part]:
+        """The named slices in parameters that no flat buffer holds."""
+        for parameter, shard in self.trainer.flat.frozen:
+            yield from _pieces(parameter, shard)
 
     @contextmanager
     def _watched(self, activations: dict[tuple[str, Samples_of], Tensor]) -> Iterator[None]:
@@ -160,34 +169,53 @@ class Recorder:
         for handle in handles:
             handle.remove()
 
+    def _last_with_gradients(self) -> int:
+        """The last rank of the world that has gradients which count in the norm."""
+        groups = self.trainer.groups
+        have = torch.zeros(groups.topology.world_size, device=self.trainer.device)
+        have[groups.world_rank] = bool(self._counted_slots())
+        for axis in (groups.tp, groups.pp, groups.dp):
+            axis.all_reduce(have)
+        return int(have.nonzero().max())
+
+    def _counted_slots(self) -> list[Slot]:
+        return [slot for slot in self.trainer.flat.slots if counted_spans([slot])]
+
     @contextmanager
     def _poisoned(self, here: bool) -> Iterator[None]:
         """Make a gradient that only this rank computes infinite or NaN."""
         if not here:
             yield
             return
-        stage = next(iter(self.trainer.stages.values()))
-        layer = stage.layers[0]
-        assert isinstance(layer, DecoderLayer)
-        weight = layer.mlp.down.weight if layer.part.has_mlp else layer.attention.out.weight
-        right = self.trainer.flat.add_product
+        # A matrix inside a layer, if one is trained: no other rank has a copy of its gradient.
+        slot = sorted(self._counted_slots(), key=lambda slot: slot.deferrable)[-1]
+        flat = self.trainer.flat
+        add, add_product = flat.add, flat.add_product
 
-        def broken(parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
-            right(parameter, a * torch.inf if parameter is weight else a, b)
+        def broken(parameter: nn.Parameter, gradient: Tensor) -> None:
+            add(parameter, gradient * torch.inf if parameter is slot.parameter else gradient)
 
-        self.trainer.flat.add_product = broken  # type: ignore[method-assign]
+        def broken_product(parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
+            add_product(parameter, a * torch.inf if parameter is slot.parameter else a, b)
+
+        flat.add = broken  # type: ignore[method-assign]
+        flat.add_product = broken_product  # type: ignore[method-assign]
         yield
-        del self.trainer.flat.add_product
+        del flat.add, flat.add_product
 
 
 def _parts(flat: FlatParameters, buffer: Tensor) -> Iterator[Part]:
     """The named slices in a flat buffer."""
     for slot in flat.slots:
-        whole = slot.of(buffer)
-        for piece in slot.shard.pieces:
-            if piece.length:
-                counts = piece.replica == 0 and slot.shard.tied_copy != 1
-                yield _part(piece, whole, counts)
+        yield from _pieces(slot.of(buffer), slot.shard)
+
+
+def _pieces(parameter: Tensor, shard: Shard) -> Iterator[Part]:
+    """The named slices in a parameter, or in what is like it."""
+    for piece in shard.pieces:
+        if piece.length:
+            counts = piece.replica == 0 and shard.tied_copy != 1
+            yield _part(piece, parameter, counts)
 
 
 def _part(piece: Piece, parameter: Tensor, counts: bool) -> Part:

@@ -17,7 +17,7 @@ from megalite.verification.compare import Comparison, Difference
 from megalite.verification.definition import Definition
 from megalite.verification.evidence import Evidence
 from megalite.verification.record import RankStep, Recorder, VerificationSamples
-from megalite.verification.shrink import SKIPPED_STEP
+from megalite.verification.shrink import SKIPPED_STEP, SPIKE, SPIKE_STEP
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,12 @@ def _run(
         judge.initial(initial)
     for step in range(config.train.steps):
         skipped = step == SKIPPED_STEP
+        factor = SPIKE if config.train.skip_spikes and step == SPIKE_STEP else 1.0
         groups.activity.at(f"step {step + 1}")
-        seen = ranks.gather(recorder.step(step, poisoned=skipped))
+        seen = ranks.gather(recorder.step(step, poisoned=skipped, factor=factor))
         groups.activity.at(f"comparing step {step + 1}")
         if judge is not None:
-            judge.step(step, seen, skipped=skipped, watch=watch)
+            judge.step(step, seen, skipped=skipped, factor=factor, watch=watch)
     return judge.result() if judge is not None else None
 
 
@@ -208,8 +209,10 @@ class _Judge:
         found = self._comparison.initial(ranks)
         self._take(found, lambda _: "initial values depend on the layout")
 
-    def step(self, step: int, ranks: Sequence[RankStep], *, skipped: bool, watch: bool) -> None:
-        defined = self._definition.step(step, skipped=skipped, watch=watch)
+    def step(
+        self, step: int, ranks: Sequence[RankStep], *, skipped: bool, factor: float, watch: bool
+    ) -> None:
+        defined = self._definition.step(step, skipped=skipped, factor=factor, watch=watch)
         found = self._comparison.step(step, ranks, defined, skipped=skipped)
         batch = self._definition.batch(step)
 

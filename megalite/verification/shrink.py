@@ -3,16 +3,20 @@
 Kept are all relations that parallel code depends on: the layout; heads and key/value heads against
 tp, and how many query heads share one; which ranks hold vocabulary, a part of it or padding alone;
 which stages have more layers than the smallest; whether tp divides the sequence; micro-batches
-against stages; tied embeddings, dropout, recomputation, schedule, RoPE scaling. No torch import.
+against stages; tied embeddings, dropout, recomputation, schedule, RoPE scaling; what is asked of
+tensors by name, of layers that stand for others. No torch import.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megalite.config import Config, resolve
 from megalite.models.stage import stage_specs
 from megalite.run_plan import is_file
+from megalite.tensor_names import in_layer, layer_of, tensor_names
+from megalite.treatment import Treatment, treatments, without_rules
 
 MOST_RANKS = 16
 """Larger layouts get fewer data replicas: two show what many do."""
@@ -20,6 +24,11 @@ MOST_RANKS = 16
 STEPS = 4
 SKIPPED_STEP = 2
 """The step of a verification in which one rank's gradient is not finite."""
+
+SPIKE_STEP = 4
+"""The step with --skip-spikes in which all gradients are `SPIKE` times as large."""
+
+SPIKE = 2.0**20
 
 ADAM_EPS = 1e-3
 """AdamW divides a gradient by its own size: of one near zero, which is all rounding, a small
@@ -56,7 +65,7 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
     """
     model, parallel, train = config.model, config.parallel, config.train
     tp, pp = parallel.tp, parallel.pp
-    changes = []
+    changes: list[str] = []
     dp = parallel.dp
     if config.world_size > most_ranks and dp > 2:
         dp = 2
@@ -67,6 +76,8 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
     micro_batches = config.num_micro_batches
     if not is_file(parallel.schedule):  # a plan in a file is for so many
         micro_batches = _micro_batches(micro_batches, pp)
+    # The spike, and one step behind it.
+    steps = STEPS + 2 * (train.skip_spikes > 0)
     micro_batch_size = min(2, train.micro_batch_size)
     unit = micro_batch_size * dp
     small = config.given().replace(
@@ -89,7 +100,7 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
         micro_batch_size=micro_batch_size,
         global_batch_size=micro_batches * unit,
         rampup_batch_size=_ramp(config, micro_batches, unit),
-        steps=STEPS,
+        steps=steps,
         tokens=0,
         # Comparing takes longer than a step, and what runs here says little of the run itself.
         start_timeout=0.0,
@@ -98,10 +109,14 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
         lr=1e-3,
         min_lr=1e-4,
         lr_warmup_steps=2,
-        lr_decay_steps=STEPS + 1,
+        lr_decay_steps=steps + 1,
         lr_wsd_decay_steps=2 if train.lr_decay_style == "WSD" else 0,
         weight_decay=train.weight_decay or 0.1,
         adam_eps=ADAM_EPS,
+        **_named(config, round(sum(layers))),
+        # Those before the planted spike that are finite; nothing else stands out so far.
+        skip_spikes=100.0 if train.skip_spikes else 0.0,
+        spike_window=3,
         # A loss scale that changes does so in every step.
         loss_scale=LOSS_SCALE if config.scaling.loss_scale else 0.0,
         initial_loss_scale=LOSS_SCALE,
@@ -149,6 +164,45 @@ def _layers(config: Config) -> tuple[float, ...]:
     least = min(whole for whole, _ in counts)
     few = min(least, 2 if len(counts) <= 2 else 1)
     return tuple(few + min(1, whole - least) + (0.5 if half else 0) for whole, half in counts)
+
+
+def _named(config: Config, num_layers: int) -> dict[str, tuple[str, ...]]:
+    """The options that name tensors, for a model of so many layers, name by name."""
+    given, plain = treatments(config), treatments(without_rules(config))
+    stands_for = _stands_for(given, config.model.num_layers, num_layers)
+    scales, decays, frozen = [], [], []
+    for name in tensor_names(config.replace(num_layers=num_layers, pp_layers=())):
+        layer = layer_of(name)
+        theirs = name if layer is None else in_layer(name, stands_for[layer])
+        if given[theirs].lr_scale != plain[theirs].lr_scale:
+            scales.append(f"{name}={given[theirs].lr_scale}")
+        if given[theirs].weight_decay != plain[theirs].weight_decay:
+            decays.append(f"{name}={given[theirs].weight_decay}")
+        if given[theirs].frozen:
+            frozen.append(name)
+    return {
+        "lr_scale": tuple(scales),
+        "weight_decay_for": tuple(decays),
+        "freeze": tuple(frozen),
+    }
+
+
+def _stands_for(given: Mapping[str, Treatment], num_layers: int, few: int) -> list[int]:
+    """The layer that each of a few stands for: of its share of all layers the first that is
+    treated otherwise than the one before it, so that exceptions are among them."""
+    by_layer: list[dict[str, Treatment]] = [{} for _ in range(num_layers)]
+    for name, treatment in given.items():
+        layer = layer_of(name)
+        if layer is not None:
+            by_layer[layer][in_layer(name, 0)] = treatment
+    common = max(by_layer, key=by_layer.count)
+    chosen: list[int] = []
+    before = common
+    for turn in range(few):
+        share = range(turn * num_layers // few, (turn + 1) * num_layers // few)
+        chosen.append(next((n for n in share if by_layer[n] != before), share[0]))
+        before = by_layer[chosen[-1]]
+    return chosen
 
 
 def _vocabulary(config: Config) -> tuple[int, int]:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from megalite.config import Config
-from megalite.models.llama import EMBEDDING, DecoderLayer, LlamaStage
+from megalite.models.llama import DecoderLayer, LlamaStage
 from megalite.models.stage import StageSpec, stage_specs
 from megalite.parallel.topology import Coordinates
 from megalite.run_plan import stage_rank
+from megalite.tensor_names import EMBEDDING
 
 Seen = Callable[[str, Tensor], None]
 

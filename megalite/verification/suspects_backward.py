@@ -18,6 +18,8 @@ from megalite.verification.sites import stage_of
 def gradient_suspects(evidence: Evidence, first: Difference) -> Iterator[str]:
     """Of gradients that differ though the loss is right."""
     names = evidence.wrong_names("gradient")
+    if names <= evidence.defined.frozen:
+        yield "--freeze is not applied"
     yield from _tied_embedding(evidence, names)
     yield from _copies_over_tensor_ranks(evidence, names, first)
     yield from _data_ranks(evidence, names)

@@ -9,7 +9,7 @@ from megalite.optim.lr import learning_rate
 from megalite.verification.compare import Difference
 from megalite.verification.definition import EMBEDDING
 from megalite.verification.evidence import Evidence, common_factor, same, same_number
-from megalite.verification.shrink import SKIPPED_STEP
+from megalite.verification.shrink import SKIPPED_STEP, SPIKE_STEP
 
 
 def norm_suspects(evidence: Evidence, first: Difference) -> Iterator[str]:
@@ -59,22 +59,58 @@ def weight_suspects(evidence: Evidence, _: Difference) -> Iterator[str]:
             "optimizer's moments or its count of steps"
         )
         return
+    if evidence.config.train.skip_spikes and evidence.step == SPIKE_STEP:
+        yield "a step that --skip-spikes skips moves the weights"
+        return
+    if evidence.config.train.skip_spikes and evidence.step == SPIKE_STEP + 1:
+        yield (
+            "the step before, which --skip-spikes skipped, has moved the optimizer's moments or "
+            "its count of steps"
+        )
+        return
+    if names <= evidence.defined.frozen:
+        yield "weights that --freeze holds move"
+        return
+    yield from _treated_alike(evidence, names)
     yield from _decay(evidence, names)
     yield from _other_rate(evidence, names)
     yield from _clipping(evidence, names)
 
 
+def _treated_alike(evidence: Evidence, names: set[str]) -> Iterator[str]:
+    """Tensors that options name are updated as if no option named them."""
+    defined, train = evidence.defined, evidence.config.train
+    before, after = defined.before, defined.weights
+    lr = learning_rate(train, evidence.step)
+    plain = {n: 0.0 if n.endswith("norm.weight") else train.weight_decay for n in names}
+    moved = {n: (after[n] - before[n]) for n in names}
+    scaled = {n: moved[n] * (lr / defined.rates[n]) for n in names}
+    decayed = {
+        n: moved[n] + defined.rates[n] * (defined.decays[n] - plain[n]) * before[n] for n in names
+    }
+    parts = [p for rank in evidence.ranks for p in rank.weights if p.name in names]
+    for flag, moves, applies in (
+        ("--lr-scale", scaled, any(defined.rates[n] != lr for n in names)),
+        ("--weight-decay-for", decayed, any(defined.decays[n] != plain[n] for n in names)),
+    ):
+        if applies and all(
+            same(p.value - p.of(before[p.name]).cpu(), p.of(moves[p.name])) for p in parts
+        ):
+            yield f"{flag} is not applied"
+
+
 def _decay(evidence: Evidence, names: set[str]) -> Iterator[str]:
     """Weight decay where there is none, or none where there is."""
-    train, before, after = evidence.config.train, evidence.defined.before, evidence.defined.weights
-    amount = evidence.defined.lr * train.weight_decay
+    defined, train = evidence.defined, evidence.config.train
+    before, after = defined.before, defined.weights
     norms = {name for name in after if name.endswith("norm.weight")}
 
     def all_are(sign: float) -> bool:
+        amounts = {n: defined.rates[n] * (defined.decays[n] or train.weight_decay) for n in names}
         return all(
             same(
                 p.value - p.of(before[p.name]),
-                p.of(after[p.name] - (1 + sign * amount) * before[p.name]),
+                p.of(after[p.name] - (1 + sign * amounts[p.name]) * before[p.name]),
             )
             for rank in evidence.ranks
             for p in rank.weights
@@ -100,8 +136,9 @@ def _other_rate(evidence: Evidence, names: set[str]) -> Iterator[str]:
     if factor is None:
         return
     train = evidence.config.train
+    lr = learning_rate(train, evidence.step)
     for step in (*range(evidence.step - 2, evidence.step), *range(evidence.step + 1, train.steps)):
-        if step >= 0 and same_number(factor, learning_rate(train, step) / evidence.defined.lr):
+        if step >= 0 and same_number(factor, learning_rate(train, step) / lr):
             yield f"the learning rate is that of step {step}, not of step {evidence.step}"
             return
     yield f"every weight moves by {factor:.6g} times what it should"

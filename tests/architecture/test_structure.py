@@ -21,13 +21,23 @@ LAYERS = [
     {"planning", "check", "check_memory"},
     {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline"}
     | {"check_trace", "schedule_flags"},
-    {"effects", "preprocessing", "check_data", "check_pipeline", "check_scaling", "check_sharding"},
+    {"effects", "preprocessing", "check_data", "check_pipeline", "check_scaling", "check_sharding"}
+    | {"check_parameters"},
     {"data", "models", "cli"},
     {"layers", "config_file"},
     {"parallel", "megalite_kernels", "field_values", "alternatives", "reading"}
-    | {"plans", "run_plan"},
+    | {"plans", "run_plan", "treatment", "tensor_names"},
     {"presets", "megatron_flags", "config", "config_data", "config_model", "config_parallel"}
-    | {"config_scaling", "batch_sizes", "option", "tokenizer", "errors", "wording", "near"},
+    | {
+        "config_parameters",
+        "config_scaling",
+        "batch_sizes",
+        "option",
+        "tokenizer",
+        "errors",
+        "wording",
+        "near",
+    },
 ]
 
 NO_TORCH = [
@@ -36,6 +46,7 @@ NO_TORCH = [
     "megalite.check",
     "megalite.check_data",
     "megalite.check_memory",
+    "megalite.check_parameters",
     "megalite.check_pipeline",
     "megalite.check_scaling",
     "megalite.check_sharding",
@@ -46,6 +57,7 @@ NO_TORCH = [
     "megalite.config_file",
     "megalite.config_model",
     "megalite.config_parallel",
+    "megalite.config_parameters",
     "megalite.config_scaling",
     "megalite.field_values",
     "megalite.near",
@@ -121,6 +133,7 @@ NO_TORCH = [
     "megalite.report",
     "megalite.run_plan",
     "megalite.schedule_flags",
+    "megalite.tensor_names",
     "megalite.tokenizer.bpe",
     "megalite.tokenizer.byte",
     "megalite.tokenizer.choose",
@@ -128,6 +141,7 @@ NO_TORCH = [
     "megalite.tokenizer.null",
     "megalite.tokenizer.sentencepiece",
     "megalite.tokenizer.settings",
+    "megalite.treatment",
     "megalite.verification.bounds",
     "megalite.verification.shrink",
     "megalite.verify",

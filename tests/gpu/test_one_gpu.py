@@ -116,8 +116,16 @@ def test_recompute_and_dropout_change_nothing() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-def test_nothing_waits_for_the_gpu_in_a_step() -> None:
-    trainer = make_trainer(CUDA, precision="bf16")
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(),
+        dict(skip_spikes=6.0, spike_window=2, lr_scale=("*.q_proj.*=2",), freeze=("*.0.mlp.*",)),
+    ],
+    ids=str,
+)
+def test_nothing_waits_for_the_gpu_in_a_step(values: dict[str, Any]) -> None:
+    trainer = make_trainer(CUDA, precision="bf16", **values)
     scalars = DelayedScalars(CUDA)
     trainer.train_step(0)  # allocations and handles of the first step may wait
     torch.cuda.synchronize()

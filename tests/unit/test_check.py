@@ -27,7 +27,7 @@ initial-loss-scale min-loss-scale loss-scale-window hysteresis""".split()
 POSITIVE_OR_DERIVED = """num-kv-heads head-dim vocab-size dp global-batch-size
 rope-yarn-attention-factor loss-scale""".split()
 NOT_NEGATIVE = """min-lr init-method-std weight-decay clip-grad lr-decay-steps lr-wsd-decay-steps
-eval-interval eval-steps sample-length steps tokens seed""".split()
+skip-spikes spike-window eval-interval eval-steps sample-length steps tokens seed""".split()
 
 
 @pytest.mark.parametrize("value", ["0", "-3"])

@@ -26,6 +26,7 @@ WITHOUT_EFFECT = {
     "--loss-scale-window 100": "without --precision fp16",
     "--hysteresis 3": "without --precision fp16",
     "--lr-decay-steps 50": "with --lr-decay-style constant, unless",
+    "--spike-window 9": "without --skip-spikes",
     "--eval-interval 5": "with --eval-steps 0",
     "--reverse-micro-batches": "with a --global-batch-size of one micro-batch",
     "--split 90,10": "with --mock-data",

@@ -21,10 +21,11 @@ from megalite.estimate import (
 )
 from megalite.layers.batch import DropoutPlace
 from megalite.layers.shard import named_shards
-from megalite.models.llama import EMBEDDING, LlamaStage
+from megalite.models.llama import LlamaStage
 from megalite.models.stage import StageSpec, stage_specs
 from megalite.parallel.tensor import TensorGroup
 from megalite.presets import PRESETS
+from megalite.tensor_names import EMBEDDING
 
 SHAPE = dict(
     num_layers=3,

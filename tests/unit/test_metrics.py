@@ -52,7 +52,7 @@ def test_one_record_a_step(tmp_path: Path) -> None:
             log.step(step, Reading([0.5 * step, 3.0 - step], 0.25 * step), 1e-3 * step)
             assert len(records(folder)) == step, "each is on disk when its step is done"
     for step, record in enumerate(records(folder), start=1):
-        assert list(record) == KEYS
+        assert list(record) == [*KEYS, "steps_skipped"]
         assert (record["step"], record["loss"]) == (step, 3.0 - step)
         assert (record["lr"], record["grad_norm"]) == (1e-3 * step, 0.5 * step)
         assert record["tokens"] == 400 * step
@@ -93,6 +93,26 @@ def test_the_loss_scale_and_what_was_skipped(tmp_path: Path, capsys: pytest.Capt
     assert "  norm 0.500  scale 16777216  800 tok/s  " in lines[0]
     assert "  scale 8388608  2 skipped  " in lines[2] and lines[2].endswith("step skipped")
     assert "  scale 0.125  2 skipped  " in lines[3] and not lines[3].endswith("step skipped")
+
+
+def test_spikes_are_counted_with_what_is_not_finite(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Readings of runs that skip spikes end in whether the step was one, behind the loss scale."""
+    for scale, precision in (([], "fp32"), ([8.0], "fp16")):
+        steps = [(0.5, 0.0), (9.0, 1.0), (math.nan, 0.0), (0.5, 0.0)]
+        config = settings(precision=precision, skip_spikes=6.0)
+        with RunLog(config, RANDOM, tmp_path, CPU) as log:
+            for step, (norm, spike) in enumerate(steps, start=1):
+                log.step(step, Reading([norm, 2.5, *scale, spike], 0.5), 1e-3)
+        assert [r["steps_skipped"] for r in records(tmp_path)] == [0, 1, 2, 2]
+        assert [r.get("spike", False) for r in records(tmp_path)] == [False, True, False, False]
+        assert [r.get("loss_scale") for r in records(tmp_path)] == [scale[0] if scale else None] * 4
+        lines = capsys.readouterr().out.splitlines()
+        assert "skipped" not in lines[0]
+        assert "  1 skipped  " in lines[1] and lines[1].endswith("  spike: step skipped")
+        assert "  2 skipped  " in lines[2] and lines[2].endswith("not finite: step skipped")
+        assert "  2 skipped  " in lines[3] and not lines[3].endswith("step skipped")
 
 
 @pytest.mark.parametrize("mixture", [RANDOM, TEXT])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megalite import trainer
+from megalite.config import Config
 from megalite.data import host_batch
 from megalite.layers import (
     attention,
@@ -27,11 +28,12 @@ from megalite.layers import (
 )
 from megalite.layers.batch import Documents, MicroBatch
 from megalite.models import llama
-from megalite.optim import copies, flat, gathered, gradients, optimizer
+from megalite.optim import copies, flat, gathered, gradients, optimizer, segments
 from megalite.optim.buckets import cut
 from megalite.parallel import data, pipeline, tensor
 from megalite.parallel.group import Pending
 from megalite.pipeline import runtime
+from megalite.treatment import Treatment
 
 Patch = pytest.MonkeyPatch
 
@@ -254,13 +256,15 @@ def norm_not_summed_over_stages(patch: Patch) -> None:
     patch.setattr(optimizer.Optimizer, "_squared_norm", broken)
 
 
+def treated(patch: Patch, change: Callable[[Treatment], Treatment]) -> None:
+    """Each tensor otherwise than it should be."""
+    right = trainer.treatments
+    patch.setattr(trainer, "treatments", lambda c: {n: change(t) for n, t in right(c).items()})
+
+
 def decay_on_norms(patch: Patch) -> None:
     """Weight decay applies to everything."""
-
-    def broken(self: Any, _span: Any) -> float:
-        return self._train.weight_decay
-
-    patch.setattr(optimizer.Optimizer, "_weight_decay", broken)
+    treated(patch, lambda treatment: replace(treatment, weight_decay=0.1))
 
 
 def stale_receive_buffer(patch: Patch) -> None:
@@ -529,8 +533,8 @@ def not_clipped(patch: Patch) -> None:
     """The norm is reported, but nothing is clipped by it."""
     right = optimizer.Optimizer.__init__
 
-    def broken(self: Any, stages: Any, groups: Any, train: Any, loss_scale: Any) -> None:
-        right(self, stages, groups, replace(train, clip_grad=0.0), loss_scale)
+    def broken(self: Any, flat: Any, groups: Any, train: Any, *others: Any) -> None:
+        right(self, flat, groups, replace(train, clip_grad=0.0), *others)
 
     patch.setattr(optimizer.Optimizer, "__init__", broken)
 
@@ -569,9 +573,54 @@ def dropout_not_scaled(patch: Patch) -> None:
 
 
 ALL = "--tp 2 --pp 2 --dp 2"
+NAMED = "--lr-scale *.q_proj.*=3 --weight-decay-for *norm*=0.2,*.mlp.*=0"
+FROZEN = "--freeze model.embed_tokens.*,model.layers.0.*"
 TIED = "--tie-embeddings"
 DROPOUT = "--hidden-dropout 0.2 --attention-dropout 0.2"
 NORM, Q = "post_attention_layernorm.weight", "q_proj.weight"
+
+
+def scale_ignored(patch: Patch) -> None:
+    treated(patch, lambda treatment: replace(treatment, lr_scale=1.0))
+
+
+def decay_for_ignored(patch: Patch) -> None:
+    plain = trainer.treatments
+
+    def broken(config: Config) -> Any:
+        return plain(config.replace(weight_decay_for=()))
+
+    patch.setattr(trainer, "treatments", broken)
+
+
+def nothing_frozen(patch: Patch) -> None:
+    patch.setattr(trainer, "freeze", lambda _stage, _names: None)
+
+
+def frozen_decays(patch: Patch) -> None:
+    """Weights that have no gradient lose a share of themselves."""
+    right = trainer.Trainer.update
+
+    def broken(self: Any, *args: Any) -> Tensor:
+        for stage in self.stages.values():
+            for parameter in stage.parameters():
+                if not parameter.requires_grad:
+                    parameter.data.mul_(1 - 1e-4)
+        return right(self, *args)
+
+    patch.setattr(trainer.Trainer, "update", broken)
+
+
+def packed_treated_alike(patch: Patch) -> None:
+    """As the first of the tensors in one matrix."""
+    right = segments._marks
+
+    def broken(slots: Any, treatments: Any) -> Any:
+        starts = {slot.start for slot in slots}
+        return (mark for mark in right(slots, treatments) if mark[0] in starts)
+
+    patch.setattr(segments, "_marks", broken)
+
 
 FAULTS: dict[str, Fault] = {
     "norm gradients not reduced": Fault(
@@ -752,6 +801,21 @@ FAULTS: dict[str, Fault] = {
     ),
     "pipeline gradient scaled": Fault(
         pipeline_gradient_scaled, "--pp 2", "gradient", "layers.1", "every gradient of stage 0"
+    ),
+    "scale ignored": Fault(
+        scale_ignored, f"--dp 2 {NAMED}", "weight", "q_proj", "--lr-scale is not applied"
+    ),
+    "decay by name ignored": Fault(
+        decay_for_ignored, f"--tp 2 {NAMED}", "weight", "", "--weight-decay-for is not applied"
+    ),
+    "packed treated alike": Fault(
+        packed_treated_alike, f"--dp 2 {NAMED}", "weight", "k_proj", "moves by 3 times"
+    ),
+    "nothing frozen": Fault(
+        nothing_frozen, f"--pp 2 {FROZEN}", "gradient", "layers.0", "--freeze is not applied"
+    ),
+    "frozen weights decay": Fault(
+        frozen_decays, f"--dp 2 {FROZEN}", "weight", "embed_tokens", "--freeze holds move"
     ),
     "dropout not scaled": Fault(
         dropout_not_scaled, f"--tp 2 {DROPOUT}", "activation", "layers.0.input", "0.8 times"

@@ -14,6 +14,7 @@ from worlds import world_groups
 
 from megalite.config import Config
 from megalite.errors import ConfigError
+from megalite.tensor_names import EMBEDDING
 from megalite.verification.run import Verdict, verify
 from megalite.verification.shrink import shrink
 
@@ -49,6 +50,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "dropout": ("", "--hidden-dropout 0.1", "--attention-dropout 0.2"),
     "clipping": ("", "--clip-grad 0.1", "--clip-grad 0"),
     "rate": ("", "--lr-decay-style linear", "--lr-decay-style WSD", "--lr-decay-style constant"),
+    "rates by name": ("", "--lr-scale *.q_proj.*=3,*.mlp.*=0.5 --weight-decay-for *norm*=0.2"),
+    "frozen": ("", f"--freeze {EMBEDDING},*.layers.[01].*", "--freeze *.self_attn.*,*norm.*"),
+    "spikes": ("", "--skip-spikes 6 --spike-window 9"),
     "rope": ("", "--rope-scaling llama3", "--rope-scaling linear", "--rope-scaling yarn"),
     "growing batch": ("", "--rampup-batch-size 12 12 30"),
     "packing": ("", "--packing best-fit"),
