@@ -88,6 +88,12 @@ class TrainConfig:
         "Weights and activations; 16 bits keep fp32 master weights. auto: bf16 on GPUs, else fp32.",
         choices=("auto", "bf16", "fp16", "fp32", "fp64"),
     )
+    grad_reduce_dtype: str = option(
+        "auto",
+        "Precision in which gradients travel between data ranks; each rank adds them up in fp32. "
+        "auto: fp32 (fp64 in fp64).",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
     attention: str = option(
         "auto",
         "sdpa: torch's fused attention. fused-softmax: matrix products and a softmax kernel, which "

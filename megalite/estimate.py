@@ -13,6 +13,7 @@ from megalite.config import Config
 from megalite.models.stage import StageSpec, stage_specs
 from megalite.optim.filling import BUCKET_ELEMENTS, fill_buckets
 from megalite.pipeline.actions import Op, Order
+from megalite.precisions import BYTES, precisions
 from megalite.run_plan import run_plan, stage_rank
 
 WEIGHT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8})
@@ -106,7 +107,8 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
     return RankEstimate(
         parameters=parameters,
         weights=width * _weights(config, specs, parameters),
-        gradients=full * _gradients(config, specs, parameters),
+        gradients=full * _gradients(config, specs, parameters)
+        + _travelling_bytes(config, specs, parameters),
         optimizer=full * _states(config) * parameters // config.parallel.shard_size,
         activations=tokens * _peak_kept(config, specs, order, width),
         logits=logits,
@@ -127,6 +129,18 @@ def _gradients(config: Config, specs: Sequence[StageSpec], parameters: int) -> i
     if config.parallel.zero < 2 or shards == 1:
         return parameters
     return parameters // shards + 2 * max(_bucket_sizes(config, specs))
+
+
+def _travelling_bytes(config: Config, specs: Sequence[StageSpec], parameters: int) -> int:
+    """Copies of gradients that travel between data ranks in another precision than their own."""
+    of, parallel = precisions(config.train), config.parallel
+    if of.reduction == of.gradients or parallel.dp == 1:
+        return 0
+    if parallel.zero < 2 or parallel.shard_size == 1:
+        return BYTES[of.reduction] * parameters
+    # Buckets under way, and behind them the shard itself, if there are others of it.
+    replicated = parameters // parallel.shard_size if parallel.shard_size < parallel.dp else 0
+    return BYTES[of.reduction] * max(2 * max(_bucket_sizes(config, specs)), replicated)
 
 
 def _bucket_sizes(config: Config, specs: Sequence[StageSpec]) -> list[int]:

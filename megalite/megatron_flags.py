@@ -175,6 +175,7 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         # Precision and memory
         "--bf16": Alias("precision", "bf16"),
         "--fp16": Alias("precision", "fp16"),
+        "--grad-reduce-in-bf16": Alias("grad_reduce_dtype", "bf16"),
         "--accumulate-allreduce-grads-in-fp32": Always("gradients are summed in fp32"),
         "--no-gradient-accumulation-fusion": Refused("gradient accumulation is not fused"),
         "--recompute-activations": Alias("recompute", "selective"),

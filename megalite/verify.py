@@ -26,6 +26,7 @@ from megalite.parallel.environment import World
 from megalite.planning.choice import choose_by_estimate
 from megalite.program import Program, checked
 from megalite.run_plan import AUTO, plan_facts
+from megalite.verification.bounds import in_precision
 from megalite.verification.shrink import MOST_RANKS, Small, shrink
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         watch="--activations" in command.switches,
         told=told,
     )
-    config = small.config.replace(device=device, precision=precisions[0])
+    config = in_precision(small.config, precisions[0]).replace(device=device)
     return Prepared(config, job, plan_facts(command.config))
 
 

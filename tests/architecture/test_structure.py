@@ -21,11 +21,12 @@ LAYERS = [
     {"planning", "check", "check_memory"},
     {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline"}
     | {"check_trace", "schedule_flags"},
-    {"effects", "preprocessing", "check_data", "check_pipeline", "check_scaling", "check_sharding"},
+    {"effects", "preprocessing", "check_data", "check_pipeline", "check_scaling", "check_sharding"}
+    | {"check_precision"},
     {"data", "models", "cli"},
     {"layers", "config_file"},
     {"parallel", "megalite_kernels", "field_values", "alternatives", "reading"}
-    | {"plans", "run_plan"},
+    | {"plans", "run_plan", "precisions"},
     {"presets", "megatron_flags", "config", "config_data", "config_model", "config_parallel"}
     | {"config_scaling", "batch_sizes", "option", "tokenizer", "errors", "wording", "near"},
 ]
@@ -37,6 +38,7 @@ NO_TORCH = [
     "megalite.check_data",
     "megalite.check_memory",
     "megalite.check_pipeline",
+    "megalite.check_precision",
     "megalite.check_scaling",
     "megalite.check_sharding",
     "megalite.check_trace",

@@ -154,6 +154,38 @@ def test_bytes_of_a_parameter_with_post_validation(name: str) -> None:
         assert memory.total - memory.optimizer == plain.total - plain.optimizer
 
 
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        (dict(dp=1), 0),
+        (dict(dp=4, zero=0), 2),
+        (dict(dp=4, zero=1), 2),
+        # Half of it is the shard of each, which its replica has too; two buckets are less.
+        (dict(dp=4, zero=2, zero_shard_size=2, num_layers=40, hidden_size=2048), 1),
+    ],
+    ids=str,
+)
+def test_bytes_of_gradients_on_their_way(layout: dict[str, Any], more: float) -> None:
+    """In another precision than their own they are copies."""
+    plain, asked, same = (
+        rank_estimates(settings("tied", precision="bf16", grad_reduce_dtype=name, **layout))[0]
+        for name in ("auto", "bf16", "fp32")
+    )
+    assert same == plain
+    assert asked.gradients == plain.gradients + more * plain.parameters
+    assert asked.total - plain.total == asked.gradients - plain.gradients
+
+
+def test_bytes_of_two_buckets_on_their_way() -> None:
+    """Level 2 sends copies of the buckets that fill, which here are of one stage's layers."""
+    plain, asked = (
+        rank_estimates(settings("tied", dp=4, zero=2, precision="bf16", grad_reduce_dtype=name))[0]
+        for name in ("auto", "bf16")
+    )
+    buckets = plain.gradients - plain.parameters  # less a quarter of 4 bytes
+    assert asked.gradients - plain.gradients == buckets // 2
+
+
 def test_precision_must_be_known() -> None:
     config = settings("multi-head")
     with pytest.raises(KeyError, match="auto"):

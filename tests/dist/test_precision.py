@@ -1,0 +1,209 @@
+"""Gradients that travel in 16 bits: rounded once on the way, added up in fp32."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from commands import run
+from pool import RankPool
+from torch import Tensor, nn
+from worlds import make_trainer, world_groups
+
+from megalite.config import Config
+from megalite.optim.flat import FlatParameters
+from megalite.parallel.group import AxisGroup
+from megalite.verification.run import Verdict, verify
+from megalite.verification.shrink import shrink
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Reduced:
+    """What one rank sent to other data ranks in a step, in order, and what it got of the sums."""
+
+    sent: list[Tensor]
+    got: list[Tensor]
+
+
+def added_up_in_half(patch: pytest.MonkeyPatch) -> None:
+    """Each micro-batch's gradient is rounded before it is added."""
+
+    def broken(self: Any, parameter: nn.Parameter, a: Tensor, b: Tensor) -> None:
+        self.add(parameter, (a.float() @ b.float()).bfloat16().float())
+
+    patch.setattr(FlatParameters, "add_product", broken)
+
+
+FAULTS = {"": lambda _: None, "added up in bf16": added_up_in_half}
+
+
+def reduced_job(values: dict[str, Any], fault: str = "") -> Reduced:
+    trainer = make_trainer(global_batch_size=16, **values)
+    dp, sent = trainer.groups.dp, []
+
+    def spied(name: str) -> Any:
+        right = getattr(AxisGroup, name)
+
+        def call(self: AxisGroup, x: Tensor, **options: Any) -> Any:
+            # Losses and counts of tokens travel in fp64 and int64.
+            if self in (dp.shards, dp.replicas) and x.dtype in (torch.float32, *HALF.values()):
+                sent.append(x.clone())
+            return right(self, x, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        FAULTS[fault](patch)
+        for name in ("start_all_reduce", "start_reduce_scatter"):
+            patch.setattr(AxisGroup, name, spied(name))
+        trainer.accumulate(0)
+    return Reduced(sent, [part.clone() for part in trainer.flat.own_gradients])
+
+
+def reduced(pool: RankPool, values: dict[str, Any], *fault: str) -> list[Reduced]:
+    size = math.prod(values.get(axis, 1) for axis in ("tp", "pp", "dp"))
+    return [outcome.value for outcome in pool.run(size, reduced_job, values, *fault)]
+
+
+def is_rounded_once(wide: list[Reduced], narrow: list[Reduced], dtype: torch.dtype) -> bool:
+    """Whether what travels is what would travel in fp32, rounded."""
+    return all(
+        x.dtype == dtype and torch.equal(y.to(dtype), x)
+        for one, other in zip(wide, narrow, strict=True)
+        for y, x in zip(one.sent, other.sent, strict=True)
+    )
+
+
+def error(wide: list[Reduced], narrow: list[Reduced]) -> float:
+    """Largest of any part's relative errors, in root mean squares."""
+    pairs = [
+        (x, y)
+        for one, other in zip(wide, narrow, strict=True)
+        for x, y in zip(one.got, other.got, strict=True)
+    ]
+    assert all(y.dtype == torch.float32 for _, y in pairs)
+    return max(((x - y).norm() / x.norm()).item() for x, y in pairs)
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    dict(dp=2, zero=0),
+    dict(dp=2, zero=1, pp=2, schedule="zb-h1", tie_embeddings=True),
+    dict(dp=2, zero=2, tp=2, num_kv_heads=1),
+]
+MORE: list[dict[str, Any]] = [
+    dict(dp=2, zero=zero, **layout)
+    for zero, layout in itertools.product(
+        (0, 1, 2), (dict(), dict(tp=2), dict(pp=2, schedule="zb-v"), dict(pp=2, tp=2))
+    )
+]
+
+
+def check_reduction(pool: RankPool, layout: dict[str, Any], name: str) -> None:
+    own = dict(precision="fp16", loss_scale=64.0) if name == "fp16" else dict()
+    wide = reduced(pool, layout | own)
+    narrow = reduced(pool, layout | own | dict(grad_reduce_dtype=name))
+    assert len(wide[0].sent) > 1
+    assert is_rounded_once(wide, narrow, HALF[name])
+    unit = torch.finfo(HALF[name]).eps / 2
+    assert unit / 10 < error(wide, narrow) < 2 * unit
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_gradients_are_rounded_once_on_their_way(pool: RankPool, layout: dict[str, Any]) -> None:
+    check_reduction(pool, layout, "bf16")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [dict(dp=2, zero=1), *(pytest.param(layout, marks=pytest.mark.full) for layout in MORE)],
+    ids=str,
+)
+def test_likewise_in_fp16(pool: RankPool, layout: dict[str, Any]) -> None:
+    check_reduction(pool, layout, "fp16")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", MORE, ids=str)
+def test_likewise_in_more_layouts(pool: RankPool, layout: dict[str, Any]) -> None:
+    check_reduction(pool, layout, "bf16")
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_replicas_of_a_shard_sum_in_it_too(pool: RankPool, zero: int) -> None:
+    layout = dict(dp=4, zero=zero, zero_shard_size=2)
+    wide = reduced(pool, layout)
+    narrow = reduced(pool, layout | dict(grad_reduce_dtype="bf16"))
+    assert {x.dtype for one in narrow for x in one.sent} == {torch.bfloat16}
+    for own, other in ((0, 2), (1, 3)):
+        assert all(map(torch.equal, narrow[own].got, narrow[other].got))
+    assert 2**-12 < error(wide, narrow) < 2**-7
+
+
+def test_a_sum_over_micro_batches_in_bf16_is_found(pool: RankPool) -> None:
+    layout = dict(dp=2, zero=1)
+    wide = reduced(pool, layout)
+    narrow = reduced(pool, layout | dict(grad_reduce_dtype="bf16"), "added up in bf16")
+    assert not is_rounded_once(wide, narrow, torch.bfloat16)
+
+
+def test_one_data_rank_rounds_nothing(pool: RankPool) -> None:
+    plain, asked = (reduced(pool, values) for values in ({}, dict(grad_reduce_dtype="bf16")))
+    assert error(plain, asked) == 0.0
+
+
+# The verification
+
+
+def reduced_unasked(patch: pytest.MonkeyPatch) -> None:
+    """Gradients travel in bf16 though nobody asked for it."""
+    right = FlatParameters.__init__
+
+    def broken(self: Any, *args: Any, reduce_dtype: torch.dtype, **options: Any) -> None:
+        right(self, *args, reduce_dtype=torch.bfloat16, **options)
+
+    patch.setattr(FlatParameters, "__init__", broken)
+
+
+VERIFY_FAULTS = {"": lambda _: None, "reduced in bf16": reduced_unasked}
+
+
+def verify_job(config: Config, precision: str, fault: str = "") -> Verdict:
+    groups = world_groups(config)
+    with pytest.MonkeyPatch.context() as patch:
+        VERIFY_FAULTS[fault](patch)
+        return verify(config, groups, torch.device("cpu"), precisions=("fp64", precision))
+
+
+def check_verified(pool: RankPool, flags: str) -> None:
+    config = shrink(run(*f"--device cpu --num-layers 4 {flags}".split())).config
+    precision = config.train.precision.replace("auto", "fp32")
+    verdict = pool.run(config.world_size, verify_job, config, precision)[0].value
+    assert verdict.failed is None, verdict.failed
+    errors = {result.config.train.precision: result.worst.error for result in verdict.passes}
+    assert errors["fp64"] < 1e-11, "the mathematics is verified without rounding"
+    assert errors[precision] > 1e-6, "and then what the run does"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--dp 2 --grad-reduce-dtype bf16",
+        "--dp 2 --pp 2 --zero 2 --schedule zb-h1 --precision bf16 --grad-reduce-dtype bf16",
+        "--dp 2 --fp16 --grad-reduce-dtype fp16 --loss-scale 8",
+    ],
+)
+def test_verify_raises_no_alarm(pool: RankPool, flags: str) -> None:
+    check_verified(pool, flags)
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_verify_finds_gradients_that_were_rounded_unasked(pool: RankPool, zero: int) -> None:
+    config = shrink(run(*f"--device cpu --dp 2 --zero {zero}".split())).config
+    failed = pool.run(2, verify_job, config, "fp32", "reduced in bf16")[0].value.failed
+    assert failed is not None and failed.failure.first.kind == "gradient"
