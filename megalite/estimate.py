@@ -109,7 +109,7 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
         weights=width * _weights(config, specs, parameters),
         gradients=full * _gradients(config, specs, parameters)
         + _travelling_bytes(config, specs, parameters),
-        optimizer=full * _states(config) * parameters // config.parallel.shard_size,
+        optimizer=_state_bytes(config) * parameters // config.parallel.shard_size,
         activations=tokens * _peak_kept(config, specs, order, width),
         logits=logits,
     )
@@ -170,11 +170,13 @@ def _tied_here(config: Config, spec: StageSpec) -> bool:
     return config.model.tie_embeddings and spec.has_embedding
 
 
-def _states(config: Config) -> int:
-    """Optimizer's numbers per parameter: moments, and master weights of their own if there are."""
+def _state_bytes(config: Config) -> int:
+    """Optimizer's bytes per parameter: moments, and master weights of their own if there are."""
+    of = precisions(config.train)
+    master, moments = BYTES[of.master], 2 * BYTES[of.moments]
     if config.train.post_validation and config.parallel.pp > 1:
-        return 6  # all of them, and as they were before the step
-    return 3 if WEIGHT_BYTES[config.train.precision] < 4 else 2
+        return 2 * (master + moments)  # all of them, and as they were before the step
+    return moments + (master if of.master != of.weights else 0)
 
 
 def fixed_bytes(config: Config) -> list[int]:

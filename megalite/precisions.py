@@ -20,15 +20,21 @@ class Precisions:
         weights: and activations.
         gradients: summed over micro-batches and over copies, and normed.
         reduction: gradients on their way between data ranks.
+        master: weights that AdamW moves.
+        moments: of AdamW, both.
     """
 
     weights: str
     gradients: str
     reduction: str
+    master: str
+    moments: str
 
 
 def precisions(train: TrainConfig) -> Precisions:
     """Of a run with a precision other than `auto`."""
     gradients = "fp64" if train.precision == "fp64" else "fp32"
     reduction = gradients if train.grad_reduce_dtype == "auto" else train.grad_reduce_dtype
-    return Precisions(train.precision, gradients, reduction)
+    master = gradients
+    moments = master if train.moments_dtype == "auto" else train.moments_dtype
+    return Precisions(train.precision, gradients, reduction, master, moments)

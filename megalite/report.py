@@ -193,8 +193,10 @@ def _ramp(config: Config) -> str:
 
 
 def _precision(config: Config) -> str:
-    """`bf16, gradients summed over dp in bf16`."""
+    """`bf16, moments in bf16, gradients summed over dp in bf16`."""
     text = _weights(config)
+    if config.train.moments_dtype != "auto":
+        text += f", moments in {config.train.moments_dtype}"
     if config.train.grad_reduce_dtype != "auto" and config.parallel.dp > 1:
         text += f", gradients summed over dp in {config.train.grad_reduce_dtype}"
     return text

@@ -12,9 +12,11 @@ from megalite.config import TrainConfig
 from megalite.optim.buckets import Span
 from megalite.optim.flat import FlatParameters
 from megalite.optim.host_flag import HostFlag
+from megalite.optim.rounding import stretches
 from megalite.optim.scaler import LossScale
 from megalite.parallel.group import Pending
 from megalite.parallel.groups import ParallelGroups
+from megalite.precisions import precisions
 from megalite_kernels import adamw_
 
 NORM_ROW = 4096
@@ -47,6 +49,8 @@ class Optimizer:
     weights and both moments are fp32 (fp64 in fp64 runs). For bf16 and fp16 parameters the master
     weights are buffers of their own; otherwise they are the parameters themselves. Per parameter of
     such a run: 2 bytes of weight, 4 of gradient, 12 / shards of master weight and moments.
+
+    With moments in bf16, which are rounded stochastically, the 12 are 8.
 
     Nothing here waits for the GPU: the update kernel reads the factor that clips the gradients, and
     takes the loss scale out of them, on the device, and skips the step, on all ranks alike, if the
@@ -89,8 +93,11 @@ class Optimizer:
         guesses = train.post_validation and groups.pp.size > 1
         dtype = flat.own_gradients[0].dtype
         self.master = [part.to(dtype, copy=guesses) for part in flat.own_parameters]
-        self.exp_avg = [torch.zeros_like(part) for part in self.master]
-        self.exp_avg_sq = [torch.zeros_like(part) for part in self.master]
+        moments = torch.bfloat16 if precisions(train).moments == "bf16" else dtype
+        self.exp_avg = [torch.zeros_like(part, dtype=moments) for part in self.master]
+        self.exp_avg_sq = [torch.zeros_like(part) for part in self.exp_avg]
+        rounds = torch.bfloat16 in (self.master[0].dtype, moments)
+        self._stretches = stretches(flat.slots, flat.spans, train.seed if rounds else None)
         self.steps = torch.zeros((), device=flat.device)
         self._copies_master = self.master[0].data_ptr() != flat.own_parameters[0].data_ptr()
         self._open: _OpenStep | None = None
@@ -98,7 +105,7 @@ class Optimizer:
         if guesses:
             assert groups.dp.shards.size == 1, "a guess would have to be passed on twice"
             master, exp_avg, exp_avg_sq = (
-                [torch.empty_like(part) for part in parts] for parts in self._state()
+                [torch.zeros_like(part) for part in parts] for parts in self._state()
             )
             self._spare = master, exp_avg, exp_avg_sq
             flat.last_use = self._settle
@@ -202,23 +209,28 @@ class Optimizer:
         """
         flat, spare, train = self._flat, self._spare, self._train
         for i in sorted(range(len(flat.spans)), key=lambda number: flat.spans[number].decays):
-            adamw_(
-                self.master[i],
-                flat.own_gradients[i],
-                self.exp_avg[i],
-                self.exp_avg_sq[i],
-                step,
-                lr=lr,
-                beta1=train.adam_beta1,
-                beta2=train.adam_beta2,
-                eps=train.adam_eps,
-                weight_decay=self._weight_decay(flat.spans[i]),
-                scale=scale,
-                skip=skip,
-                copy=flat.own_parameters[i] if self._copies_master else None,
-                out=None if spare is None else (spare[0][i], spare[1][i], spare[2][i]),
-                run=run,
-            )
+            for stretch in self._stretches[i]:
+                at = stretch.part
+                adamw_(
+                    self.master[i][at],
+                    flat.own_gradients[i][at],
+                    self.exp_avg[i][at],
+                    self.exp_avg_sq[i][at],
+                    step,
+                    lr=lr,
+                    beta1=train.adam_beta1,
+                    beta2=train.adam_beta2,
+                    eps=train.adam_eps,
+                    weight_decay=self._weight_decay(flat.spans[i]),
+                    scale=scale,
+                    skip=skip,
+                    copy=flat.own_parameters[i][at] if self._copies_master else None,
+                    out=None
+                    if spare is None
+                    else (spare[0][i][at], spare[1][i][at], spare[2][i][at]),
+                    run=run,
+                    draws=stretch.draws,
+                )
             flat.pass_on(i)
 
     def _weight_decay(self, span: Span) -> float:

@@ -53,16 +53,18 @@ class Bounds:
 def coarsest(config: Config) -> str:
     """The precision that rounds most of those that a run's numbers pass through."""
     of = precisions(config.train)
-    passed = [of.weights, *([of.reduction] if config.parallel.dp > 1 else [])]
+    passed = [of.weights, of.moments, *([of.reduction] if config.parallel.dp > 1 else [])]
     return max(passed, key=lambda name: UNIT[name])
 
 
 def in_precision(config: Config, precision: str) -> Config:
     """The run in another precision, without what goes with its own alone."""
     changed, reduction = config.replace(precision=precision), config.train.grad_reduce_dtype
-    if precision == "fp64" or (reduction == "fp16" and precision != "fp16"):
-        changed = changed.replace(grad_reduce_dtype="auto")
-    return changed
+    if precision == "fp64":
+        return changed.replace(grad_reduce_dtype="auto", moments_dtype="auto")
+    return (
+        changed.replace(grad_reduce_dtype="auto") if reduction == "fp16" != precision else changed
+    )
 
 
 def derive(config: Config) -> Bounds:

@@ -118,6 +118,7 @@ NO_TORCH = [
     "megalite.preprocessing.tokenizer_flags",
     "megalite.pretrain",
     "megalite.option",
+    "megalite.precisions",
     "megalite.program",
     "megalite.reading.records",
     "megalite.report",

@@ -1,4 +1,5 @@
-"""Gradients that travel in 16 bits: rounded once on the way, added up in fp32."""
+"""Gradients that travel in 16 bits are rounded once on the way and added up in fp32; what is rounded
+by chance is rounded alike on all ranks that have a copy, and in every run."""
 
 from __future__ import annotations
 
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 from worlds import make_trainer, world_groups
 
 from megalite.config import Config
+from megalite.optim import flat as flat_module
+from megalite.optim import rounding
+from megalite.optim.buckets import make_buckets
 from megalite.optim.flat import FlatParameters
 from megalite.parallel.group import AxisGroup
 from megalite.verification.run import Verdict, verify
 from megalite.verification.shrink import shrink
+from megalite_kernels import reference
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -207,3 +212,164 @@ def test_verify_finds_gradients_that_were_rounded_unasked(pool: RankPool, zero: 
     config = shrink(run(*f"--device cpu --dp 2 --zero {zero}".split())).config
     failed = pool.run(2, verify_job, config, "fp32", "reduced in bf16")[0].value.failed
     assert failed is not None and failed.failure.first.kind == "gradient"
+
+
+# What is rounded stochastically
+
+ROUNDED: dict[str, dict[str, Any]] = {"bf16 moments": dict(moments_dtype="bf16")}
+
+
+@dataclass
+class Trained:
+    """Weights and moments of one rank after some steps: by kind, name and place of the slice."""
+
+    found: dict[tuple[str, str, int], Tensor]
+    dtypes: set[torch.dtype]
+
+
+def own_numbers(patch: pytest.MonkeyPatch) -> None:
+    """Each rank draws numbers of its own."""
+    right = rounding.make_key
+    rank = torch.distributed.get_rank()
+    patch.setattr(rounding, "make_key", lambda *parts: right(rank, *parts))
+
+
+def rounded_to_nearest(patch: pytest.MonkeyPatch) -> None:
+    """As torch rounds."""
+    patch.setattr(reference, "round_to_bf16", lambda x, _: x.bfloat16())
+
+
+def other_steps(patch: pytest.MonkeyPatch) -> None:
+    """Numbers are those of the step before."""
+    right = reference.random_words
+    patch.setattr(reference, "random_words", lambda key, step, at: right(key, step - 1, at))
+
+
+ROUNDING_FAULTS = {
+    "": lambda _: None,
+    "own numbers": own_numbers,
+    "nearest": rounded_to_nearest,
+    "other steps": other_steps,
+}
+
+
+def trained_job(values: dict[str, Any], fault: str = "") -> Trained:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            flat_module, "make_buckets", lambda stages, size, _: make_buckets(stages, size, 3000)
+        )
+        small = dict(steps=5, lr=1e-2, lr_warmup_steps=0, adam_beta2=0.999)
+        trainer = make_trainer(**small | values, global_batch_size=8)
+        ROUNDING_FAULTS[fault](patch)
+        if fault == "own numbers":
+            optimizer = trainer.optimizer
+            slots, spans = trainer.flat.slots, trainer.flat.spans
+            optimizer._stretches = rounding.stretches(slots, spans, 1234)
+        for step in range(5):
+            trainer.train_step(step)
+        trainer.optimizer.validate()
+    flat, optimizer = trainer.flat, trainer.optimizer
+    buffers = {"weight": flat.parameters}
+    for kind in ("master", "exp_avg", "exp_avg_sq"):
+        buffers[kind] = flat.whole(getattr(optimizer, kind))
+    found = {
+        (kind, piece.name, piece.start): piece.of(slot.of(buffer)).clone()
+        for kind, buffer in buffers.items()
+        for slot in flat.slots
+        for piece in slot.shard.pieces
+        if piece.length
+    }
+    return Trained(found, {x.dtype for x in optimizer.exp_avg + optimizer.exp_avg_sq})
+
+
+def trained(pool: RankPool, values: dict[str, Any], *fault: str) -> list[Trained]:
+    size = math.prod(values.get(axis, 1) for axis in ("tp", "pp", "dp"))
+    return [outcome.value for outcome in pool.run(size, trained_job, values, *fault)]
+
+
+def copies_are_equal(ranks: list[Trained]) -> bool:
+    """Whether what several ranks hold of one slice has the same bits on all."""
+    held: dict[tuple[str, str, int], Tensor] = {}
+    return all(
+        torch.equal(held.setdefault(key, tensor), tensor)
+        for rank in ranks
+        for key, tensor in rank.found.items()
+    )
+
+
+def bits_are_equal(ranks: list[Trained], others: list[Trained]) -> bool:
+    """Whether slices that both have are the same."""
+    one, other = ({k: v for rank in side for k, v in rank.found.items()} for side in (ranks, others))
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+COPIES: list[dict[str, Any]] = [
+    dict(dp=2, zero=0),
+    dict(tp=2, num_kv_heads=1, pp=2, tie_embeddings=True, schedule="zb-v"),
+]
+MORE_COPIES: list[dict[str, Any]] = [
+    dict(tp=4, num_kv_heads=2),
+    dict(pp=2, tie_embeddings=True),
+    dict(dp=2, zero=1, tp=2, num_kv_heads=1, tie_embeddings=True),
+    dict(dp=2, zero=2, tp=2, pp=2, num_kv_heads=1, tie_embeddings=True),
+    dict(dp=4, zero=1, zero_shard_size=2),
+]
+
+
+def check_copies(pool: RankPool, layout: dict[str, Any], which: str) -> None:
+    """Copies stay copies, and a run again is the same run."""
+    values = layout | dict(precision="bf16") | ROUNDED[which]
+    ranks = trained(pool, values)
+    assert all(rank.dtypes == {torch.bfloat16} for rank in ranks)
+    assert copies_are_equal(ranks)
+    assert all(bits_are_equal([a], [b]) for a, b in zip(ranks, trained(pool, values), strict=True))
+
+
+@pytest.mark.parametrize("which", ROUNDED)
+@pytest.mark.parametrize("layout", COPIES, ids=str)
+def test_copies_stay_copies(pool: RankPool, layout: dict[str, Any], which: str) -> None:
+    check_copies(pool, layout, which)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("which", ROUNDED)
+@pytest.mark.parametrize("layout", MORE_COPIES, ids=str)
+def test_more_copies_stay_copies(pool: RankPool, layout: dict[str, Any], which: str) -> None:
+    check_copies(pool, layout, which)
+
+
+@pytest.mark.parametrize("layout", COPIES, ids=str)
+def test_ranks_that_draw_numbers_of_their_own_are_found(
+    pool: RankPool, layout: dict[str, Any]
+) -> None:
+    values = layout | dict(precision="bf16") | ROUNDED["bf16 moments"]
+    assert not copies_are_equal(trained(pool, values, "own numbers"))
+
+
+@pytest.mark.parametrize("which", ROUNDED)
+def test_what_data_ranks_shard_changes_no_bit(pool: RankPool, which: str) -> None:
+    """Of two ranks, whose sums have one order; without clipping, as the norm is summed in other
+    pieces."""
+    values = dict(dp=2, clip_grad=0.0) | ROUNDED[which]
+    plain, sharded = (trained(pool, values | dict(zero=zero)) for zero in (0, 1))
+    assert bits_are_equal(plain, sharded)
+
+
+@pytest.mark.parametrize("fault", ["nearest", "other steps"])
+@pytest.mark.parametrize("which", ROUNDED)
+def test_other_rounding_is_found(pool: RankPool, which: str, fault: str) -> None:
+    """What is compared above depends on how it is rounded."""
+    right, wrong = (trained(pool, ROUNDED[which], *how) for how in ((), (fault,)))
+    assert not bits_are_equal(right, wrong)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--tp 2 --pp 2 --moments-dtype bf16 --num-kv-heads 1",
+        "--dp 2 --fp16 --moments-dtype bf16 --grad-reduce-dtype bf16",
+    ],
+)
+def test_verify_raises_no_alarm_over_rounding(pool: RankPool, flags: str) -> None:
+    check_verified(pool, flags)

@@ -213,6 +213,14 @@ RULES = {
         "--grad-reduce-dtype bf16 and --precision fp64: an fp64 run is fp64 throughout; leave it "
         "out, or give --precision fp32",
     ),
+    **{
+        f"fp64 with moments in {name}": (
+            f"--precision fp64 --moments-dtype {name}",
+            f"--moments-dtype {name} and --precision fp64: an fp64 run is fp64 throughout; leave "
+            "it out, or give --precision fp32",
+        )
+        for name in ("bf16", "fp32")
+    },
     "fp16 without a loss scale": (
         "--precision bf16 --grad-reduce-dtype fp16",
         "--grad-reduce-dtype fp16 without --precision fp16: fp16 rounds gradients below 3e-8 to "
@@ -274,7 +282,9 @@ VALID = """
 --fp16 --loss-scale-window 1 --hysteresis 1
 --fp16 --pp 2 --post-validation
 --fp16 --dp 2 --grad-reduce-dtype fp16
---precision fp64 --grad-reduce-dtype auto
+--precision fp64 --grad-reduce-dtype auto --moments-dtype auto
+--precision fp32 --moments-dtype bf16
+--fp16 --moments-dtype bf16 --pp 2 --post-validation
 """.strip().splitlines()
 
 

@@ -155,6 +155,24 @@ def test_bytes_of_a_parameter_with_post_validation(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "states"),
+    [
+        (dict(precision="bf16"), 4 + 2 + 2),
+        (dict(precision="fp16"), 4 + 2 + 2),
+        (dict(precision="fp32"), 2 + 2),
+        (dict(precision="bf16", pp=2, post_validation=True), 2 * (4 + 2 + 2)),
+        (dict(precision="fp32", pp=2, post_validation=True), 2 * (4 + 2 + 2)),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_parameter_with_moments_in_bf16(values: dict[str, Any], states: int) -> None:
+    memory = rank_estimates(settings("tied", moments_dtype="bf16", **values))[0]
+    plain = rank_estimates(settings("tied", **values))[0]
+    assert memory.optimizer == states * memory.parameters
+    assert memory.total - memory.optimizer == plain.total - plain.optimizer
+
+
+@pytest.mark.parametrize(
     ("layout", "more"),
     [
         (dict(dp=1), 0),
