@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from megalite.config import Config
 from megalite.models.stage import StageSpec, stage_specs
@@ -15,8 +14,6 @@ from megalite.optim.filling import BUCKET_ELEMENTS, fill_buckets
 from megalite.pipeline.actions import Op, Order
 from megalite.precisions import BYTES, precisions
 from megalite.run_plan import run_plan, stage_rank
-
-WEIGHT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8})
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
     """Memory of each rank that has these stages and works in this order."""
     train = config.train
     parameters = rank_parameters(config, specs)
-    width = WEIGHT_BYTES[train.precision]
+    width = _width(config)
     full = max(4, width)
     tokens = train.micro_batch_size * config.model.seq_length
     logits = 0
@@ -187,7 +184,7 @@ def fixed_bytes(config: Config) -> list[int]:
 def kept_bytes(config: Config, spec: StageSpec) -> int:
     """What a stage keeps of one micro-batch for its backward."""
     tokens = config.train.micro_batch_size * config.model.seq_length
-    return tokens * _stage_activation_bytes(config, spec, WEIGHT_BYTES[config.train.precision])
+    return tokens * _stage_activation_bytes(config, spec, _width(config))
 
 
 def kept_for_weights_bytes(config: Config, spec: StageSpec) -> int:
@@ -199,7 +196,7 @@ def kept_for_weights_bytes(config: Config, spec: StageSpec) -> int:
     one x [S, B, I/tp] and dy [S, B, H], gathered. The head leaves nothing for later.
     """
     tokens = config.train.micro_batch_size * config.model.seq_length
-    return tokens * _stage_factor_bytes(config, spec, WEIGHT_BYTES[config.train.precision])
+    return tokens * _stage_factor_bytes(config, spec, _width(config))
 
 
 def flops_per_token(config: Config) -> float:
@@ -214,6 +211,11 @@ def flops_per_token(config: Config) -> float:
     matrices = whole_parameters(config) - embedding
     attention = model.num_attention_heads * model.head_dim
     return 6.0 * matrices + 12.0 * model.num_layers * attention * model.seq_length
+
+
+def _width(config: Config) -> int:
+    """Bytes of a weight or an activation."""
+    return BYTES[precisions(config.train).weights]
 
 
 def _table(config: Config) -> int:

@@ -14,7 +14,7 @@ BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp16": 2, "fp32": 4, "f
 
 @dataclass(frozen=True)
 class Precisions:
-    """A key of `BYTES` for everything that a parameter has.
+    """A key of `BYTES` for all that is kept of a parameter.
 
     Attributes:
         weights: and activations.
@@ -35,6 +35,8 @@ def precisions(train: TrainConfig) -> Precisions:
     """Of a run with a precision other than `auto`."""
     gradients = "fp64" if train.precision == "fp64" else "fp32"
     reduction = gradients if train.grad_reduce_dtype == "auto" else train.grad_reduce_dtype
-    master = gradients
+    # Gradients are fp32 in bf16-pure too: a sum over micro-batches in bf16 stops growing.
+    is_pure = train.precision == "bf16-pure"
+    weights, master = ("bf16", "bf16") if is_pure else (train.precision, gradients)
     moments = master if train.moments_dtype == "auto" else train.moments_dtype
-    return Precisions(train.precision, gradients, reduction, master, moments)
+    return Precisions(weights, gradients, reduction, master, moments)

@@ -48,6 +48,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "fp16": torch.float16,
         "fp32": torch.float32,
         "fp64": torch.float64,
+        "bf16-pure": torch.bfloat16,
     }
 )
 

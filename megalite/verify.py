@@ -26,7 +26,6 @@ from megalite.parallel.environment import World
 from megalite.planning.choice import choose_by_estimate
 from megalite.program import Program, checked
 from megalite.run_plan import AUTO, plan_facts
-from megalite.verification.bounds import in_precision
 from megalite.verification.shrink import MOST_RANKS, Small, shrink
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         watch="--activations" in command.switches,
         told=told,
     )
-    config = in_precision(small.config, precisions[0]).replace(device=device)
+    config = small.config.replace(device=device, precision=precisions[0])
     return Prepared(config, job, plan_facts(command.config))
 
 

@@ -50,7 +50,8 @@ class Optimizer:
     weights are buffers of their own; otherwise they are the parameters themselves. Per parameter of
     such a run: 2 bytes of weight, 4 of gradient, 12 / shards of master weight and moments.
 
-    With moments in bf16, which are rounded stochastically, the 12 are 8.
+    With moments in bf16 the 12 are 8; in bf16-pure, where the parameters are the master weights
+    too, they are 4. What is bf16 is rounded stochastically.
 
     Nothing here waits for the GPU: the update kernel reads the factor that clips the gradients, and
     takes the loss scale out of them, on the device, and skips the step, on all ranks alike, if the
@@ -91,12 +92,14 @@ class Optimizer:
         self._flat, self._groups, self._train = flat, groups, train
         self.loss_scale = loss_scale
         guesses = train.post_validation and groups.pp.size > 1
-        dtype = flat.own_gradients[0].dtype
-        self.master = [part.to(dtype, copy=guesses) for part in flat.own_parameters]
-        moments = torch.bfloat16 if precisions(train).moments == "bf16" else dtype
-        self.exp_avg = [torch.zeros_like(part, dtype=moments) for part in self.master]
+        of, full = precisions(train), flat.own_gradients[0].dtype
+        of_master, of_moments = (
+            torch.bfloat16 if name == "bf16" else full for name in (of.master, of.moments)
+        )
+        self.master = [part.to(of_master, copy=guesses) for part in flat.own_parameters]
+        self.exp_avg = [torch.zeros_like(part, dtype=of_moments) for part in self.master]
         self.exp_avg_sq = [torch.zeros_like(part) for part in self.exp_avg]
-        rounds = torch.bfloat16 in (self.master[0].dtype, moments)
+        rounds = torch.bfloat16 in (of_master, of_moments)
         self._stretches = stretches(flat.slots, flat.spans, train.seed if rounds else None)
         self.steps = torch.zeros((), device=flat.device)
         self._copies_master = self.master[0].data_ptr() != flat.own_parameters[0].data_ptr()

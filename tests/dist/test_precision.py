@@ -6,20 +6,24 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from commands import run
 from pool import RankPool
+from runs import run_in_pool
 from torch import Tensor, nn
 from worlds import make_trainer, world_groups
 
-from megalite.config import Config
+from megalite import verify as verify_program
+from megalite.config import Config, TrainConfig
 from megalite.optim import flat as flat_module
 from megalite.optim import rounding
 from megalite.optim.buckets import make_buckets
 from megalite.optim.flat import FlatParameters
+from megalite.optim.optimizer import Optimizer
 from megalite.parallel.group import AxisGroup
 from megalite.verification.run import Verdict, verify
 from megalite.verification.shrink import shrink
@@ -207,6 +211,45 @@ def test_verify_raises_no_alarm(pool: RankPool, flags: str) -> None:
     check_verified(pool, flags)
 
 
+def program_job(argv: list[str]) -> list[tuple[str, str, str]]:
+    """What each trainer of the program's rank is asked for."""
+    right, seen = Optimizer.__init__, []
+
+    def spied(self: Any, flat: Any, groups: Any, train: TrainConfig, *rest: Any) -> None:
+        seen.append((train.precision, train.moments_dtype, train.grad_reduce_dtype))
+        right(self, flat, groups, train, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizer, "__init__", spied)
+        assert verify_program.main(argv) == 0
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("flags", "last", "told"),
+    [
+        (
+            "--grad-reduce-dtype bf16 --moments-dtype bf16",
+            ("fp32", "bf16", "bf16"),
+            "moments in bf16, gradients summed over dp in bf16; 4 steps in fp64 and fp32",
+        ),
+        (
+            "--precision bf16-pure",
+            ("bf16-pure", "auto", "auto"),
+            "; 4 steps in fp64 and fp32 and bf16-pure",
+        ),
+    ],
+)
+def test_the_program_verifies_what_was_asked_for(
+    pool: RankPool, flags: str, last: tuple[str, str, str], told: str
+) -> None:
+    """The mathematics in fp64 throughout, then the run itself; and it says so."""
+    argv = ["--dp", "2", "--device", "cpu", *flags.split()]
+    outcome = pool.run(2, program_job, argv)[0]
+    assert outcome.value[0] == ("fp64", "auto", "auto") and outcome.value[-1] == last
+    assert told in outcome.stdout
+
+
 @pytest.mark.parametrize("zero", [0, 2])
 def test_verify_finds_gradients_that_were_rounded_unasked(pool: RankPool, zero: int) -> None:
     config = shrink(run(*f"--device cpu --dp 2 --zero {zero}".split())).config
@@ -216,7 +259,10 @@ def test_verify_finds_gradients_that_were_rounded_unasked(pool: RankPool, zero: 
 
 # What is rounded stochastically
 
-ROUNDED: dict[str, dict[str, Any]] = {"bf16 moments": dict(moments_dtype="bf16")}
+ROUNDED: dict[str, dict[str, Any]] = {
+    "bf16 moments": dict(moments_dtype="bf16"),
+    "bf16-pure": dict(precision="bf16-pure"),
+}
 
 
 @dataclass
@@ -369,7 +415,55 @@ def test_other_rounding_is_found(pool: RankPool, which: str, fault: str) -> None
     [
         "--tp 2 --pp 2 --moments-dtype bf16 --num-kv-heads 1",
         "--dp 2 --fp16 --moments-dtype bf16 --grad-reduce-dtype bf16",
+        "--tp 2 --dp 2 --precision bf16-pure --num-kv-heads 1 --tie-embeddings",
+        "--pp 2 --precision bf16-pure --schedule zb-h1 --post-validation",
+        pytest.param("--dp 2 --zero 2 --precision bf16-pure", marks=pytest.mark.full),
     ],
 )
 def test_verify_raises_no_alarm_over_rounding(pool: RankPool, flags: str) -> None:
     check_verified(pool, flags)
+
+
+def norm_weights(pool: RankPool, *fault: str, **values: Any) -> Tensor:
+    """How far the norm weights, which begin at 1, have moved."""
+    small = dict(lr=1e-3, clip_grad=0.0, adam_beta2=0.95)
+    (rank,) = trained(pool, small | values, *fault)
+    moved = [x for (kind, name, _), x in rank.found.items() if kind == "weight" and "norm" in name]
+    return torch.cat(moved).double() - 1.0
+
+
+def test_weights_without_a_master_take_small_steps(pool: RankPool) -> None:
+    """Each is 1/1000, where bf16's are 1/256 and 1/128: to the nearest none is left of them."""
+    wanted = norm_weights(pool, precision="fp32")
+    assert wanted.abs().median() > 2e-3
+    moved = norm_weights(pool, precision="bf16-pure")
+    assert abs((moved @ wanted) / (wanted @ wanted) - 1) < 0.3, "right on average"
+    assert norm_weights(pool, "nearest", precision="bf16-pure").abs().max() == 0
+
+
+# At length
+
+LENGTH = (
+    "--steps 300 --dp 2 --micro-batch-size 2 --global-batch-size 4 --eval-steps 64 "
+    "--sample-length 0"
+).split()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--precision bf16 --moments-dtype bf16",
+        "--precision bf16 --grad-reduce-dtype bf16",
+        "--precision bf16-pure",
+        "--precision bf16-pure --grad-reduce-dtype bf16",
+    ],
+)
+def test_three_hundred_steps_end_where_fp32_ends(
+    pool: RankPool, tmp_path: Path, flags: str
+) -> None:
+    """The preset `tiny` on the embedded corpus, in small batches, as `docs/precision.md` has it."""
+    fp32 = run_in_pool(pool, [*LENGTH, "--precision", "fp32"], 2, tmp_path)
+    found = run_in_pool(pool, [*LENGTH, *flags.split()], 2, tmp_path)
+    assert fp32.valid_losses[-1] < 2.4, "it has learned more than pairs of neighbours"
+    assert found.valid_losses[-1] < 1.02 * fp32.valid_losses[-1]

@@ -1,4 +1,4 @@
-"""Stochastic rounding in AdamW's kernel on the card: the numbers of the definition, at any length."""
+"""Stochastic rounding in AdamW's kernel on the card: the definition's numbers, at any length."""
 
 from __future__ import annotations
 

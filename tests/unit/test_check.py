@@ -284,6 +284,7 @@ VALID = """
 --fp16 --dp 2 --grad-reduce-dtype fp16
 --precision fp64 --grad-reduce-dtype auto --moments-dtype auto
 --precision fp32 --moments-dtype bf16
+--precision bf16-pure --moments-dtype fp32 --dp 2 --grad-reduce-dtype bf16
 --fp16 --moments-dtype bf16 --pp 2 --post-validation
 """.strip().splitlines()
 

@@ -124,12 +124,13 @@ def test_a_rank_by_hand() -> None:
     assert stage_parameters(config, last) == 2 * attention + 3 * mlp + 26 * 48 + 48
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp64", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["fp32", "fp64", "bf16", "fp16", "bf16-pure"])
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (4, 2)])
 def test_bytes_of_a_parameter(name: str, tp: int, pp: int) -> None:
     """Weights, gradients (fp32 at least), two moments, and master weights for 16 bits."""
     half = (2, 4, 12)
     widths = {"bf16": half, "fp16": half, "fp32": (4, 4, 8), "fp64": (8, 8, 16)}
+    widths["bf16-pure"] = (2, 4, 4)
     weights, gradients, optimizer = widths[name]
     config = settings("two kv heads", tp=tp, pp=pp, precision=name)
     for spec in stage_specs(config):
@@ -140,7 +141,8 @@ def test_bytes_of_a_parameter(name: str, tp: int, pp: int) -> None:
         assert memory.gradients == gradients * count
         assert memory.optimizer == optimizer * count
         states = memory.weights + memory.gradients + memory.optimizer
-        assert states == {"bf16": 18, "fp16": 18, "fp32": 16, "fp64": 32}[name] * count
+        sums = {"bf16": 18, "fp16": 18, "fp32": 16, "fp64": 32, "bf16-pure": 10}
+        assert states == sums[name] * count
         assert memory.total == states + memory.activations + memory.logits
 
 
@@ -162,6 +164,7 @@ def test_bytes_of_a_parameter_with_post_validation(name: str) -> None:
         (dict(precision="fp32"), 2 + 2),
         (dict(precision="bf16", pp=2, post_validation=True), 2 * (4 + 2 + 2)),
         (dict(precision="fp32", pp=2, post_validation=True), 2 * (4 + 2 + 2)),
+        (dict(precision="bf16-pure", pp=2, post_validation=True), 2 * (2 + 2 + 2)),
     ],
     ids=str,
 )

@@ -56,7 +56,7 @@ def adamw_(
             new ones take their place.
         run: one element; if it is 0, nothing is written, nor read but this.
         draws: (key, place) of the random numbers by which bf16 is rounded; other values compile
-            nothing anew.
+            nothing anew, unless they take more than 32 bits where those before did not.
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101, as
     torch.optim.AdamW computes it; flags on the device as in torch's fused AdamW and NVIDIA apex.
