@@ -59,7 +59,7 @@ def stretches(
 def _pieces(slots: Sequence[Slot], seed: int) -> Iterator[tuple[int, int, int]]:
     """The slices of whole tensors: start and stop in the flat buffers, and their keys."""
     for slot in slots:
-        row = slot.parameter[0].numel() if slot.parameter.dim() > 1 else 1
+        row = slot.parameter.shape[1:].numel()
         for piece in slot.shard.pieces:
             start, stop = slot.start, slot.stop
             if piece.dim == 0:

@@ -65,7 +65,7 @@ def test_schedule(one_gpu: Callable[..., Run], tmp_path: Path, schedule: str) ->
     equals(got, one_gpu(*flags), "fp32")
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_gradients_that_travel_in_bf16(
     one_gpu: Callable[..., Run], tmp_path: Path, zero: int
 ) -> None:
