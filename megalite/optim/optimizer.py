@@ -107,6 +107,7 @@ class Optimizer:
         self._spare: _State | None = None
         if guesses:
             assert groups.dp.shards.size == 1, "a guess would have to be passed on twice"
+            # Zeros, as padding is not written where anything is rounded.
             master, exp_avg, exp_avg_sq = (
                 [torch.zeros_like(part) for part in parts] for parts in self._state()
             )
