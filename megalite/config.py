@@ -95,8 +95,21 @@ class TrainConfig:
     )
     precision: str = option(
         "auto",
-        "Weights and activations; 16 bits keep fp32 master weights. auto: bf16 on GPUs, else fp32.",
-        choices=("auto", "bf16", "fp16", "fp32", "fp64"),
+        "Weights and activations. bf16 and fp16 keep fp32 master weights; bf16-pure keeps none and "
+        "moments in bf16, and rounds updates up or down by chance. auto: bf16 on GPUs, else fp32.",
+        choices=("auto", "bf16", "fp16", "fp32", "fp64", "bf16-pure"),
+    )
+    moments_dtype: str = option(
+        "auto",
+        "Precision of AdamW's moments; to bf16 they are rounded up or down by chance, so that they "
+        "are right on average. auto: fp32 (bf16 in bf16-pure, fp64 in fp64).",
+        choices=("auto", "fp32", "bf16"),
+    )
+    grad_reduce_dtype: str = option(
+        "auto",
+        "Precision in which gradients travel between data ranks; each rank adds them up in fp32. "
+        "auto: fp32 (fp64 in fp64).",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     attention: str = option(
         "auto",

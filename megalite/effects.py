@@ -189,6 +189,11 @@ _EFFECTS = (
 )
 
 _ON_ONE_RANK = (
+    Effect(
+        ("grad_reduce_dtype",),
+        lambda c: c.parallel.dp > 1 or c.train.grad_reduce_dtype == "auto",
+        "with dp 1",
+    ),
     Effect(("zero", "zero_shard_size"), lambda c: c.parallel.dp > 1, "with dp 1"),
     Effect(("sequence_parallel",), lambda c: c.parallel.tp > 1, "with --tp 1"),
     Effect(("schedule", "pp_layers"), lambda c: num_stages(c) > 1, "with --pp 1"),

@@ -5,19 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from megalite.config import Config
 from megalite.models.stage import StageSpec, stage_specs
 from megalite.optim.filling import BUCKET_ELEMENTS, fill_buckets
 from megalite.pipeline.actions import Op, Order
+from megalite.precisions import BYTES, precisions
 from megalite.run_plan import run_plan, stage_rank
 from megalite.tensor_names import EMBEDDING, FINAL_NORM, HEAD, is_norm, layer_of
 from megalite.treatment import frozen_names
-
-WEIGHT_BYTES: Mapping[str, int] = MappingProxyType({"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8})
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
     train = config.train
     parameters = rank_parameters(config, specs)
     trained = parameters - _frozen(config, specs)
-    width = WEIGHT_BYTES[train.precision]
+    width = _width(config)
     full = max(4, width)
     tokens = train.micro_batch_size * config.model.seq_length
     logits = 0
@@ -109,8 +107,9 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
     return RankEstimate(
         parameters=parameters,
         weights=width * _weights(config, specs, parameters),
-        gradients=full * _gradients(config, specs, trained),
-        optimizer=full * _states(config) * trained // config.parallel.shard_size,
+        gradients=full * _gradients(config, specs, trained)
+        + _travelling_bytes(config, specs, trained),
+        optimizer=_state_bytes(config) * trained // config.parallel.shard_size,
         activations=tokens * _peak_kept(config, specs, order, width),
         logits=logits,
     )
@@ -134,6 +133,18 @@ def _gradients(config: Config, specs: Sequence[StageSpec], trained: int) -> int:
     if config.parallel.zero < 2 or shards == 1:
         return trained
     return trained // shards + 2 * max(_bucket_sizes(config, specs), default=0)
+
+
+def _travelling_bytes(config: Config, specs: Sequence[StageSpec], trained: int) -> int:
+    """Copies of gradients that travel between data ranks in another precision than their own."""
+    of, parallel = precisions(config.train), config.parallel
+    if of.reduction == of.gradients or parallel.dp == 1:
+        return 0
+    if parallel.zero < 2 or parallel.shard_size == 1:
+        return BYTES[of.reduction] * trained
+    # Buckets under way, and behind them the shard itself, if there are others of it.
+    replicated = trained // parallel.shard_size if parallel.shard_size < parallel.dp else 0
+    return BYTES[of.reduction] * max(2 * max(_bucket_sizes(config, specs), default=0), replicated)
 
 
 def _bucket_sizes(config: Config, specs: Sequence[StageSpec]) -> list[int]:
@@ -190,11 +201,13 @@ def _tied_here(config: Config, spec: StageSpec) -> bool:
     return config.model.tie_embeddings and spec.has_embedding
 
 
-def _states(config: Config) -> int:
-    """Optimizer's numbers per parameter: moments, and master weights of their own if there are."""
+def _state_bytes(config: Config) -> int:
+    """Optimizer's bytes per parameter: moments, and master weights of their own if there are."""
+    of = precisions(config.train)
+    master, moments = BYTES[of.master], 2 * BYTES[of.moments]
     if config.train.post_validation and config.parallel.pp > 1:
-        return 6  # all of them, and as they were before the step
-    return 3 if WEIGHT_BYTES[config.train.precision] < 4 else 2
+        return 2 * (master + moments)  # all of them, and as they were before the step
+    return moments + (master if of.master != of.weights else 0)
 
 
 def fixed_bytes(config: Config) -> list[int]:
@@ -205,7 +218,7 @@ def fixed_bytes(config: Config) -> list[int]:
 def kept_bytes(config: Config, spec: StageSpec) -> int:
     """What a stage keeps of one micro-batch for its backward."""
     tokens = config.train.micro_batch_size * config.model.seq_length
-    return tokens * _stage_activation_bytes(config, spec, WEIGHT_BYTES[config.train.precision])
+    return tokens * _stage_activation_bytes(config, spec, _width(config))
 
 
 def kept_for_weights_bytes(config: Config, spec: StageSpec) -> int:
@@ -217,7 +230,7 @@ def kept_for_weights_bytes(config: Config, spec: StageSpec) -> int:
     one x [S, B, I/tp] and dy [S, B, H], gathered. The head leaves nothing for later.
     """
     tokens = config.train.micro_batch_size * config.model.seq_length
-    return tokens * _stage_factor_bytes(config, spec, WEIGHT_BYTES[config.train.precision])
+    return tokens * _stage_factor_bytes(config, spec, _width(config))
 
 
 def flops_per_token(config: Config) -> float:
@@ -238,6 +251,11 @@ def flops_per_token(config: Config) -> float:
     if EMBEDDING in frozen_names(config):
         frozen -= embedding
     return 6.0 * matrices - 2.0 * frozen + 12.0 * model.num_layers * attention * model.seq_length
+
+
+def _width(config: Config) -> int:
+    """Bytes of a weight or an activation."""
+    return BYTES[precisions(config.train).weights]
 
 
 def _table(config: Config) -> int:

@@ -180,7 +180,14 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         # Precision and memory
         "--bf16": Alias("precision", "bf16"),
         "--fp16": Alias("precision", "fp16"),
+        "--grad-reduce-in-bf16": Alias("grad_reduce_dtype", "bf16"),
         "--accumulate-allreduce-grads-in-fp32": Always("gradients are summed in fp32"),
+        "--use-precision-aware-optimizer": Refused("give --moments-dtype bf16"),
+        "--exp-avg-dtype": Refused("both moments have one precision: give --moments-dtype"),
+        "--exp-avg-sq-dtype": Refused("both moments have one precision: give --moments-dtype"),
+        "--main-grads-dtype": Refused(
+            "gradients add up in fp32; give --grad-reduce-dtype for what travels between data ranks"
+        ),
         "--no-gradient-accumulation-fusion": Refused("gradient accumulation is not fused"),
         "--recompute-activations": Alias("recompute", "selective"),
         "--recompute-granularity": Alias("recompute"),

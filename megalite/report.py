@@ -216,6 +216,16 @@ def _ramp(config: Config) -> str:
 
 
 def _precision(config: Config) -> str:
+    """`bf16, moments in bf16, gradients summed over dp in bf16`."""
+    text = _weights(config)
+    if config.train.moments_dtype != "auto":
+        text += f", moments in {config.train.moments_dtype}"
+    if config.train.grad_reduce_dtype != "auto" and config.parallel.dp > 1:
+        text += f", gradients summed over dp in {config.train.grad_reduce_dtype}"
+    return text
+
+
+def _weights(config: Config) -> str:
     if config.train.precision == "auto":
         return "bf16 on GPUs, fp32 on a CPU"
     if config.train.precision == "fp16":

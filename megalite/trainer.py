@@ -39,6 +39,7 @@ from megalite.planning.block_costs import estimated_costs, stage_costs
 from megalite.planning.measure import measure_message
 from megalite.planning.recorded import recorded_costs
 from megalite.planning.shared import memory_limit
+from megalite.precisions import precisions
 from megalite.run_plan import is_file, run_plan
 from megalite.treatment import frozen_names, treatments
 
@@ -48,6 +49,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         "fp16": torch.float16,
         "fp32": torch.float32,
         "fp64": torch.float64,
+        "bf16-pure": torch.bfloat16,
     }
 )
 
@@ -120,7 +122,11 @@ class Trainer:
             self._last_stage.share_embedding(self.stages[0])
         level = config.parallel.zero
         self.flat = FlatParameters(
-            self.stages, groups, shards_gradients=level >= 2, shards_weights=level >= 3
+            self.stages,
+            groups,
+            shards_gradients=level >= 2,
+            shards_weights=level >= 3,
+            reduce_dtype=DTYPES[precisions(config.train).reduction],
         )
         self.executor = Executor(self.stages, groups, self.flat)
         loss_scale = make_loss_scale(config, device)

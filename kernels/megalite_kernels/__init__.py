@@ -273,14 +273,15 @@ def adamw_(
     copy: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
     run: Tensor | None = None,
+    draws: tuple[int, int] | None = None,
 ) -> None:
     """One AdamW step over flat buffers, in place or to `out`; see `reference.adamw_`."""
     buffers = (master, gradient, exp_avg, exp_avg_sq, step)
     numbers = (lr, beta1, beta2, eps, weight_decay)
-    check.check_adamw(*buffers, *numbers, scale, skip, copy, out, run)
+    check.check_adamw(*buffers, *numbers, scale, skip, copy, out, run, draws)
     if runs_fused(master):
         from megalite_kernels.fused.adamw import adamw_ as fused
 
-        fused(*buffers, *numbers, scale, skip, copy, out, run)
+        fused(*buffers, *numbers, scale, skip, copy, out, run, draws)
         return
-    reference.adamw_(*buffers, *numbers, scale, skip, copy, out, run)
+    reference.adamw_(*buffers, *numbers, scale, skip, copy, out, run, draws)

@@ -287,16 +287,23 @@ def check_adamw(
     copy: Tensor | None,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
     run: Tensor | None = None,
+    draws: tuple[int, int] | None = None,
 ) -> None:
     """Of `adamw_`."""
-    if master.dtype not in PRECISE:
+    rounded = () if draws is None else (torch.bfloat16,)
+    if master.dtype not in (*PRECISE, *rounded):
         rule = "small steps are lost when rounded"
-        _refuse("adamw_", f"master is {master.dtype}", rule, "give float32, and the rest as copy")
+        advice = "give float32, and the rest as copy, or bfloat16 with draws"
+        _refuse("adamw_", f"master is {master.dtype}", rule, advice)
+    wide = torch.promote_types(master.dtype, torch.float32)
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if moment.dtype != master.dtype:
-            found = f"{name} is {moment.dtype}"
-            _refuse("adamw_", found, "moments have master's dtype", f"give {master.dtype}")
+        narrow = rounded if wide == torch.float32 else ()
+        if moment.dtype not in (wide, *narrow) or moment.dtype != exp_avg.dtype:
+            rule = "moments are alike, as precise as master or bfloat16 with draws"
+            _refuse("adamw_", f"{name} is {moment.dtype}", rule, f"give {wide}")
         _buffer(name, moment, master)
+    if rounded and torch.bfloat16 not in (master.dtype, exp_avg.dtype):
+        _refuse("adamw_", f"draws={draws}", "nothing is bfloat16, to be rounded by them", "None")
     _buffer("master", master, master)
     _floating("adamw_", "gradient", gradient)
     _buffer("gradient", gradient, master)
@@ -327,9 +334,9 @@ def _check_out(
     master = read["master"]
     written = {"copy": copy} if copy is not None else {}
     for name, buffer in zip(("out master", "out exp_avg", "out exp_avg_sq"), out, strict=True):
-        if buffer.dtype != master.dtype:
-            found = f"{name} is {buffer.dtype}"
-            _refuse("adamw_", found, "it has master's dtype", f"give {master.dtype}")
+        dtype = read[name.removeprefix("out ")].dtype
+        if buffer.dtype != dtype:
+            _refuse("adamw_", f"{name} is {buffer.dtype}", f"it has {name[4:]}'s", f"give {dtype}")
         _buffer(name, buffer, master)
         for other, x in (*read.items(), *written.items()):
             if _overlap(buffer, x):

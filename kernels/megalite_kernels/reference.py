@@ -17,8 +17,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.optim.adamw import adamw
 
+from megalite_kernels.stochastic import random_words, round_to_bf16
+
 ADAMW_BLOCK = 1 << 24
 """Elements updated at once, of which a scaled gradient is made; torch's kernel takes under 2^31."""
+DRAWN_BLOCK = 1 << 20
+"""Likewise where random numbers are drawn: they are int64, several for each element."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, casting: str = "fp32") -> Tensor:
@@ -164,28 +168,36 @@ def adamw_(
     copy: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
     run: Tensor | None = None,
+    draws: tuple[int, int] | None = None,
 ) -> None:
     """One AdamW step, by numbers that are read where the tensors are.
 
     g = scale * gradient; m += (1 - beta1) (g - m); v = beta2 v + (1 - beta2) g^2;
     w = w - lr weight_decay w - lr / c1 * m / (sqrt(v) / sqrt(c2) + eps), with c = 1 - beta^step.
 
+    Buffers in bf16 are read as fp32, and what fp32 arithmetic makes of them is rounded to them
+    stochastically (`megalite_kernels.stochastic`); w moves by the moments before they are rounded.
+
     Args:
-        master: w, flat, fp32 or fp64.
+        master: w, flat, fp32 or fp64; bf16 with `draws`.
         gradient: flat; its dtype may be lower.
-        exp_avg, exp_avg_sq: m and v, flat, dtype of `master`.
+        exp_avg, exp_avg_sq: m and v, flat, both as precise as `master`, fp32 at least, or both bf16
+            with `draws`.
         step: one element, the count of steps with this one.
         lr, beta1, beta2, eps, weight_decay: hyper-parameters.
         scale: one element that the gradient is multiplied by: clipping, loss scale.
         skip: one element; unless it is 0, the new w, m and v are the old ones.
-        copy: flat, of any dtype; gets the new w too.
+        copy: flat, of any dtype; gets the new w too, as `master` holds it.
         out: like w, m and v, apart from them; get the new ones, and the old ones stay. None: the
             new ones take their place.
         run: one element; if it is 0, nothing is written at all.
+        draws: (key, place): the random numbers that bf16 is rounded by are those of this key, from
+            the place on that the first element has.
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101, as
     torch.optim.AdamW computes it.
     """
+    count, wide = step, torch.promote_types(master.dtype, torch.float32)
     old = (master, exp_avg, exp_avg_sq)
     new = old if out is None else out
     # torch's function does not, so a backward that saved one of them would be silently wrong.
@@ -193,13 +205,16 @@ def adamw_(
     # torch's function counts the step itself, and doesn't count one that is skipped.
     step = step.float().view(()) - 1.0
     skip = _held(skip, run)
-    scale = None if scale is None else scale.to(master.dtype)
+    scale = None if scale is None else scale.to(wide)
     if out is not None:
         for target, source in zip(new, old, strict=True):
             _write(target, source, run)
     flat = (new[0], gradient, *new[1:])
-    for w, g, m, v in zip(*(buffer.split(ADAMW_BLOCK) for buffer in flat), strict=True):
-        g = g.to(w.dtype) if scale is None else g.to(w.dtype) * scale
+    block = ADAMW_BLOCK if draws is None else DRAWN_BLOCK
+    parts = zip(*(buffer.split(block) for buffer in flat), strict=True)
+    for number, (kept_w, g, kept_m, kept_v) in enumerate(parts):
+        w, m, v = (x.to(wide) for x in (kept_w, kept_m, kept_v))
+        g = g.to(wide) if scale is None else g.to(wide) * scale
         adamw(
             [w],
             [g],
@@ -217,8 +232,21 @@ def adamw_(
             eps=eps,
             maximize=False,
         )
+        if draws is not None:
+            key, place = draws
+            places = torch.arange(len(w), device=w.device) + (place + number * block)
+            bits, others = random_words(key, count, places)
+            _round(kept_w, w, others & 0xFFFF)
+            _round(kept_m, m, bits & 0xFFFF)
+            _round(kept_v, v, bits >> 16)
     if copy is not None:
         _write(copy, new[0], run)
+
+
+def _round(target: Tensor, source: Tensor, bits: Tensor) -> None:
+    """Round to a bf16 target; another one is the source itself."""
+    if target.dtype == torch.bfloat16:
+        target.copy_(round_to_bf16(source, bits))
 
 
 def _held(skip: Tensor | None, run: Tensor | None) -> Tensor | None:

@@ -101,6 +101,7 @@ def attention_back_end(config: Config, device: torch.device) -> str:
         "fp16": torch.float16,
         "fp32": torch.float32,
         "fp64": torch.float64,
+        "bf16-pure": torch.bfloat16,
     }
     if config.data.reset_attention_mask:
         varlen = _has_varlen(device, dtype[config.train.precision])

@@ -45,6 +45,7 @@ class FlatParameters:
         groups: of this rank; `groups.dp.shards` is the shard group.
         shards_gradients: keep only what this rank owns of the gradients (ZeRO level 2).
         shards_weights: of matrices too, which are whole only while they are used (ZeRO level 3).
+        reduce_dtype: in which gradients travel between data ranks; None: their own.
         bucket_elements: see `BUCKET_ELEMENTS`; with `shards_weights` a bucket is a layer.
 
     Attributes:
@@ -67,6 +68,7 @@ class FlatParameters:
         *,
         shards_gradients: bool = False,
         shards_weights: bool = False,
+        reduce_dtype: torch.dtype | None = None,
         bucket_elements: int = BUCKET_ELEMENTS,
     ):
         self._shards = groups.dp.shards
@@ -88,11 +90,13 @@ class FlatParameters:
         self.dtype, self.device = first.dtype, first.device
         dtype, device = torch.promote_types(first.dtype, torch.float32), first.device
         self.gradient_dtype = dtype
+        sum_dtype = reduce_dtype if reduce_dtype and groups.dp.size > 1 else dtype
+        how = dtype, device, sum_dtype
         self._gradients: Gradients
         if shards_gradients and size > 1:
-            self._gradients = ShardedGradients(self._buckets, groups.dp, dtype, device)
+            self._gradients = ShardedGradients(self._buckets, groups.dp, *how)
         else:
-            self._gradients = WholeGradients(self._buckets, self.spans, groups.dp, dtype, device)
+            self._gradients = WholeGradients(self._buckets, self.spans, groups.dp, *how)
         self.own_gradients = self._gradients.parts
         self.last_use: Callable[[], None] | None = None
         self._copies = CopySums(self.slots, self.spans, self.own_gradients, groups)

@@ -78,6 +78,7 @@ class WholeGradients:
         buckets, spans: of this rank.
         dp: sums over the data ranks.
         dtype, device: of the buffer.
+        sum_dtype: in which gradients travel between data ranks.
 
     Attributes:
         buffer: flat.
@@ -91,8 +92,9 @@ class WholeGradients:
         dp: DataGroup,
         dtype: torch.dtype,
         device: torch.device,
+        sum_dtype: torch.dtype,
     ):
-        self._buckets, self._dp = buckets, dp
+        self._buckets, self._dp, self._sum_dtype = buckets, dp, sum_dtype
         self.buffer = torch.zeros(flat_length(buckets), dtype=dtype, device=device)
         self.parts = [self.buffer[span.slice] for span in spans]
         self._closing = [_Closing() for _ in buckets]
@@ -157,10 +159,14 @@ class WholeGradients:
         if self._last_use is not None:  # no gradient came: all parameters here are frozen
             self._last_use()
             self._last_use = None
-        for closing in self._closing:
+        shards = self._dp.shards
+        for bucket, closing in zip(self._buckets, self._closing, strict=True):
             assert closing.pending is not None, "a stage's last gradients never ended"
-            closing.pending.wait()
+            summed = closing.pending.wait()
             closing.pending = None
+            if summed.dtype != self.buffer.dtype:
+                own = bucket.own(shards.rank, shards.size)
+                self.buffer[own.start : own.stop].copy_(summed)
 
     def _only_of(self, stage: int) -> list[int]:
         """Buckets that no other stage has a part in, in the order of their sums."""
@@ -178,7 +184,8 @@ class WholeGradients:
         if closing.pending is None:
             assert self._last_use is None, "no gradient came before the sums began"
             part = self.buffer[bucket.start : bucket.stop]
-            closing.pending = self._dp.start_gradient_sum(part)
+            # A copy where it travels in another precision, else the part itself.
+            closing.pending = self._dp.start_gradient_sum(part.to(self._sum_dtype))
 
 
 @dataclass
@@ -214,6 +221,7 @@ class ShardedGradients:
         buckets: of this rank.
         dp: sums over the data ranks.
         dtype, device: of the buffers.
+        sum_dtype: in which gradients travel between data ranks.
 
     Attributes:
         parts: one for each bucket.
@@ -225,8 +233,9 @@ class ShardedGradients:
         dp: DataGroup,
         dtype: torch.dtype,
         device: torch.device,
+        sum_dtype: torch.dtype,
     ):
-        self._buckets, self._dp = buckets, dp
+        self._buckets, self._dp, self._sum_dtype = buckets, dp, sum_dtype
         empty = partial(torch.empty, dtype=dtype, device=device)
         self.parts = [empty(b.length // dp.shards.size).zero_() for b in buckets]
         self._free: dict[bool, list[Tensor]] = {}
@@ -256,7 +265,7 @@ class ShardedGradients:
         filling.missing -= 1
         if not filling.missing:
             del self._filling[bucket]
-            filling.pending = self._dp.start_shard_sum(filling.buffer)
+            filling.pending = self._dp.start_shard_sum(filling.buffer.to(self._sum_dtype))
             self._scattering.append(filling)
 
     def begin_last(self, stage: int, *, deferred: bool) -> None:
@@ -270,8 +279,11 @@ class ShardedGradients:
         assert not self._filling, "a gradient never arrived"
         while self._scattering:
             self._collect()
-        for pending in [self._dp.replicas.start_all_reduce(part) for part in self.parts]:
-            pending.wait()
+        replicas = self._dp.replicas
+        if replicas.size > 1:
+            sums = [replicas.start_all_reduce(part.to(self._sum_dtype)) for part in self.parts]
+            for part, pending in zip(self.parts, sums, strict=True):
+                part.copy_(pending.wait())
 
     def _begin(self, number: int) -> _Transient:
         """A buffer for a bucket, after the sum of the one that had it."""

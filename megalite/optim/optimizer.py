@@ -17,6 +17,7 @@ from megalite.optim.segments import segments
 from megalite.optim.spikes import SpikeGuard
 from megalite.parallel.group import Pending
 from megalite.parallel.groups import ParallelGroups
+from megalite.precisions import precisions
 from megalite.treatment import Treatment
 from megalite_kernels import adamw_
 
@@ -50,6 +51,9 @@ class Optimizer:
     weights and both moments are fp32 (fp64 in fp64 runs). For bf16 and fp16 parameters the master
     weights are buffers of their own; otherwise they are the parameters themselves. Per parameter of
     such a run: 2 bytes of weight, 4 of gradient, 12 / shards of master weight and moments.
+
+    With moments in bf16 the 12 are 8; in bf16-pure, where the parameters are the master weights
+    too, they are 4. What is bf16 is rounded stochastically.
 
     Nothing here waits for the GPU: the update kernel reads the factor that clips the gradients, and
     takes the loss scale out of them, on the device, and skips the step, on all ranks alike, if the
@@ -92,17 +96,22 @@ class Optimizer:
     ):
         self._flat, self._groups, self._train = flat, groups, train
         self.loss_scale = loss_scale
-        self._segments = segments(flat.slots, flat.spans, treatments)
         self._spikes: SpikeGuard | None = None
         if train.skip_spikes:
             self._spikes = SpikeGuard(train.skip_spikes, train.spike_window, flat.device)
         guesses = train.post_validation and groups.pp.size > 1
-        dtype = flat.gradient_dtype
-        self.master = [part.to(dtype, copy=guesses) for part in flat.own_parameters]
-        self.exp_avg = [torch.zeros_like(part) for part in self.master]
-        self.exp_avg_sq = [torch.zeros_like(part) for part in self.master]
+        of, full = precisions(train), flat.gradient_dtype
+        of_master, of_moments = (
+            torch.bfloat16 if name == "bf16" else full for name in (of.master, of.moments)
+        )
+        self.master = [part.to(of_master, copy=guesses) for part in flat.own_parameters]
+        self.exp_avg = [torch.zeros_like(part, dtype=of_moments) for part in self.master]
+        self.exp_avg_sq = [torch.zeros_like(part) for part in self.exp_avg]
+        rounds = torch.bfloat16 in (of_master, of_moments)
+        seed = train.seed if rounds else None
+        self._segments = segments(flat.slots, flat.spans, treatments, seed)
         self.steps = torch.zeros((), device=flat.device)
-        self._copies_master = guesses or flat.dtype != dtype
+        self._copies_master = guesses or flat.dtype != of_master
         self._open: _OpenStep | None = None
         self._spare: _State | None = None
         if guesses:
@@ -239,6 +248,7 @@ class Optimizer:
                     if spare is None
                     else (spare[0][i][part], spare[1][i][part], spare[2][i][part]),
                     run=run,
+                    draws=segment.draws,
                 )
             flat.pass_on(i)
 

@@ -18,6 +18,7 @@ from math import log2, sqrt
 from types import MappingProxyType
 
 from megalite.config import Config
+from megalite.precisions import precisions
 
 UNIT: Mapping[str, float] = MappingProxyType(
     {"fp64": 2.0**-53, "fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-9}
@@ -49,9 +50,26 @@ class Bounds:
     loss: float
 
 
+def coarsest(config: Config) -> str:
+    """The precision that rounds most of those that a run's numbers pass through."""
+    of = precisions(config.train)
+    passed = [of.weights, of.moments, *([of.reduction] if config.parallel.dp > 1 else [])]
+    return max(passed, key=lambda name: UNIT[name])
+
+
+def in_precision(config: Config, precision: str) -> Config:
+    """The run in another precision, without what goes with its own alone."""
+    changed, reduction = config.replace(precision=precision), config.train.grad_reduce_dtype
+    if precision == "fp64":
+        return changed.replace(grad_reduce_dtype="auto", moments_dtype="auto")
+    return (
+        changed.replace(grad_reduce_dtype="auto") if reduction == "fp16" != precision else changed
+    )
+
+
 def derive(config: Config) -> Bounds:
-    """The bounds of a configuration in its precision."""
-    model, precision = config.model, config.train.precision
+    """The bounds of a configuration, in the coarsest of its precisions."""
+    model, precision = config.model, coarsest(config)
     unit, share = UNIT[precision], LAMBDA[precision]
     inner = model.num_attention_heads * model.head_dim
     # Elementwise operations: norms 2 x 4, rotation 2, softmax 3, SwiGLU 3, residual sums 2.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalite.config import Config
 from megalite.parallel.topology import Topology
-from megalite.verification.bounds import HALF, derive
+from megalite.verification.bounds import HALF, coarsest, derive
 from megalite.verification.definition import (
     DefinedStep,
     Definition,
@@ -72,6 +72,7 @@ class Comparison:
     def __init__(self, config: Config, definition: Definition):
         self._config, self._definition = config, definition
         self.bounds = derive(config)
+        self._is_half = coarsest(config) in HALF
         self.compared = 0
         self._topology = Topology(
             tp=config.parallel.tp, pp=config.parallel.pp, dp=config.parallel.dp
@@ -192,7 +193,7 @@ class Comparison:
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), ours.shape))
         error, limit = errors[index].item(), bounds[index].item()
         largest = errors.max().item() if errors.numel() else 0.0
-        if self._config.train.precision in HALF and kind != "weight":
+        if self._is_half and kind != "weight":
             # Root mean squares, on the scale of the bound, which is that of the largest value.
             scale = limit / theirs.abs().max().clamp(min=1e-30).item()
             error, limit = errors.norm().item(), scale * max(theirs.norm().item(), 1e-30)

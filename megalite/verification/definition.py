@@ -24,6 +24,7 @@ from megalite.data.samples import PADDING, Samples
 from megalite.layers.rope import rope_amplitude, rope_frequencies
 from megalite.optim.lr import learning_rate
 from megalite.parallel.rng import keep_mask, make_key, normal_slice
+from megalite.precisions import precisions
 from megalite.tokenizer.byte import ByteTokenizer
 from megalite.verification.defined_rules import DefinedRules, DefinedSpikes
 
@@ -230,7 +231,7 @@ def initial_weights(config: Config) -> Weights:
         scale = std / math.sqrt(2 * config.model.num_layers) if residual else std
         key, rows, columns = make_key(config.train.seed, name), range(shape[0]), range(shape[1])
         values = normal_slice(key, (shape[0], shape[1]), rows, columns) * scale
-        weights[name] = values.to(dtype[config.train.precision]).double()
+        weights[name] = values.to(dtype[precisions(config.train).weights]).double()
     return weights
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megalite.config import Config, resolve
 from megalite.parallel.data import DataGroup
 from megalite.parallel.groups import ParallelGroups
+from megalite.verification.bounds import in_precision
 from megalite.verification.causes import likely_cause
 from megalite.verification.compare import Comparison, Difference
 from megalite.verification.definition import Definition
@@ -98,7 +99,7 @@ def verify(
     ranks = _Ranks(groups)
     passes: list[Pass] = []
     for precision in precisions:
-        run = config.replace(precision=precision, device=device.type)
+        run = in_precision(config, precision).replace(device=device.type)
         for one in (one_rank(run), run) if groups.topology.world_size > 1 else (run,):
             result = _pass(one, groups, device, ranks, watch)
             if result.failure is not None:

@@ -24,7 +24,10 @@ def what(config: Config, name: str, changes: Sequence[str], precisions: Sequence
         "tied embeddings" if model.tie_embeddings else "",
         f"recompute {train.recompute}" if train.recompute != "none" else "",
         "dropout" if model.hidden_dropout or model.attention_dropout else "",
+        f"moments in {train.moments_dtype}" if train.moments_dtype != "auto" else "",
     ]
+    if train.grad_reduce_dtype != "auto" and config.parallel.dp > 1:
+        options.append(f"gradients summed over dp in {train.grad_reduce_dtype}")
     text = (
         f"verify {_layout(config)} on {config.parallel.device}, {name} shrunk to layers {split}, "
         f"{model.num_attention_heads} heads ({model.num_kv_heads} kv), vocabulary "

@@ -22,11 +22,11 @@ LAYERS = [
     {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline"}
     | {"check_trace", "schedule_flags"},
     {"effects", "preprocessing", "check_data", "check_pipeline", "check_scaling", "check_sharding"}
-    | {"check_parameters"},
+    | {"check_parameters", "check_precision"},
     {"data", "models", "cli"},
     {"layers", "config_file"},
     {"parallel", "megalite_kernels", "field_values", "alternatives", "reading"}
-    | {"plans", "run_plan", "treatment", "tensor_names"},
+    | {"plans", "run_plan", "treatment", "tensor_names", "precisions"},
     {"presets", "megatron_flags", "config", "config_data", "config_model", "config_parallel"}
     | {
         "config_parameters",
@@ -48,6 +48,7 @@ NO_TORCH = [
     "megalite.check_memory",
     "megalite.check_parameters",
     "megalite.check_pipeline",
+    "megalite.check_precision",
     "megalite.check_scaling",
     "megalite.check_sharding",
     "megalite.check_trace",
@@ -128,6 +129,7 @@ NO_TORCH = [
     "megalite.preprocessing.tokenizer_flags",
     "megalite.pretrain",
     "megalite.option",
+    "megalite.precisions",
     "megalite.program",
     "megalite.reading.records",
     "megalite.report",

@@ -119,6 +119,8 @@ LAYOUTS: list[dict[str, Any]] = [
     PLAIN,
     dict(pp=2, tp=2, precision="bf16"),
     dict(pp=2, dp=2, zero=0, schedule="zb-h1", precision="fp64"),
+    dict(pp=2, precision="bf16", moments_dtype="bf16"),
+    dict(pp=2, precision="bf16-pure"),
     # Guessed steps double and halve the loss scale.
     dict(
         **dict(pp=2, schedule="zb-h1", clip_grad=0.0, precision="fp16"),

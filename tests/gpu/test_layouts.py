@@ -65,6 +65,26 @@ def test_schedule(one_gpu: Callable[..., Run], tmp_path: Path, schedule: str) ->
     equals(got, one_gpu(*flags), "fp32")
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_gradients_that_travel_in_bf16(
+    one_gpu: Callable[..., Run], tmp_path: Path, zero: int
+) -> None:
+    """As near to one GPU as their rounding is, and no nearer."""
+    flags = ("--precision", "fp32")
+    layout = f"--dp 2 --zero {zero} --grad-reduce-dtype bf16"
+    got, want = run(tmp_path, *flags, layout=layout), one_gpu(*flags)
+    assert 1e-6 < worst(got.losses, want.losses) <= 2e-3
+    assert 1e-5 < worst(got.grad_norms, want.grad_norms) <= 2e-2
+
+
+@pytest.mark.parametrize("layout", ["--tp 2", "--pp 2 --tie-embeddings", "--dp 2"])
+def test_weights_without_a_master(one_gpu: Callable[..., Run], tmp_path: Path, layout: str) -> None:
+    tied = tuple(word for word in layout.split() if word == "--tie-embeddings")
+    want = one_gpu("--precision", "fp32", *tied)
+    got = run(tmp_path, "--precision", "bf16-pure", layout=layout)
+    assert worst(got.losses, want.losses) <= 2e-2
+
+
 def equals(got: Run, want: Run, precision: str) -> None:
     loss_bound, norm_bound, weight_bound = BOUNDS[precision]
     assert worst(got.losses, want.losses) <= loss_bound

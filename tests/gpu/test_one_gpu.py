@@ -91,6 +91,23 @@ def test_bf16_follows_fp32() -> None:
     assert worst(got, want) <= 5e-3
 
 
+@pytest.mark.parametrize(
+    "values",
+    [dict(precision="bf16", moments_dtype="bf16"), dict(precision="bf16-pure")],
+    ids=str,
+)
+def test_states_in_bf16_follow_fp32(values: dict[str, Any]) -> None:
+    want = train(make_trainer(CUDA), 20)
+    with fastest_attention(CUDA):
+        trainer = make_trainer(CUDA, **values)
+        got = train(trainer, 20)
+    assert worst(got, want) <= 1e-2
+    optimizer = trainer.optimizer
+    assert {x.dtype for x in (*optimizer.exp_avg, *optimizer.exp_avg_sq)} == {torch.bfloat16}
+    is_pure = values["precision"] == "bf16-pure"
+    assert (optimizer.master[0].dtype == torch.bfloat16) == is_pure
+
+
 def test_fp16_follows_fp32_and_skips_what_overflows() -> None:
     want = train(make_trainer(CUDA), 20)
     # Gradients of the first steps, times 2^40, are beyond fp16's 65504.
@@ -120,12 +137,13 @@ def test_recompute_and_dropout_change_nothing() -> None:
     "values",
     [
         dict(),
+        dict(precision="bf16-pure"),
         dict(skip_spikes=6.0, spike_window=2, lr_scale=("*.q_proj.*=2",), freeze=("*.0.mlp.*",)),
     ],
     ids=str,
 )
 def test_nothing_waits_for_the_gpu_in_a_step(values: dict[str, Any]) -> None:
-    trainer = make_trainer(CUDA, precision="bf16", **values)
+    trainer = make_trainer(CUDA, **{"precision": "bf16", **values})
     scalars = DelayedScalars(CUDA)
     trainer.train_step(0)  # allocations and handles of the first step may wait
     torch.cuda.synchronize()

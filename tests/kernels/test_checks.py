@@ -160,7 +160,7 @@ WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
             case
             for name in ("exp_avg", "exp_avg_sq")
             for case in (
-                ({name: torch.zeros(H).half()}, f"{name} is torch.float16: moments have master's"),
+                ({name: torch.zeros(H).half()}, f"{name} is torch.float16: moments are alike"),
                 ({name: torch.zeros(H + 1)}, f"{name} [7] beside master [6]"),
                 ({name: torch.zeros(2 * H)[::2]}, f"{name} of strides [2]"),
             )
@@ -176,7 +176,10 @@ WRONG: dict[str, list[tuple[dict[str, Any], str]]] = {
             for name, size in (("step", 0), ("scale", 2), ("skip", 2), ("run", 2))
         ),
         (dict(out=apart(FLAT[:H])[:2]), "out of 2: give new master, exp_avg and exp_avg_sq"),
-        (dict(out=apart(FLAT[:H].double())), "out master is torch.float64: it has master's dtype"),
+        (
+            dict(out=apart(FLAT[:H].double())),
+            "out master is torch.float64: it has master's; give torch.float32",
+        ),
         (dict(out=apart(FLAT[: H + 1])), "out master [7] beside master [6]"),
         (dict(out=apart(FLAT[::2][:H])), "out master of strides [2]"),
         (dict(out=apart(FLAT[:H]), master=FLAT[1 : H + 1]), "out master overlaps master: what is"),

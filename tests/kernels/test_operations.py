@@ -183,6 +183,7 @@ def operators() -> dict[str, tuple[Any, ...]]:
             torch.ones(1),
             flat[0].half(),
             [0.5] * 6 + [-0.5] * 2,
+            [0, 0],
         ),
     }
 

@@ -208,6 +208,24 @@ RULES = {
         )
         for name in ("a/b", "../x", ".", "..", ".hidden", "_x", "/abs", "ünïcode")
     },
+    "fp64 in another precision": (
+        "--precision fp64 --grad-reduce-dtype bf16",
+        "--grad-reduce-dtype bf16 and --precision fp64: an fp64 run is fp64 throughout; leave it "
+        "out, or give --precision fp32",
+    ),
+    **{
+        f"fp64 with moments in {name}": (
+            f"--precision fp64 --moments-dtype {name}",
+            f"--moments-dtype {name} and --precision fp64: an fp64 run is fp64 throughout; leave "
+            "it out, or give --precision fp32",
+        )
+        for name in ("bf16", "fp32")
+    },
+    "fp16 without a loss scale": (
+        "--precision bf16 --grad-reduce-dtype fp16",
+        "--grad-reduce-dtype fp16 without --precision fp16: fp16 rounds gradients below 3e-8 to "
+        "zero, and only fp16 runs scale their loss; give --grad-reduce-dtype bf16",
+    ),
     "steps and tokens": ("--steps 5 --tokens 1e6", "--steps and --tokens contradict: give one"),
     "warm-up twice": (
         "--lr-warmup-steps 5 --lr-warmup-fraction 0.2",
@@ -263,6 +281,11 @@ VALID = """
 --fp16 --loss-scale 0 --initial-loss-scale 4294967296 --min-loss-scale 4294967296
 --fp16 --loss-scale-window 1 --hysteresis 1
 --fp16 --pp 2 --post-validation
+--fp16 --dp 2 --grad-reduce-dtype fp16
+--precision fp64 --grad-reduce-dtype auto --moments-dtype auto
+--precision fp32 --moments-dtype bf16
+--precision bf16-pure --moments-dtype fp32 --dp 2 --grad-reduce-dtype bf16
+--fp16 --moments-dtype bf16 --pp 2 --post-validation
 """.strip().splitlines()
 
 

@@ -132,6 +132,7 @@ def told(words: str) -> tuple[str, ...]:
         ("--schedule gpipe", "with --pp 1"),
         ("--pp-layers 4", "with --pp 1"),
         ("--post-validation", "with --pp 1"),
+        ("--grad-reduce-dtype bf16", "with dp 1"),
         ("--start-timeout 5", "on one rank, which waits for nobody"),
         ("--step-timeout 5", "on one rank, which waits for nobody"),
         ("--distributed-timeout-minutes 5", "on one rank, which waits for nobody"),
@@ -140,7 +141,8 @@ def told(words: str) -> tuple[str, ...]:
 def test_parallel_features_on_one_rank_are_notes(flag: str, axis: str) -> None:
     assert told(flag) == (f"{flag} has no effect {axis}",)
     rest = " --pp-layers 2,2" if "--pp-layers" in flag else f" {flag}"
-    assert told(f"--tp 2 --pp 2{rest}") == ()
+    assert told(f"--tp 2 --pp 2 --dp 2{rest}") == ()
+    assert told("--grad-reduce-dtype auto") == ()
 
 
 @pytest.mark.parametrize(

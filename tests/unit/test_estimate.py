@@ -124,12 +124,13 @@ def test_a_rank_by_hand() -> None:
     assert stage_parameters(config, last) == 2 * attention + 3 * mlp + 26 * 48 + 48
 
 
-@pytest.mark.parametrize("name", ["fp32", "fp64", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["fp32", "fp64", "bf16", "fp16", "bf16-pure"])
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (4, 2)])
 def test_bytes_of_a_parameter(name: str, tp: int, pp: int) -> None:
     """Weights, gradients (fp32 at least), two moments, and master weights for 16 bits."""
     half = (2, 4, 12)
     widths = {"bf16": half, "fp16": half, "fp32": (4, 4, 8), "fp64": (8, 8, 16)}
+    widths["bf16-pure"] = (2, 4, 4)
     weights, gradients, optimizer = widths[name]
     config = settings("two kv heads", tp=tp, pp=pp, precision=name)
     for spec in stage_specs(config):
@@ -140,7 +141,8 @@ def test_bytes_of_a_parameter(name: str, tp: int, pp: int) -> None:
         assert memory.gradients == gradients * count
         assert memory.optimizer == optimizer * count
         states = memory.weights + memory.gradients + memory.optimizer
-        assert states == {"bf16": 18, "fp16": 18, "fp32": 16, "fp64": 32}[name] * count
+        sums = {"bf16": 18, "fp16": 18, "fp32": 16, "fp64": 32, "bf16-pure": 10}
+        assert states == sums[name] * count
         assert memory.total == states + memory.activations + memory.logits
 
 
@@ -152,6 +154,57 @@ def test_bytes_of_a_parameter_with_post_validation(name: str) -> None:
         plain = rank_estimates(settings("tied", pp=pp, precision=name))[0]
         assert memory.optimizer == (states * memory.parameters if states else plain.optimizer)
         assert memory.total - memory.optimizer == plain.total - plain.optimizer
+
+
+@pytest.mark.parametrize(
+    ("values", "states"),
+    [
+        (dict(precision="bf16"), 4 + 2 + 2),
+        (dict(precision="fp16"), 4 + 2 + 2),
+        (dict(precision="fp32"), 2 + 2),
+        (dict(precision="bf16", pp=2, post_validation=True), 2 * (4 + 2 + 2)),
+        (dict(precision="fp32", pp=2, post_validation=True), 2 * (4 + 2 + 2)),
+        (dict(precision="bf16-pure", pp=2, post_validation=True), 2 * (2 + 2 + 2)),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_parameter_with_moments_in_bf16(values: dict[str, Any], states: int) -> None:
+    memory = rank_estimates(settings("tied", moments_dtype="bf16", **values))[0]
+    plain = rank_estimates(settings("tied", **values))[0]
+    assert memory.optimizer == states * memory.parameters
+    assert memory.total - memory.optimizer == plain.total - plain.optimizer
+
+
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        (dict(dp=1), 0),
+        (dict(dp=4, zero=0), 2),
+        (dict(dp=4, zero=1), 2),
+        # Half of it is the shard of each, which its replica has too; two buckets are less.
+        (dict(dp=4, zero=2, zero_shard_size=2, num_layers=40, hidden_size=2048), 1),
+    ],
+    ids=str,
+)
+def test_bytes_of_gradients_on_their_way(layout: dict[str, Any], more: float) -> None:
+    """In another precision than their own they are copies."""
+    plain, asked, same = (
+        rank_estimates(settings("tied", precision="bf16", grad_reduce_dtype=name, **layout))[0]
+        for name in ("auto", "bf16", "fp32")
+    )
+    assert same == plain
+    assert asked.gradients == plain.gradients + more * plain.parameters
+    assert asked.total - plain.total == asked.gradients - plain.gradients
+
+
+def test_bytes_of_two_buckets_on_their_way() -> None:
+    """Level 2 sends copies of the buckets that fill, which here are of one stage's layers."""
+    plain, asked = (
+        rank_estimates(settings("tied", dp=4, zero=2, precision="bf16", grad_reduce_dtype=name))[0]
+        for name in ("auto", "bf16")
+    )
+    buckets = plain.gradients - plain.parameters  # less a quarter of 4 bytes
+    assert asked.gradients - plain.gradients == buckets // 2
 
 
 def test_precision_must_be_known() -> None:

@@ -98,6 +98,7 @@ def test_an_alias_without_a_value_equals_our_flag(flag: str) -> None:
         ("--use-megatron-fsdp", "zero", 3),
         ("--bf16", "precision", "bf16"),
         ("--fp16", "precision", "fp16"),
+        ("--grad-reduce-in-bf16", "grad_reduce_dtype", "bf16"),
         ("--recompute-activations", "recompute", "selective"),
         ("--recompute-granularity full", "recompute", "full"),
         ("--data-path a.txt", "data", ("a.txt",)),

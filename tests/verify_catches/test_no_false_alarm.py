@@ -56,6 +56,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "rope": ("", "--rope-scaling llama3", "--rope-scaling linear", "--rope-scaling yarn"),
     "growing batch": ("", "--rampup-batch-size 12 12 30"),
     "packing": ("", "--packing best-fit"),
+    "numbers": ("", "--grad-reduce-dtype bf16", "--moments-dtype bf16"),
     "documents": ("", "--reset-attention-mask", "--reset-position-ids"),
 }
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megalite_kernels.fused.launch import on_device, operator
+from megalite_kernels.fused.stochastic import random_words, round_to_bf16
 
 BLOCK, WARPS = 1024, 4
 """Elements and warps of a program; 2.6% faster on an H200 than 2048 and 8."""
@@ -31,6 +32,7 @@ def adamw_(
     copy: Tensor | None = None,
     out: tuple[Tensor, Tensor, Tensor] | None = None,
     run: Tensor | None = None,
+    draws: tuple[int, int] | None = None,
 ) -> None:
     """One AdamW step; nothing is read by the host, so nothing waits for the GPU.
 
@@ -38,12 +40,13 @@ def adamw_(
     w = w - lr weight_decay w - lr / c1 * m / (sqrt(v) / sqrt(c2) + eps), with c = 1 - beta^step.
 
     Computed in fp32. Bytes moved per element, the floor: 28 (read w, gradient, m, v, write w, m, v)
-    with an fp32 gradient, 26 with a bf16 one, and 2 more for a bf16 copy.
+    with an fp32 gradient, 26 with a bf16 one, and 2 more for a bf16 copy; 8 less with moments in
+    bf16, and 4 less with w in bf16.
 
     Args:
-        master: w, flat, fp32.
+        master: w, flat, fp32; bf16 with `draws`.
         gradient: flat, fp32, bf16 or fp16.
-        exp_avg, exp_avg_sq: m and v, flat, fp32.
+        exp_avg, exp_avg_sq: m and v, flat, both fp32, or both bf16 with `draws`.
         step: one element on the GPU, the count of steps with this one.
         lr, beta1, beta2, eps, weight_decay: hyper-parameters; other values compile nothing anew.
         scale: one element that the gradient is multiplied by: clipping, loss scale.
@@ -52,6 +55,8 @@ def adamw_(
         out: like w, m and v, apart from them; get the new ones, and the old ones stay. None: the
             new ones take their place.
         run: one element; if it is 0, nothing is written, nor read but this.
+        draws: (key, place) of the random numbers by which bf16 is rounded; other values compile
+            nothing anew, unless they take more than 32 bits where those before did not.
 
     Source: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101, as
     torch.optim.AdamW computes it; flags on the device as in torch's fused AdamW and NVIDIA apex.
@@ -70,6 +75,7 @@ def adamw_(
         copy,
         # Differences near 0 or 1 are taken in fp64 here, and rounded to fp32 once.
         [lr, lr * weight_decay, 1.0 - beta1, beta2, 1.0 - beta2, eps, _log(beta1), _log(beta2)],
+        list(draws or (0, 0)),
     )
 
 
@@ -101,6 +107,7 @@ def adamw_update(
     run: Tensor | None,
     copy: Tensor | None,
     numbers: list[float],
+    draws: list[int],
 ) -> None:
     """`adamw_` with the numbers that the kernel takes, in its order.
 
@@ -127,7 +134,10 @@ def adamw_update(
                 run,
                 count,
                 *numbers,
+                *draws,
                 IN_PLACE=new_master is None,
+                ROUND_MASTER=master.dtype == torch.bfloat16,
+                ROUND_MOMENTS=exp_avg.dtype == torch.bfloat16,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
             )
@@ -148,7 +158,7 @@ def _one_minus_exp(x):
     return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key", "place"])
 def _kernel(
     master_ptr,
     gradient_ptr,
@@ -171,7 +181,11 @@ def _kernel(
     eps,
     log_beta1,
     log_beta2,
+    key,
+    place,
     IN_PLACE: tl.constexpr,
+    ROUND_MASTER: tl.constexpr,
+    ROUND_MOMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # Questions about pointers and IN_PLACE are answered by the compiler, the others by the GPU.
@@ -183,10 +197,10 @@ def _kernel(
             return
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
-    w = tl.load(master_ptr + offsets, mask=inside)
+    w = tl.load(master_ptr + offsets, mask=inside).to(tl.float32)
     g = tl.load(gradient_ptr + offsets, mask=inside).to(tl.float32)
-    m = tl.load(exp_avg_ptr + offsets, mask=inside)
-    v = tl.load(exp_avg_sq_ptr + offsets, mask=inside)
+    m = tl.load(exp_avg_ptr + offsets, mask=inside).to(tl.float32)
+    v = tl.load(exp_avg_sq_ptr + offsets, mask=inside).to(tl.float32)
 
     step = tl.load(step_ptr).to(tl.float32)
     correction1 = _one_minus_exp(step * log_beta1)
@@ -206,6 +220,15 @@ def _kernel(
         new_v = tl.where(skipped, v, new_v)
         new_w = tl.where(skipped, w, new_w)
 
+    if ROUND_MASTER or ROUND_MOMENTS:
+        bits, others = random_words(key.to(tl.int64), step.to(tl.int64), offsets + place)
+        if ROUND_MASTER:
+            new_w = round_to_bf16(new_w, others & 0xFFFF)
+        if ROUND_MOMENTS:
+            new_m = round_to_bf16(new_m, bits & 0xFFFF)
+            new_v = round_to_bf16(new_v, bits >> 16)
+
+    # On bf16's grid already where they are bf16.
     tl.store(new_master_ptr + offsets, new_w, mask=inside)
     tl.store(new_exp_avg_ptr + offsets, new_m, mask=inside)
     tl.store(new_exp_avg_sq_ptr + offsets, new_v, mask=inside)
