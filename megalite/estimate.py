@@ -107,7 +107,7 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
         parameters=parameters,
         weights=width * _weights(config, specs, parameters),
         gradients=full * _gradients(config, specs, parameters),
-        optimizer=full * _states(config) * parameters // config.parallel.shard_size,
+        optimizer=full * _states(config, specs, parameters) // config.parallel.shard_size,
         activations=tokens * _peak_kept(config, specs, order, width),
         logits=logits,
     )
@@ -156,11 +156,15 @@ def _tied_here(config: Config, spec: StageSpec) -> bool:
     return config.model.tie_embeddings and spec.has_embedding
 
 
-def _states(config: Config) -> int:
-    """Optimizer's numbers per parameter: moments, and master weights of their own if there are."""
-    if config.train.post_validation and config.parallel.pp > 1:
-        return 6  # all of them, and as they were before the step
-    return 3 if WEIGHT_BYTES[config.train.precision] < 4 else 2
+def _states(config: Config, specs: Sequence[StageSpec], parameters: int) -> int:
+    """Optimizer's numbers: moments, and master weights of their own if there are."""
+    train = config.train
+    if train.post_validation and config.parallel.pp > 1:
+        return 6 * parameters  # all of them, and as they were before the step
+    states = (3 if WEIGHT_BYTES[train.precision] < 4 else 2) * parameters
+    if train.optimizer == "muon":  # one moment of matrices of layers
+        states -= sum(sum(_matrices(config)[block % 2]) for spec in specs for block in spec.blocks)
+    return states
 
 
 def fixed_bytes(config: Config) -> list[int]:
