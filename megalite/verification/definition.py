@@ -1,4 +1,4 @@
-"""What every layout has to equal: LLaMA, its loss and AdamW as plain torch on whole tensors.
+"""What every layout has to equal: LLaMA, its loss and optimizer in plain torch on whole tensors.
 
 Written for reading, without layers, groups, micro-batches or stages, in fp64: one forward over the
 whole global batch, autograd, and the textbook update. It shares with the live code only the
@@ -25,12 +25,12 @@ from megalite.layers.rope import rope_amplitude, rope_frequencies
 from megalite.optim.lr import learning_rate
 from megalite.parallel.rng import keep_mask, make_key, normal_slice
 from megalite.tokenizer.byte import ByteTokenizer
+from megalite.verification.defined_update import DefinedOptimizer, DefinedUpdate, Weights
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
-Weights = dict[str, Tensor]
 Watch = Callable[[str, Tensor], None]
 """Called with the name and value of each activation, in order; `megalite.verification.sites`."""
 
@@ -68,8 +68,7 @@ class DefinedStep:
         norm: of all gradients.
         lr: learning rate.
         weights: after the step.
-        update_scale: lr / (sqrt(second moment) + eps) by name: how much an error of a gradient
-            moves a weight.
+        update: what moved them; None if the step was skipped.
         activations: of the whole global batch, by site in forward order, if they were watched.
     """
 
@@ -79,7 +78,7 @@ class DefinedStep:
     norm: float
     lr: float
     weights: Weights
-    update_scale: Weights
+    update: DefinedUpdate | None
     activations: dict[str, Tensor]
 
 
@@ -96,9 +95,7 @@ class Definition:
         self.config, self.samples, self.device = config, samples, device
         self.weights = {name: w.to(device) for name, w in initial_weights(config).items()}
         self.initial = dict(self.weights)
-        self._m = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        self._v = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        self._updates = 0
+        self._optimizer = DefinedOptimizer(config.train, self.weights)
 
     def batch(self, step: int) -> DefinedBatch:
         """The global batch of a step, from the formula of the order."""
@@ -136,32 +133,11 @@ class Definition:
         loss, gradients = loss_gradients(self.config, before, batch, batch.mask.sum(), seen)
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         lr = learning_rate(self.config.train, step)
-        scale = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        if not skipped:
-            scale = self._adamw(gradients, norm, lr)
+        update = None if skipped else self._optimizer.update(before, gradients, norm, lr)
+        if update is not None:
+            self.weights = update.weights
         after = dict(self.weights)
-        return DefinedStep(before, loss, gradients, norm, lr, after, scale, activations)
-
-    def _adamw(self, gradients: Weights, norm: float, lr: float) -> Weights:
-        """Clip, and move every weight; returns the scale of the update.
-
-        Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2.
-        """
-        train = self.config.train
-        self._updates += 1
-        clip = min(1.0, train.clip_grad / (norm + 1e-6)) if train.clip_grad else 1.0
-        beta1, beta2 = train.adam_beta1, train.adam_beta2
-        scales = {}
-        for name, gradient in gradients.items():
-            g = gradient * clip
-            self._m[name] = beta1 * self._m[name] + (1 - beta1) * g
-            self._v[name] = beta2 * self._v[name] + (1 - beta2) * g * g
-            m = self._m[name] / (1 - beta1**self._updates)
-            v = self._v[name] / (1 - beta2**self._updates)
-            decay = 0.0 if name.endswith("norm.weight") else train.weight_decay
-            scales[name] = lr / (v.sqrt() + train.adam_eps)
-            self.weights[name] = (1 - lr * decay) * self.weights[name] - scales[name] * m
-        return scales
+        return DefinedStep(before, loss, gradients, norm, lr, after, update, activations)
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:
