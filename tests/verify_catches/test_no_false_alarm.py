@@ -47,6 +47,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "recompute": ("", "--recompute selective", "--recompute full"),
     "dropout": ("", "--hidden-dropout 0.1", "--attention-dropout 0.2"),
+    "optimizer": ("", "--optimizer muon"),
     "clipping": ("", "--clip-grad 0.1", "--clip-grad 0"),
     "rate": ("", "--lr-decay-style linear", "--lr-decay-style WSD", "--lr-decay-style constant"),
     "rope": ("", "--rope-scaling llama3", "--rope-scaling linear", "--rope-scaling yarn"),
