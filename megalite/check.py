@@ -88,6 +88,7 @@ _ABOVE_ZERO_IF_GIVEN = frozenset(
 
 _SHARES = frozenset(
     {"hidden_dropout", "attention_dropout", "adam_beta1", "adam_beta2", "lr_warmup_fraction"}
+    | {"muon_momentum"}
 )
 _RATES = frozenset({"fim_rate", "fim_spm_rate"})
 

@@ -8,8 +8,17 @@ from megalite.config import Config
 
 
 def precision(config: Config) -> Iterator[str]:
-    """fp64 runs are fp64 throughout, and nothing is fp16 without a loss scale."""
+    """fp64 runs are fp64 throughout, nothing is fp16 without a loss scale, and Muon, which rounds
+    nothing at random, keeps fp32."""
     train = config.train
+    if train.optimizer == "muon":
+        if train.moments_dtype == "bf16":
+            yield "--optimizer muon keeps its momentum in fp32: leave out --moments-dtype bf16"
+        if train.precision == "bf16-pure":
+            yield (
+                "--optimizer muon moves weights in fp32, and --precision bf16-pure has none: give "
+                "--precision bf16"
+            )
     for name in ("moments_dtype", "grad_reduce_dtype"):
         value = getattr(train, name)
         if train.precision == "fp64" and value != "auto":

@@ -1,4 +1,5 @@
-"""Rules about what the data ranks shard. One part of `megalite.check`; no torch import."""
+"""Rules about what the data ranks shard, and who can take back a step. One part of
+`megalite.check`; no torch import."""
 
 from __future__ import annotations
 
@@ -25,4 +26,9 @@ def sharding(config: Config) -> Iterator[str]:
         yield (
             f"--post-validation and --zero {zero}: a guessed step can be amended only by who holds "
             "all of it; give --zero 0, or leave out --post-validation"
+        )
+    if config.train.post_validation and config.train.optimizer == "muon" and parallel.pp > 1:
+        yield (
+            "--post-validation and --optimizer muon: only AdamW's steps can be amended; give "
+            "--optimizer adamw, or leave out --post-validation"
         )

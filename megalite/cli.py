@@ -27,7 +27,15 @@ from megalite.field_values import (
     suggest,
     takes_many,
 )
-from megalite.megatron_flags import MEGATRON_FLAGS, Alias, Always, Follows, Refused, With
+from megalite.megatron_flags import (
+    MEGATRON_FLAGS,
+    MEGATRON_VALUES,
+    Alias,
+    Always,
+    Follows,
+    Refused,
+    With,
+)
 from megalite.presets import PRESETS
 
 _TITLES: Mapping[str, str] = MappingProxyType(
@@ -255,7 +263,8 @@ def _assignments(
             if _opposite(spec.flag) in words:
                 yield _opposite(spec.flag), spec.name, "false"
         elif spec.flag in words:
-            yield spec.flag, spec.name, text_of(spec.flag, spec.name)
+            text, ours = text_of(spec.flag, spec.name), MEGATRON_VALUES.get(spec.flag)
+            yield spec.flag, spec.name, ours.get(str(text), text) if ours else text
     for flag, meaning in MEGATRON_FLAGS.items():
         if flag not in words:
             continue

@@ -73,6 +73,13 @@ class TrainConfig:
         "WSD: shape of the final decay.",
         choices=("exponential", "linear", "cosine", "minus_sqrt"),
     )
+    optimizer: str = option(
+        "adamw",
+        "muon: matrices of layers move by their momentum, made orthogonal; embedding, head and "
+        "norm weights by AdamW.",
+        choices=("adamw", "muon"),
+    )
+    muon_momentum: float = option(0.95, "Muon: decay of the momentum.", metavar="X")
     weight_decay: float = option(0.1, "Decoupled weight decay; norm weights get none.", metavar="X")
     adam_beta1: float = option(0.9, "AdamW: decay of the first moment.", metavar="X")
     adam_beta2: float = option(0.95, "AdamW: decay of the second moment.", metavar="X")

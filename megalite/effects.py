@@ -72,6 +72,11 @@ _EFFECTS = (
         "without --rope-scaling yarn",
     ),
     Effect(
+        ("muon_momentum",),
+        lambda c: c.train.optimizer == "muon",
+        "without --optimizer muon",
+    ),
+    Effect(
         ("lr_wsd_decay_steps", "lr_wsd_decay_style"),
         lambda c: c.train.lr_decay_style == "WSD",
         "without --lr-decay-style WSD",

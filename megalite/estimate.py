@@ -109,7 +109,7 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
         weights=width * _weights(config, specs, parameters),
         gradients=full * _gradients(config, specs, trained)
         + _travelling_bytes(config, specs, trained),
-        optimizer=_state_bytes(config) * trained // config.parallel.shard_size,
+        optimizer=_state_bytes(config, specs, trained) // config.parallel.shard_size,
         activations=tokens * _peak_kept(config, specs, order, width),
         logits=logits,
     )
@@ -201,13 +201,27 @@ def _tied_here(config: Config, spec: StageSpec) -> bool:
     return config.model.tie_embeddings and spec.has_embedding
 
 
-def _state_bytes(config: Config) -> int:
-    """Optimizer's bytes per parameter: moments, and master weights of their own if there are."""
+def _state_bytes(config: Config, specs: Sequence[StageSpec], trained: int) -> int:
+    """Optimizer's bytes: moments, and master weights of their own if there are."""
     of = precisions(config.train)
     master, moments = BYTES[of.master], 2 * BYTES[of.moments]
     if config.train.post_validation and config.parallel.pp > 1:
-        return 2 * (master + moments)  # all of them, and as they were before the step
-    return moments + (master if of.master != of.weights else 0)
+        return 2 * (master + moments) * trained  # all of them, and as they were before the step
+    states = (moments + (master if of.master != of.weights else 0)) * trained
+    if config.train.optimizer == "muon":  # one moment of matrices of layers
+        states -= BYTES[of.moments] * _trained_in_layers(config, specs)
+    return states
+
+
+def _trained_in_layers(config: Config, specs: Sequence[StageSpec]) -> int:
+    """Parameters of the layers' matrices that are not frozen."""
+    frozen = frozen_names(config)
+    return sum(
+        size
+        for spec in specs
+        for name, size in _named_sizes(config, spec)
+        if layer_of(name) is not None and not is_norm(name) and name not in frozen
+    )
 
 
 def fixed_bytes(config: Config) -> list[int]:

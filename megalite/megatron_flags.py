@@ -170,7 +170,14 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         # Batch, length, optimizer
         "--train-iters": Alias("steps"),
         "--train-samples": Refused(_SAMPLES),
-        "--optimizer": Always("the optimizer is AdamW (Megatron's adam)", ("adam",)),
+        "--muon-num-ns-steps": Always("Muon takes five steps of Newton and Schulz", ("5",)),
+        "--muon-scale-mode": Always(
+            "Muon's updates are 0.2 sqrt(max(rows, columns)) long", ("spectral",)
+        ),
+        "--muon-extra-scale-factor": Always(
+            "Muon's updates are 0.2 sqrt(max(rows, columns)) long", ("0.2",)
+        ),
+        "--muon-tp-mode": Always("Muon takes whole matrices over tensor ranks", ("duplicated",)),
         "--lr-warmup-iters": Alias("lr_warmup_steps"),
         "--lr-decay-iters": Alias("lr_decay_steps"),
         "--lr-wsd-decay-iters": Alias("lr_wsd_decay_steps"),
@@ -259,3 +266,8 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--deterministic-mode": Refused("on the CPU every run is deterministic; on GPUs none is"),
     }
 )
+
+MEGATRON_VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {"--optimizer": MappingProxyType({"adam": "adamw"})}
+)
+"""Of flags that both have: Megatron-LM's words, and ours."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from megalite.check_sharding import LEVELS
 from megalite.config import Config
@@ -21,6 +22,9 @@ from megalite.run_plan import run_plan, stage_rank
 from megalite.treatment import treatments, without_rules
 from megalite.wording import counted
 
+OPTIMIZERS: Mapping[str, str] = MappingProxyType(
+    {"adamw": "AdamW", "muon": "Muon (AdamW for embedding, head and norm weights)"}
+)
 MOST_RANKS_LISTED = 16
 MOST_MICRO_BATCHES_DRAWN = 64
 """Beside four for each stage."""
@@ -63,7 +67,8 @@ def opening(
         (
             "training",
             f"{_length(config)}, "
-            f"AdamW, lr {train.lr:g} ({train.lr_decay_style}, {train.lr_warmup_steps} warm-up), "
+            f"{OPTIMIZERS[train.optimizer]}, "
+            f"lr {train.lr:g} ({train.lr_decay_style}, {train.lr_warmup_steps} warm-up), "
             f"{_precision(config)}, recompute {train.recompute}",
         ),
         *(("by name", text) for text in filter(None, [_by_name(config)])),

@@ -66,6 +66,12 @@ class Shard:
         """Whether weight decay applies: to matrices, not to norm weights."""
         return self.init_std is not None
 
+    @property
+    def is_hidden(self) -> bool:
+        """Whether it maps hidden states to hidden states: matrices of layers, not embedding or
+        head."""
+        return self.decays and all(".layers." in piece.name for piece in self.pieces)
+
 
 def named_shards(module: nn.Module) -> Iterator[tuple[nn.Parameter, Shard]]:
     """Every parameter of the module with its shard, once, in order of definition."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -56,9 +56,10 @@ class Slot:
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What parameters of one bucket have in common: when their gradients come, whether they
-        decay, and with which ranks they are summed."""
-        return self.stages, self.shard.decays, self.deferrable, self.shard.tied_copy
+        """What parameters of one bucket have in common: when their gradients come, how they are
+        updated, and with which ranks they are summed."""
+        shard = self.shard
+        return self.stages, shard.decays, shard.is_hidden, self.deferrable, shard.tied_copy
 
     @property
     def layer(self) -> str:
@@ -113,11 +114,17 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Span:
-    """The slice `[start, stop)` of the flat buffers, owned by one rank; weight decay or none."""
+    """The slice `[start, stop)` of the flat buffers, owned by one rank; weight decay or none.
+
+    Attributes:
+        matrices: the whole bucket that this is a part of, if it holds matrices of layers; empty of
+            anything else.
+    """
 
     start: int
     stop: int
     decays: bool
+    matrices: tuple[Slot, ...] = field(default=(), compare=False)
 
     @property
     def slice(self) -> slice:
@@ -165,14 +172,23 @@ def flat_length(buckets: Sequence[Bucket]) -> int:
 
 
 def own_spans(buckets: Sequence[Bucket], rank: int, size: int) -> tuple[Span, ...]:
-    """What a rank of a shard group owns, in the buffers' order; neighbours are joined."""
+    """What a rank of a shard group owns, in the buffers' order.
+
+    Neighbours are joined, but for buckets with matrices of layers, which Muon takes one at a time.
+    """
     spans: list[Span] = []
     for bucket in buckets:
         own, decays = bucket.own(rank, size), bucket.decays
-        start = own.start
-        if spans and spans[-1].stop == start and spans[-1].decays == decays:
+        start, matrices = own.start, bucket.slots if bucket.slots[0].shard.is_hidden else ()
+        if (
+            not matrices
+            and spans
+            and not spans[-1].matrices
+            and spans[-1].stop == start
+            and spans[-1].decays == decays
+        ):
             start = spans.pop().start
-        spans.append(Span(start, own.stop, decays))
+        spans.append(Span(start, own.stop, decays, matrices))
     return tuple(spans)
 
 

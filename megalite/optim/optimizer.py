@@ -1,4 +1,4 @@
-"""Clipping and the AdamW update over flat buffers."""
+"""Clipping, and an update of flat buffers by AdamW or Muon."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from megalite.config import TrainConfig
+from megalite.optim.adamw import AdamW
 from megalite.optim.flat import FlatParameters
 from megalite.optim.host_flag import HostFlag
+from megalite.optim.muon import Muon
+from megalite.optim.rule import Owned, Rule, Step
 from megalite.optim.scaler import LossScale
 from megalite.optim.segments import segments
 from megalite.optim.spikes import SpikeGuard
@@ -19,7 +22,6 @@ from megalite.parallel.group import Pending
 from megalite.parallel.groups import ParallelGroups
 from megalite.precisions import precisions
 from megalite.treatment import Treatment
-from megalite_kernels import adamw_
 
 NORM_ROW = 4096
 """Elements whose norm is taken in the gradients' own precision."""
@@ -45,20 +47,22 @@ _State = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 class Optimizer:
-    """AdamW with decoupled weight decay on master weights, after clipping the global norm.
+    """An update of master weights by a rule for each span, after clipping the global norm.
 
-    Each rank updates what it owns of the flat buffers and passes it on to its shard group. Master
-    weights and both moments are fp32 (fp64 in fp64 runs). For bf16 and fp16 parameters the master
-    weights are buffers of their own; otherwise they are the parameters themselves. Per parameter of
-    such a run: 2 bytes of weight, 4 of gradient, 12 / shards of master weight and moments.
+    The rule is AdamW, or of matrices of layers Muon, if the run asks for it. Each rank updates what
+    it owns of the flat buffers and passes it on to its shard group. Master weights and both moments
+    are fp32 (fp64 in fp64 runs). For bf16 and fp16 parameters the master weights are buffers of
+    their own; otherwise they are the parameters themselves. Per parameter of such a run: 2 bytes of
+    weight, 4 of gradient, 12 / shards of master weight and moments; 8 / shards with Muon, which
+    keeps one moment.
 
     With moments in bf16 the 12 are 8; in bf16-pure, where the parameters are the master weights
     too, they are 4. What is bf16 is rounded stochastically.
 
-    Nothing here waits for the GPU: the update kernel reads the factor that clips the gradients, and
-    takes the loss scale out of them, on the device, and skips the step, on all ranks alike, if the
-    norm is not finite, or with --skip-spikes stands out. Such a step has no effect on weights,
-    moments and their count of steps; the learning rate goes on.
+    Nothing here waits for the GPU: rules read the factor that clips the gradients, and takes the
+    loss scale out of them, on the device, and skip the step, on all ranks alike, if the norm is not
+    finite, or with --skip-spikes stands out. Such a step has no effect on weights, moments and
+    their count of steps; the learning rate goes on.
 
     With post-validation and several pipeline ranks a step is guessed while its norm is summed over
     them: each rank moves its weights as if there were nothing to clip, and begins the next step
@@ -69,9 +73,8 @@ class Optimizer:
     would have been, right. The second set takes 12 more bytes per parameter of a bf16 run; of an
     fp32 run 16 more, as its master weights become buffers of their own.
 
-    Sources: Loshchilov and Hutter, "Decoupled weight decay regularization", arXiv:1711.05101; Qi et
-    al., "Zero bubble pipeline parallelism", arXiv:2401.10241, section 4, with a rollback by copies,
-    which is exact, in place of AdamW's inverse.
+    Source: Qi et al., "Zero bubble pipeline parallelism", arXiv:2401.10241, section 4, with a
+    rollback by copies, which is exact, in place of AdamW's inverse.
 
     Args:
         flat: this rank's flat buffers.
@@ -82,7 +85,7 @@ class Optimizer:
 
     Attributes:
         master, exp_avg, exp_avg_sq: what this rank owns, by `flat.spans`; of an open step, as they
-            were before it.
+            were before it. A moment that a span's rule doesn't keep is empty.
         steps: fp32 [], on the device: updates so far, without those skipped.
     """
 
@@ -106,7 +109,11 @@ class Optimizer:
         )
         self.master = [part.to(of_master, copy=guesses) for part in flat.own_parameters]
         self.exp_avg = [torch.zeros_like(part, dtype=of_moments) for part in self.master]
-        self.exp_avg_sq = [torch.zeros_like(part) for part in self.exp_avg]
+        self._rules = _rules(flat, groups, train)
+        self.exp_avg_sq = [
+            torch.zeros_like(part if rule.num_moments == 2 else part[:0])
+            for part, rule in zip(self.exp_avg, self._rules, strict=True)
+        ]
         rounds = torch.bfloat16 in (of_master, of_moments)
         seed = train.seed if rounds else None
         self._segments = segments(flat.slots, flat.spans, treatments, seed)
@@ -226,30 +233,19 @@ class Optimizer:
         Spans are taken in the order in which the next forward needs them: norm weights, which the
         first layer has of, then matrices from the first stage on.
         """
-        flat, spare, train = self._flat, self._spare, self._train
+        flat, spare = self._flat, self._spare
         for i in sorted(range(len(flat.spans)), key=lambda number: flat.spans[number].decays):
-            for segment in self._segments[i]:
-                part, treatment = segment.slice, segment.treatment
-                adamw_(
-                    self.master[i][part],
-                    flat.own_gradients[i][part],
-                    self.exp_avg[i][part],
-                    self.exp_avg_sq[i][part],
-                    step,
-                    lr=lr * treatment.lr_scale,
-                    beta1=train.adam_beta1,
-                    beta2=train.adam_beta2,
-                    eps=train.adam_eps,
-                    weight_decay=treatment.weight_decay,
-                    scale=scale,
-                    skip=skip,
-                    copy=flat.own_parameters[i][part] if self._copies_master else None,
-                    out=None
-                    if spare is None
-                    else (spare[0][i][part], spare[1][i][part], spare[2][i][part]),
-                    run=run,
-                    draws=segment.draws,
-                )
+            owned = Owned(
+                flat.spans[i],
+                self._segments[i],
+                self.master[i],
+                flat.own_gradients[i],
+                self.exp_avg[i],
+                self.exp_avg_sq[i],
+                copy=flat.own_parameters[i] if self._copies_master else None,
+                out=None if spare is None else (spare[0][i], spare[1][i], spare[2][i]),
+            )
+            self._rules[i].update(owned, Step(step, lr, scale, skip, run))
             flat.pass_on(i)
 
     def _squared_norm(self) -> Tensor:
@@ -258,6 +254,15 @@ class Optimizer:
         if not slices:
             return torch.zeros(1, dtype=torch.float64, device=self._flat.device)
         return torch.stack([_square_sum(part) for part in slices]).sum()[None]
+
+
+def _rules(flat: FlatParameters, groups: ParallelGroups, train: TrainConfig) -> list[Rule]:
+    """The rule of each span."""
+    adamw = AdamW(train)
+    if train.optimizer == "adamw":
+        return [adamw for _ in flat.spans]
+    muon = Muon(train, groups, flat.dtype)
+    return [muon if span.matrices else adamw for span in flat.spans]
 
 
 def _square_sum(x: Tensor) -> Tensor:

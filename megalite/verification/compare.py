@@ -135,11 +135,14 @@ class Comparison:
 
     def _grow_update_errors(self, defined: DefinedStep, growth: int) -> None:
         """AdamW moves a weight by lr m / (sqrt(v) + eps): an error of the gradient moves it by
-        twice lr / (sqrt(v) + eps) times that error, through m and through v, and never by more
-        than the step itself, twice the rate."""
+        twice lr / (sqrt(v) + eps) times that error, through m and through v. Muon amplifies it, and
+        as much again that its own products round. Neither moves a weight by more than the step
+        itself, twice."""
+        if defined.update is None:
+            return
         bounds = self._gradient_bounds(defined.gradients, growth)
-        for name, scale in defined.update_scale.items():
-            moved = (2 * scale * bounds[name]).clamp(max=2 * defined.rates[name])
+        for name, scale in defined.update.error_scale.items():
+            moved = (2 * scale * bounds[name]).clamp(max=2 * defined.update.largest[name])
             self._update_errors[name] = self._update_errors[name] + moved
 
     def _weight_bounds(self, step: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What every layout has to equal: LLaMA, its loss and AdamW as plain torch on whole tensors.
+"""What every layout has to equal: LLaMA, its loss and optimizer in plain torch on whole tensors.
 
 Written for reading, without layers, groups, micro-batches or stages, in fp64: one forward over the
 whole global batch, autograd, and the textbook update. It shares with the live code only the
@@ -27,12 +27,12 @@ from megalite.parallel.rng import keep_mask, make_key, normal_slice
 from megalite.precisions import precisions
 from megalite.tokenizer.byte import ByteTokenizer
 from megalite.verification.defined_rules import DefinedRules, DefinedSpikes
+from megalite.verification.defined_update import DefinedOptimizer, DefinedUpdate, Weights
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
-Weights = dict[str, Tensor]
 Watch = Callable[[str, Tensor], None]
 """Called with the name and value of each activation, in order; `megalite.verification.sites`."""
 
@@ -72,8 +72,7 @@ class DefinedStep:
         decays: weight decay by name.
         frozen: names of weights that stay.
         weights: after the step.
-        update_scale: rate / (sqrt(second moment) + eps) by name: how much an error of a gradient
-            moves a weight.
+        update: what moved them; None if the step was skipped.
         activations: of the whole global batch, by site in forward order, if they were watched.
     """
 
@@ -85,7 +84,7 @@ class DefinedStep:
     decays: dict[str, float]
     frozen: frozenset[str]
     weights: Weights
-    update_scale: Weights
+    update: DefinedUpdate | None
     activations: dict[str, Tensor]
 
 
@@ -102,11 +101,9 @@ class Definition:
         self.config, self.samples, self.device = config, samples, device
         self.weights = {name: w.to(device) for name, w in initial_weights(config).items()}
         self.initial = dict(self.weights)
-        self._m = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        self._v = {name: torch.zeros_like(w) for name, w in self.weights.items()}
-        self._updates = 0
         self._named = DefinedRules(config, self.weights)
         self._spikes = DefinedSpikes(config)
+        self._optimizer = DefinedOptimizer(config.train, self.weights)
 
     def batch(self, step: int) -> DefinedBatch:
         """The global batch of a step, from the formula of the order."""
@@ -149,10 +146,13 @@ class Definition:
         gradients |= {name: torch.zeros_like(before[name]) for name in self._named.frozen}
         norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
         lr = learning_rate(self.config.train, step)
-        rates = {name: lr * scale for name, scale in self._named.lr_scales.items()}
-        scale = {name: torch.zeros_like(w) for name, w in self.weights.items()}
+        named = self._named
+        rates = {name: lr * scale for name, scale in named.lr_scales.items()}
+        update = None
         if not skipped and not self._spikes.stands_out(norm, loss):
-            scale = self._adamw(gradients, norm, rates)
+            trained = {name: g for name, g in gradients.items() if name not in named.frozen}
+            update = self._optimizer.update(before, trained, norm, rates, named.decays)
+            self.weights = self.weights | update.weights
         after = dict(self.weights)
         return DefinedStep(
             before,
@@ -160,33 +160,12 @@ class Definition:
             gradients,
             norm,
             rates,
-            self._named.decays,
-            self._named.frozen,
+            named.decays,
+            named.frozen,
             after,
-            scale,
+            update,
             activations,
         )
-
-    def _adamw(self, gradients: Weights, norm: float, rates: dict[str, float]) -> Weights:
-        """Clip, and move every weight; returns the scale of the update.
-
-        Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2.
-        """
-        train = self.config.train
-        self._updates += 1
-        clip = min(1.0, train.clip_grad / (norm + 1e-6)) if train.clip_grad else 1.0
-        beta1, beta2 = train.adam_beta1, train.adam_beta2
-        scales = {}
-        for name in self.weights.keys() - self._named.frozen:
-            g = gradients[name] * clip
-            self._m[name] = beta1 * self._m[name] + (1 - beta1) * g
-            self._v[name] = beta2 * self._v[name] + (1 - beta2) * g * g
-            m = self._m[name] / (1 - beta1**self._updates)
-            v = self._v[name] / (1 - beta2**self._updates)
-            scales[name] = rates[name] / (v.sqrt() + train.adam_eps)
-            kept = 1 - rates[name] * self._named.decays[name]
-            self.weights[name] = kept * self.weights[name] - scales[name] * m
-        return scales
 
 
 def weight_shapes(config: Config) -> dict[str, tuple[int, ...]]:

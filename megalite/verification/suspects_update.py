@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
 
 from megalite.optim.lr import learning_rate
 from megalite.verification.compare import Difference
+from megalite.verification.defined_update import Weights, orthogonalized
 from megalite.verification.definition import EMBEDDING
 from megalite.verification.evidence import Evidence, common_factor, same, same_number
+from megalite.verification.record import Part
 from megalite.verification.shrink import SKIPPED_STEP, SPIKE_STEP
 
 
@@ -72,6 +77,7 @@ def weight_suspects(evidence: Evidence, _: Difference) -> Iterator[str]:
         yield "weights that --freeze holds move"
         return
     yield from _treated_alike(evidence, names)
+    yield from _other_matrices(evidence, names)
     yield from _decay(evidence, names)
     yield from _other_rate(evidence, names)
     yield from _clipping(evidence, names)
@@ -121,6 +127,39 @@ def _decay(evidence: Evidence, names: set[str]) -> Iterator[str]:
         yield "weight decay is applied to norm weights"
     if not names & norms and all_are(-1.0):
         yield "weight decay is not applied"
+
+
+def _other_matrices(evidence: Evidence, names: set[str]) -> Iterator[str]:
+    """Muon, with other matrices made orthogonal than those of the whole model."""
+    defined = evidence.defined
+    directions = defined.update.directions if defined.update else {}
+    if not names <= directions.keys():
+        return
+
+    def all_are(move_of: Callable[[Part], Tensor]) -> bool:
+        """Whether all weights moved in these directions, however far."""
+        for part in (p for rank in evidence.ranks for p in rank.weights if p.name in names):
+            amount = defined.rates[part.name] * defined.decays[part.name]
+            kept = (1 - amount) * part.of(defined.before[part.name])
+            ours, theirs = kept.cpu() - part.value, move_of(part).cpu()
+            if not same(ours / ours.norm(), theirs / theirs.norm()):
+                return False
+        return True
+
+    if all_are(lambda part: _of_packed(directions, part)):
+        yield "packed matrices are orthogonalised, not each by its name"
+    if all_are(lambda part: orthogonalized(part.of(directions[part.name]))):
+        yield "each tensor rank orthogonalises the slice that it holds, not the whole matrix"
+
+
+def _of_packed(directions: Weights, part: Part) -> Tensor:
+    """The part's rows of all that its matrix is packed with, made orthogonal together."""
+    prefix, _, ending = part.name.removesuffix(".weight").rpartition(".")
+    packs = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    pack = next((names for names in packs if ending in names), (ending,))
+    matrices = [directions[f"{prefix}.{name}.weight"] for name in pack]
+    rows = [len(matrix) for matrix in matrices]
+    return part.of(orthogonalized(torch.cat(matrices)).split(rows)[pack.index(ending)])
 
 
 def _other_rate(evidence: Evidence, names: set[str]) -> Iterator[str]:

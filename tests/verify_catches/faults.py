@@ -28,7 +28,7 @@ from megalite.layers import (
 )
 from megalite.layers.batch import Documents, MicroBatch
 from megalite.models import llama
-from megalite.optim import copies, flat, gathered, gradients, optimizer, segments
+from megalite.optim import copies, flat, gathered, gradients, muon, optimizer, segments
 from megalite.optim.buckets import cut
 from megalite.parallel import data, pipeline, tensor
 from megalite.parallel.group import Pending
@@ -572,6 +572,38 @@ def dropout_not_scaled(patch: Patch) -> None:
     patch.setattr(llama, "hidden_dropout", broken)
 
 
+def packed_orthogonalised(patch: Patch) -> None:
+    """Muon takes a packed parameter for one matrix."""
+
+    def broken(slots: Any) -> Any:
+        for matrix in right(slots):
+            weight, piece = matrix.slot.parameter, matrix.piece
+            if piece.local_start == 0:
+                shape = [*weight.shape]
+                shape[piece.dim] *= 1 if piece.length == piece.shape[piece.dim] else 2
+                whole = replace(piece, shape=tuple(shape), length=weight.shape[piece.dim])
+                yield replace(matrix, piece=whole)
+
+    right = muon._matrices
+    patch.setattr(muon, "_matrices", broken)
+
+
+def slices_orthogonalised(patch: Patch) -> None:
+    """Muon takes a tensor rank's slice for the whole matrix."""
+    init, right = muon.Muon.__init__, muon._matrices
+
+    def alone(self: Any, train: Any, groups: Any, precision: Any) -> None:
+        init(self, train, replace(groups, tp=tensor.TensorGroup.solo()), precision)
+
+    def broken(slots: Any) -> Any:
+        for matrix in right(slots):
+            shape = matrix.piece.of(matrix.slot.parameter).shape
+            yield replace(matrix, piece=replace(matrix.piece, shape=tuple(shape), replicas=1))
+
+    patch.setattr(muon.Muon, "__init__", alone)
+    patch.setattr(muon, "_matrices", broken)
+
+
 ALL = "--tp 2 --pp 2 --dp 2"
 NAMED = "--lr-scale *.q_proj.*=3 --weight-decay-for *norm*=0.2,*.mlp.*=0"
 FROZEN = "--freeze model.embed_tokens.*,model.layers.0.*"
@@ -816,6 +848,20 @@ FAULTS: dict[str, Fault] = {
     ),
     "frozen weights decay": Fault(
         frozen_decays, f"--dp 2 {FROZEN}", "weight", "embed_tokens", "--freeze holds move"
+    ),
+    "packed matrices orthogonalised": Fault(
+        packed_orthogonalised,
+        "--tp 2 --optimizer muon",
+        "weight",
+        "_proj",
+        "packed matrices are orthogonalised",
+    ),
+    "slices orthogonalised": Fault(
+        slices_orthogonalised,
+        "--tp 2 --dp 2 --optimizer muon",
+        "weight",
+        "_proj",
+        "each tensor rank orthogonalises the slice",
     ),
     "dropout not scaled": Fault(
         dropout_not_scaled, f"--tp 2 {DROPOUT}", "activation", "layers.0.input", "0.8 times"

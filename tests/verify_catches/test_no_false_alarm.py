@@ -48,6 +48,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "recompute": ("", "--recompute selective", "--recompute full"),
     "dropout": ("", "--hidden-dropout 0.1", "--attention-dropout 0.2"),
+    "optimizer": ("", "--optimizer muon"),
     "clipping": ("", "--clip-grad 0.1", "--clip-grad 0"),
     "rate": ("", "--lr-decay-style linear", "--lr-decay-style WSD", "--lr-decay-style constant"),
     "rates by name": ("", "--lr-scale *.q_proj.*=3,*.mlp.*=0.5 --weight-decay-for *norm*=0.2"),
