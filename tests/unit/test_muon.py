@@ -23,6 +23,7 @@ from megalite.optim.optimizer import Optimizer
 from megalite.optim.scaler import LossScale
 from megalite.parallel.groups import ParallelGroups
 from megalite.trainer import DTYPES
+from megalite.treatment import treatments
 
 CPU = torch.device("cpu")
 SHAPES = [(40, 40), (64, 24), (24, 64), (1, 30), (30, 1)]
@@ -99,7 +100,8 @@ class Small:
         self.flat = FlatParameters({0: stage}, groups, bucket_elements=3000)
         self.loss_scale = loss_scale
         scaler = LossScale(loss_scale, CPU)
-        self.optimizer = Optimizer(self.flat, groups, self.config.train, scaler)
+        named = treatments(self.config)
+        self.optimizer = Optimizer(self.flat, groups, self.config.train, scaler, named)
 
     def step(self, lr: float, seed: int, spoilt: float = 0.0) -> None:
         """With random gradients, of which one is `spoilt`."""
@@ -165,6 +167,21 @@ def test_steps_equal_their_definition(clip: float) -> None:
     found = ours.weights()
     for name, want in theirs.items():
         np.testing.assert_allclose(found[name].numpy(), want, rtol=0, atol=1e-13, err_msg=name)
+
+
+def test_packed_matrices_have_rates_and_decays_of_their_own() -> None:
+    """What they are made orthogonal by stays each one's own."""
+    plain = Small(weight_decay=0.1)
+    named = Small(weight_decay=0.1, lr_scale=("*k_proj*=0.25",), weight_decay_for=("*up_proj*=0",))
+    before = plain.weights()
+    for small in (plain, named):
+        small.step(1e-2, 1)
+    a, b = plain.weights(), named.weights()
+    for name in filter(is_hidden, before):
+        kept = 1e-2 * 0.1 * before[name] if "up_proj" in name else 0.0
+        share = 0.25 if "k_proj" in name else 1.0
+        want = before[name] + share * (a[name] - before[name]) + kept
+        torch.testing.assert_close(b[name], want, rtol=0, atol=1e-14)
 
 
 def test_embedding_head_and_norms_stay_with_adamw() -> None:
