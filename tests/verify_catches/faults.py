@@ -647,9 +647,9 @@ def packed_treated_alike(patch: Patch) -> None:
     """As the first of the tensors in one matrix."""
     right = segments._marks
 
-    def broken(slots: Any, treatments: Any) -> Any:
+    def broken(slots: Any, *rest: Any) -> Any:
         starts = {slot.start for slot in slots}
-        return (mark for mark in right(slots, treatments) if mark[0] in starts)
+        return (mark for mark in right(slots, *rest) if mark.start in starts)
 
     patch.setattr(segments, "_marks", broken)
 
