@@ -102,8 +102,10 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
     logits = 0
     if any(spec.has_head for spec in specs):
         columns = config.model.padded_vocab_size(config.parallel.tp) // config.parallel.tp
-        # Logits, their gradient, and in the loss softmax, its gradient and one temporary.
-        logits = tokens * columns * (2 * width + 3 * full)
+        # On GPUs the gradient takes the logits' place. Plain torch, on a CPU, keeps both, and in
+        # the loss softmax, its gradient and one temporary.
+        each = 2 * width + 3 * full if config.parallel.device == "cpu" else width
+        logits = tokens * columns * each
     return RankEstimate(
         parameters=parameters,
         weights=width * _weights(config, specs, parameters),

@@ -289,14 +289,18 @@ def test_weights_of_attention_are_kept_in_place_of_its_output(
     ("name", "per_element"), [("bf16", 16), ("fp16", 16), ("fp32", 20), ("fp64", 40)]
 )
 def test_logits_are_on_the_last_stage(name: str, per_element: int) -> None:
-    """Two of the weights' width and three of at least fp32; 128 padded columns over tp 2."""
-    config = settings(
-        "multi-head", **dict(tp=2, pp=2, precision=name, micro_batch_size=3, seq_length=16)
-    )
+    """On a CPU two of the weights' width and three of at least fp32, else one; 112 padded columns
+    over tp 2."""
+    shape = dict(tp=2, pp=2, precision=name, micro_batch_size=3, seq_length=16)
+    config = settings("multi-head", **shape, device="cpu")
     assert config.model.padded_vocab_size(2) == 112
     first, last = rank_estimates(config)
     assert first.logits == 0
     assert last.logits == 3 * 16 * 56 * per_element
+    width = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}[name]
+    for device in ("cuda", "auto"):
+        _, last = rank_estimates(settings("multi-head", **shape, device=device))
+        assert last.logits == 3 * 16 * 56 * width
 
 
 # Arithmetic
