@@ -27,6 +27,11 @@ def sharding(config: Config) -> Iterator[str]:
             f"--post-validation and --zero {zero}: a guessed step can be amended only by who holds "
             "all of it; give --zero 0, or leave out --post-validation"
         )
+    if config.train.post_validation and config.train.offload_optimizer and parallel.pp > 1:
+        yield (
+            "--post-validation and --offload-optimizer: a guessed step keeps the state before it "
+            "on the device; leave out one of the two"
+        )
     if config.train.post_validation and config.train.optimizer == "muon" and parallel.pp > 1:
         yield (
             "--post-validation and --optimizer muon: only AdamW's steps can be amended; give "

@@ -80,6 +80,11 @@ class TrainConfig:
         choices=("adamw", "muon"),
     )
     muon_momentum: float = option(0.95, "Muon: decay of the momentum.", metavar="X")
+    offload_optimizer: bool = option(
+        False,
+        "Keep master weights and moments in the host's pinned memory; each is on the GPU while it "
+        "is updated.",
+    )
     weight_decay: float = option(0.1, "Decoupled weight decay; norm weights get none.", metavar="X")
     adam_beta1: float = option(0.9, "AdamW: decay of the first moment.", metavar="X")
     adam_beta2: float = option(0.95, "AdamW: decay of the second moment.", metavar="X")

@@ -224,7 +224,16 @@ def without_effect(config: Config, given: Mapping[str, str]) -> Iterator[str]:
 def notes(config: Config, given: Mapping[str, str]) -> tuple[str, ...]:
     """A sentence for each parallel feature that was asked for on an axis of one rank, and for what
     is right but seldom meant."""
-    return (*_sentences(_ON_ONE_RANK, config, given, ""), *_unscaled(config))
+    return (
+        *_sentences(_ON_ONE_RANK, config, given, ""),
+        *_unscaled(config),
+        *_offloaded(config),
+    )
+
+
+def _offloaded(config: Config) -> Iterator[str]:
+    if config.train.offload_optimizer and config.parallel.device == "cpu":
+        yield "--offload-optimizer has no use on a CPU, whose memory is the host's"
 
 
 def _unscaled(config: Config) -> Iterator[str]:

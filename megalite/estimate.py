@@ -28,6 +28,7 @@ class RankEstimate:
             optimizer's. Frozen parameters have weights alone.
         activations: kept for backward, at the schedule's peak of micro-batches.
         logits: of one micro-batch, with the loss's temporaries; on the last stage.
+        host: optimizer states in the host's memory, of which two buckets' visit the GPU at a time.
     """
 
     parameters: int
@@ -36,6 +37,7 @@ class RankEstimate:
     optimizer: int
     activations: int
     logits: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -106,14 +108,19 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
         # the loss softmax, its gradient and one temporary.
         each = 2 * width + 3 * full if config.parallel.device == "cpu" else width
         logits = tokens * columns * each
+    states, host = _state_bytes(config, specs, trained) // config.parallel.shard_size, 0
+    if train.offload_optimizer and trained:
+        largest = max(_bucket_sizes(config, specs), default=0)
+        states, host = min(states, 2 * states * largest // trained), states
     return RankEstimate(
         parameters=parameters,
         weights=width * _weights(config, specs, parameters),
         gradients=full * _gradients(config, specs, trained)
         + _travelling_bytes(config, specs, trained),
-        optimizer=_state_bytes(config, specs, trained) // config.parallel.shard_size,
+        optimizer=states,
         activations=tokens * _peak_kept(config, specs, order, width),
         logits=logits,
+        host=host,
     )
 
 

@@ -152,6 +152,7 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--decoder-last-pipeline-num-layers": Refused("give all stages with --pp-layers N,N,..."),
         "--use-distributed-optimizer": Alias("zero", "1"),
         "--use-torch-fsdp2": Alias("zero", "3"),
+        "--optimizer-cpu-offload": Alias("offload_optimizer", "true"),
         "--use-megatron-fsdp": Alias("zero", "3"),
         "--data-parallel-sharding-strategy": Refused(
             "give --zero 0, 1, 2 or 3 for no_shard, optim, optim_grads or optim_grads_params"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,13 @@ from megalite.config import Config, resolve_device
 from megalite.config_file import to_toml
 from megalite.effects import notes
 from megalite.errors import ConfigError
+from megalite.estimate import rank_estimates
 from megalite.parallel.environment import World
 from megalite.pipeline.text import plan_text
 from megalite.planning.choice import choose_by_estimate, has_choice, table, without_choice
 from megalite.program import Program, checked
 from megalite.run_plan import is_file, plan_facts, run_plan
+from megalite.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +115,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         require_kernels(device, [resolve_device(config, device).train.precision], machine)
     except ConfigError as error:
         problems += error.violations
+    problems += _beyond_host_memory(config, device, machine)
     folder = Path(config.run.runs) / config.run.name
     if config.run.name and folder.exists():
         problems.append(_taken(config.run.name, folder))
@@ -132,6 +135,25 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     facts = {"corpus": mixture.fingerprint, "tokenizer": tokenizer.fingerprint}
     facts |= plan_facts(config)
     return Prepared(resolve_device(config, device), job, facts, _claim_folder)
+
+
+def _beyond_host_memory(config: Config, device: str, machine: Machine) -> Iterator[str]:
+    """What `--offload-optimizer` asks of this machine, if that is more than it has."""
+    from megalite.parallel.machine import free_host_bytes
+
+    free = free_host_bytes()
+    if device != "cuda" or not config.train.offload_optimizer or free is None:
+        return
+    config = without_choice(resolve_device(config, device))
+    if has_choice(config):
+        config = choose_by_estimate(config).config
+    needed = machine.local_size * max(rank.host for rank in rank_estimates(config))
+    if needed > free:
+        yield (
+            f"--offload-optimizer: {counted(machine.local_size, 'rank')} on this machine would "
+            f"pin {needed / 2**30:.1f} GiB of its memory, of which {free / 2**30:.1f} GiB are "
+            "free; give more --dp over more machines, or leave it out"
+        )
 
 
 def _claim_folder(config: Config) -> Config:

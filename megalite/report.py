@@ -270,6 +270,7 @@ def _rank_rows(config: Config) -> Iterator[tuple[str, str, str, str]]:
             f"(weights {_gib(memory.weights)}, gradients {_gib(memory.gradients)}, "
             f"optimizer {_gib(memory.optimizer)}, activations "
             f"{_gib(memory.activations + memory.logits)})"
+            + (f", and {_gib(memory.host)} of the host's" if memory.host else "")
         )
         here = [r for r in range(topology.world_size) if topology.coordinates(r).pp == pp_rank]
         if topology.world_size > MOST_RANKS_LISTED:

@@ -218,8 +218,9 @@ class FlatParameters:
         """
         dtype = parts[0].dtype if parts else self.gradient_dtype
         whole = torch.empty(self.length, dtype=dtype, device=self.device)
+        parts = [part.to(self.device) for part in parts]  # offloaded states are the host's
         if self._shards.size == 1 and parts:
-            return torch.cat(list(parts), out=whole)
+            return torch.cat(parts, out=whole)
         for bucket, part in zip(self._buckets, parts, strict=True):
             into = whole[bucket.start : bucket.stop]
             self._shards.start_all_gather_into(into, part).wait()

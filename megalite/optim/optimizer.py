@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from megalite.optim.adamw import AdamW
 from megalite.optim.flat import FlatParameters
 from megalite.optim.host_flag import HostFlag
 from megalite.optim.muon import Muon
+from megalite.optim.offload import Home, Offloaded, to_host
 from megalite.optim.rule import Owned, Rule, Step
 from megalite.optim.scaler import LossScale
 from megalite.optim.segments import segments
@@ -85,7 +86,8 @@ class Optimizer:
 
     Attributes:
         master, exp_avg, exp_avg_sq: what this rank owns, by `flat.spans`; of an open step, as they
-            were before it. A moment that a span's rule doesn't keep is empty.
+            were before it. A moment that a span's rule doesn't keep is empty. With
+            --offload-optimizer they are in the host's memory, and not to be read before `validate`.
         steps: fp32 [], on the device: updates so far, without those skipped.
     """
 
@@ -107,18 +109,26 @@ class Optimizer:
         of_master, of_moments = (
             torch.bfloat16 if name == "bf16" else full for name in (of.master, of.moments)
         )
-        self.master = [part.to(of_master, copy=guesses) for part in flat.own_parameters]
-        self.exp_avg = [torch.zeros_like(part, dtype=of_moments) for part in self.master]
+        self._copies_master = guesses or flat.dtype != of_master
+        keep = to_host if train.offload_optimizer else lambda state: state
+        own = flat.own_parameters
+        self.master = [part.to(of_master, copy=guesses) for part in own]
+        if self._copies_master:
+            self.master = [keep(part) for part in self.master]
+        self.exp_avg = [keep(torch.zeros_like(part, dtype=of_moments)) for part in own]
         self._rules = _rules(flat, groups, train)
         self.exp_avg_sq = [
-            torch.zeros_like(part if rule.num_moments == 2 else part[:0])
-            for part, rule in zip(self.exp_avg, self._rules, strict=True)
+            keep(torch.zeros_like(part if rule.num_moments == 2 else part[:0], dtype=of_moments))
+            for part, rule in zip(own, self._rules, strict=True)
         ]
         rounds = torch.bfloat16 in (of_master, of_moments)
         seed = train.seed if rounds else None
         self._segments = segments(flat.slots, flat.spans, treatments, seed)
         self.steps = torch.zeros((), device=flat.device)
-        self._copies_master = guesses or flat.dtype != of_master
+        self._order = sorted(range(len(flat.spans)), key=lambda number: flat.spans[number].decays)
+        self._offloaded: Offloaded | None = None
+        if train.offload_optimizer and flat.spans:
+            self._offloaded = Offloaded(self._homes(), flat.device)
         self._open: _OpenStep | None = None
         self._spare: _State | None = None
         if guesses:
@@ -178,6 +188,8 @@ class Optimizer:
         """
         self._settle()
         self._flat.wait_for_parameters()
+        if self._offloaded is not None:
+            self._offloaded.settle()
 
     def _settle(self) -> None:
         """As `validate`, without waiting for what other data ranks have updated."""
@@ -234,19 +246,36 @@ class Optimizer:
         first layer has of, then matrices from the first stage on.
         """
         flat, spare = self._flat, self._spare
-        for i in sorted(range(len(flat.spans)), key=lambda number: flat.spans[number].decays):
+        for i, master, exp_avg, exp_avg_sq in self._in_turn():
             owned = Owned(
                 flat.spans[i],
                 self._segments[i],
-                self.master[i],
+                master,
                 flat.own_gradients[i],
-                self.exp_avg[i],
-                self.exp_avg_sq[i],
+                exp_avg,
+                exp_avg_sq,
                 copy=flat.own_parameters[i] if self._copies_master else None,
                 out=None if spare is None else (spare[0][i], spare[1][i], spare[2][i]),
             )
             self._rules[i].update(owned, Step(step, lr, scale, skip, run))
             flat.pass_on(i)
+
+    def _in_turn(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Each span, its master weights and its moments, on the device."""
+        if self._offloaded is None:
+            for i in self._order:
+                yield i, self.master[i], self.exp_avg[i], self.exp_avg_sq[i]
+            return
+        visited = self._offloaded.visit(self._homes())
+        for here, i in zip(visited, self._order, strict=True):
+            exp_avg, exp_avg_sq, *master = here
+            yield i, master[0] if master else self.master[i], exp_avg, exp_avg_sq
+
+    def _homes(self) -> list[Home]:
+        """What is offloaded, in the order of the update; master weights that are the parameters
+        themselves are not."""
+        kinds = [self.exp_avg, self.exp_avg_sq, *([self.master] if self._copies_master else [])]
+        return [tuple(kind[i] for kind in kinds) for i in self._order]
 
     def _squared_norm(self) -> Tensor:
         """This rank's share of the squared global norm, fp64 [1]; every element counts once."""

@@ -11,6 +11,7 @@ import json
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,19 @@ def place(everyone: Sequence[Seen], rank: int) -> Machine:
             taken[other] = free[0]
     gpu = everyone[rank].gpus.index(taken[rank]) if rank in taken else None
     return Machine(neighbours.index(rank), len(neighbours), len(taken), gpu)
+
+
+def free_host_bytes() -> int | None:
+    """Memory of this machine that programs could still take [bytes]; None if it does not say.
+
+    Linux's own estimate, with caches that it would give up.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kib = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return None if kib is None else 1024 * int(kib)
 
 
 def visible_gpus() -> tuple[str, ...]:

@@ -318,9 +318,7 @@ def trained_job(values: dict[str, Any], fault: str = "") -> Trained:
         if fault == "own numbers":
             optimizer = trainer.optimizer
             slots, spans = trainer.flat.slots, trainer.flat.spans
-            optimizer._segments = segments.segments(
-                slots, spans, treatments(trainer.config), 1234
-            )
+            optimizer._segments = segments.segments(slots, spans, treatments(trainer.config), 1234)
         for step in range(5):
             trainer.train_step(step)
         trainer.optimizer.validate()

@@ -23,6 +23,7 @@ from megalite.models.llama import LlamaStage
 from megalite.models.stage import stage_specs
 from megalite.optim import flat as flat_module
 from megalite.optim.flat import FlatParameters
+from megalite.optim.offload import Offloaded
 from megalite.parallel.group import AxisGroup
 from megalite.pipeline.channels import is_message
 from megalite.pipeline.schedules import SCHEDULES
@@ -45,7 +46,9 @@ def small_buckets() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         right = flat_module.make_buckets
         patch.setattr(
-            flat_module, "make_buckets", lambda stages, size, _, **how: right(stages, size, SMALL_BUCKETS, **how)
+            flat_module,
+            "make_buckets",
+            lambda stages, size, _, **how: right(stages, size, SMALL_BUCKETS, **how),
         )
         yield
 
@@ -167,6 +170,31 @@ def test_levels_train_alike(pool: RankPool, layout: dict[str, Any]) -> None:
 @pytest.mark.parametrize("layout", MORE, ids=str)
 def test_levels_train_alike_in_more_layouts(pool: RankPool, layout: dict[str, Any]) -> None:
     check_levels(pool, layout)
+
+
+OFFLOADED: list[dict[str, Any]] = [
+    dict(precision="bf16"),
+    dict(dp=2, precision="bf16", zero=3),
+    dict(dp=2, pp=2, optimizer="muon", tie_embeddings=True),
+]
+
+
+@pytest.mark.parametrize("layout", OFFLOADED, ids=str)
+def test_states_on_the_host_change_no_bit(pool: RankPool, layout: dict[str, Any]) -> None:
+    here, away = (trained(pool, layout | dict(offload_optimizer=on)) for on in (False, True))
+    assert difference(here, away) == 0.0
+
+
+def test_states_that_do_not_come_back_are_missed(pool: RankPool) -> None:
+    layout = dict(precision="bf16", offload_optimizer=True)
+    lost = [outcome.value for outcome in pool.run(1, lost_job, layout)]
+    assert difference(trained(pool, layout), lost) > 1e-3
+
+
+def lost_job(values: dict[str, Any]) -> tuple[list[Tensor], Named, int]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Offloaded, "_send_back", lambda *_: None)
+        return trained_job(values)
 
 
 @dataclass

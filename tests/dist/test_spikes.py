@@ -94,7 +94,9 @@ def test_steps_begun_before_the_norm_is_known_end_alike(
     values = dict(pp=2, schedule="zb-h1", clip_grad=0.0) | layout
     world = 2 * layout.get("tp", 1)
     plain = [o.value for o in pool.run(world, steps_job, values, False)]
-    found = [o.value for o in pool.run(world, steps_job, values | dict(post_validation=True), False)]
+    found = [
+        o.value for o in pool.run(world, steps_job, values | dict(post_validation=True), False)
+    ]
     for ours, theirs in zip(found, plain, strict=True):
         for what in ("statistics", "state"):
             for a, b in zip(ours[what], theirs[what], strict=True):

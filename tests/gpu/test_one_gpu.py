@@ -125,6 +125,27 @@ def test_fp16_follows_fp32_and_skips_what_overflows() -> None:
     assert worst(got, want) <= 5e-3
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_states_on_the_host_change_no_bit_and_take_no_memory(optimizer: str) -> None:
+    found, taken = [], []
+    for away in (False, True):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        wide = dict(hidden_size=512, ffn_hidden_size=1024, num_layers=6, precision="bf16")
+        trainer = make_trainer(CUDA, optimizer=optimizer, offload_optimizer=away, **wide)
+        losses = train(trainer, 8)
+        trainer.optimizer.validate()
+        parts = trainer.optimizer.master, trainer.optimizer.exp_avg
+        found.append([losses, *(trainer.flat.whole(part).tolist() for part in parts)])
+        taken.append(torch.cuda.memory_allocated() - before)
+        homes = [state for part in parts for state in part]
+        assert all(state.is_pinned() == away and state.is_cuda != away for state in homes)
+        trainer.flat.release()
+        del trainer, parts, homes
+    assert found[0] == found[1]
+    assert taken[1] < 0.8 * taken[0]
+
+
 def test_recompute_and_dropout_change_nothing() -> None:
     drop = dict(hidden_dropout=0.1, attention_dropout=0.1)
     plain = train(make_trainer(CUDA, **drop), 5)

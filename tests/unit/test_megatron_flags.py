@@ -65,7 +65,8 @@ def test_an_alias_with_a_value_equals_our_flag(flag: str) -> None:
 @pytest.mark.parametrize("flag", [f for f, m in ALIASES.items() if m.value is not None])
 def test_an_alias_without_a_value_equals_our_flag(flag: str) -> None:
     spec, text = SPECS[ALIASES[flag].field], ALIASES[flag].value
-    ours = [f"--no-{spec.flag[2:]}"] if text == "false" else [spec.flag, str(text)]
+    switches = {"false": f"--no-{spec.flag[2:]}", "true": spec.flag}
+    ours = [switches[text]] if text in switches else [spec.flag, str(text)]
     assert parse(flag).config == parse(*ours).config
     assert word_violations(flag, "stray") == [
         "'stray' stands alone: values follow a flag, as in --data stray"
@@ -95,6 +96,7 @@ def test_an_alias_without_a_value_equals_our_flag(flag: str) -> None:
         ("--zero-bubble-v-schedule", "schedule", "zb-v"),
         ("--use-distributed-optimizer", "zero", 1),
         ("--use-torch-fsdp2", "zero", 3),
+        ("--optimizer-cpu-offload", "offload_optimizer", True),
         ("--use-megatron-fsdp", "zero", 3),
         ("--bf16", "precision", "bf16"),
         ("--fp16", "precision", "fp16"),
