@@ -93,6 +93,8 @@ _SHARES = frozenset(
 _RATES = frozenset({"fim_rate", "fim_spm_rate"})
 
 _LARGEST = 2**63
+MOST_SPIKE_WINDOW = 100_000
+"""Steps whose figures are looked at in every step."""
 """Numbers that no computer word holds begin here."""
 
 
@@ -237,6 +239,8 @@ def _length(config: Config) -> Violations:
         yield f"--min-lr {train.min_lr} is above --lr {train.lr}"
     if train.skip_spikes and train.spike_window < 2:
         yield f"--spike-window {train.spike_window} must be at least 2: one step has no deviation"
+    elif train.skip_spikes and train.spike_window > MOST_SPIKE_WINDOW:
+        yield f"--spike-window {train.spike_window} is above {MOST_SPIKE_WINDOW:,}"
     elif train.skip_spikes and 0 < train.steps <= train.spike_window:
         yield (
             f"--spike-window {train.spike_window} is not below the {train.steps} steps of the run, "

@@ -1,14 +1,17 @@
-"""The rule about `--memory-limit`. One part of `megalite.check`; no torch import."""
+"""Rules about memory: `--memory-limit`, and the host's with `--offload-optimizer`. One part of
+`megalite.check`; no torch import."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from megalite.config import Config
-from megalite.estimate import fixed_bytes
+from megalite.estimate import fixed_bytes, rank_estimates
 from megalite.pipeline.schedules import SCHEDULES
 from megalite.planning.block_costs import estimated_costs, stage_costs
+from megalite.planning.choice import choose_by_estimate, has_choice, without_choice
 from megalite.run_plan import AUTO, run_plan
+from megalite.wording import counted
 
 GIB = 2**30
 
@@ -37,6 +40,26 @@ def memory(config: Config) -> Iterator[str]:
     remedies = "--recompute full, a smaller --micro-batch-size, or more ranks"
     hint = f"--schedule {' or '.join(fitting)}" if fitting else remedies
     yield f"--memory-limit {limit:g}: {what}; try {hint}"
+
+
+def host_memory(config: Config, local_ranks: int, free: int | None) -> Iterator[str]:
+    """A machine has what its ranks would pin.
+
+    Args:
+        config: of ranks on GPUs.
+        local_ranks: of this machine.
+        free: of its memory [bytes]; None: it does not say.
+    """
+    config = without_choice(config)
+    if has_choice(config):
+        config = choose_by_estimate(config).config
+    needed = local_ranks * max(rank.host for rank in rank_estimates(config))
+    if free is not None and needed > free:
+        yield (
+            f"--offload-optimizer: {counted(local_ranks, 'rank')} on this machine would pin "
+            f"{needed / GIB:.1f} GiB of its memory, of which {free / GIB:.1f} GiB are free; give "
+            "more --dp over more machines, or leave it out"
+        )
 
 
 def _needs(config: Config) -> list[float]:

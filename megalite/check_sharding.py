@@ -17,6 +17,8 @@ def sharding(config: Config) -> Iterator[str]:
     zero, size, dp = parallel.zero, parallel.zero_shard_size, parallel.dp
     if zero not in LEVELS:
         yield f"--zero {zero}: choose from {', '.join(map(str, LEVELS))}"
+    elif size == 1 and dp > 1:
+        yield "--zero-shard-size 1 shards over nobody; give --zero 0, or a divisor of dp above 1"
     elif size and dp % size:
         yield (
             f"--zero-shard-size {size} does not divide dp {dp} (shard groups are of one size)"

@@ -82,8 +82,8 @@ class TrainConfig:
     muon_momentum: float = option(0.95, "Muon: decay of the momentum.", metavar="X")
     offload_optimizer: bool = option(
         False,
-        "Keep master weights and moments in the host's pinned memory; each is on the GPU while it "
-        "is updated.",
+        "Keep moments, and master weights that are not the weights themselves, in the host's "
+        "pinned memory; each is on the GPU while it is updated.",
     )
     weight_decay: float = option(0.1, "Decoupled weight decay; norm weights get none.", metavar="X")
     adam_beta1: float = option(0.9, "AdamW: decay of the first moment.", metavar="X")
@@ -102,8 +102,8 @@ class TrainConfig:
     post_validation: bool = option(
         False,
         "Begin the next step before all pipeline ranks know the gradient norm, as if nothing were "
-        "to clip; a step begun wrongly is done again. Optimizer state per parameter: 24 bytes, not "
-        "12, in bf16 and fp16; 24, not 8, in fp32.",
+        "to clip; a step begun wrongly is done again. Keeps a second copy of master weights and "
+        "moments, in fp32 master weights of their own too.",
     )
     precision: str = option(
         "auto",

@@ -109,9 +109,9 @@ def _rank_estimate(config: Config, specs: Sequence[StageSpec], order: Order) -> 
         each = 2 * width + 3 * full if config.parallel.device == "cpu" else width
         logits = tokens * columns * each
     states, host = _state_bytes(config, specs, trained) // config.parallel.shard_size, 0
-    if train.offload_optimizer and trained:
+    if train.offload_optimizer and trained and config.parallel.device != "cpu":
         largest = max(_bucket_sizes(config, specs), default=0)
-        states, host = min(states, 2 * states * largest // trained), states
+        states, host = min(states, 2 * states * largest // trained), _pinned(config, trained)
     return RankEstimate(
         parameters=parameters,
         weights=width * _weights(config, specs, parameters),
@@ -220,6 +220,15 @@ def _state_bytes(config: Config, specs: Sequence[StageSpec], trained: int) -> in
     if config.train.optimizer == "muon":  # one moment of matrices of layers
         states -= BYTES[of.moments] * _trained_in_layers(config, specs)
     return states
+
+
+def _pinned(config: Config, trained: int) -> int:
+    """Of the host's memory for optimizer states that are offloaded: torch rounds the block of each
+    kind up to a power of two."""
+    of, owned = precisions(config.train), trained // config.parallel.shard_size
+    masters = [of.master] if of.master != of.weights else []
+    blocks = [BYTES[kind] * owned for kind in (of.moments, of.moments, *masters)]
+    return sum(1 << (block - 1).bit_length() for block in blocks)
 
 
 def _trained_in_layers(config: Config, specs: Sequence[StageSpec]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,17 +21,16 @@ from typing import TYPE_CHECKING, NoReturn
 import megalite
 from megalite import cli, report
 from megalite.check import check
+from megalite.check_memory import host_memory
 from megalite.config import Config, resolve_device
 from megalite.config_file import to_toml
 from megalite.effects import notes
 from megalite.errors import ConfigError
-from megalite.estimate import rank_estimates
 from megalite.parallel.environment import World
 from megalite.pipeline.text import plan_text
 from megalite.planning.choice import choose_by_estimate, has_choice, table, without_choice
 from megalite.program import Program, checked
 from megalite.run_plan import is_file, plan_facts, run_plan
-from megalite.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +105,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     from megalite.data.splits import of_epochs, open_samples
     from megalite.parallel.devices import choose_device, require_kernels
     from megalite.parallel.launch import Prepared
+    from megalite.parallel.machine import free_host_bytes
     from megalite.tokenizer.choose import open_tokenizer
 
     problems: list[str] = []
@@ -115,7 +115,9 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         require_kernels(device, [resolve_device(config, device).train.precision], machine)
     except ConfigError as error:
         problems += error.violations
-    problems += _beyond_host_memory(config, device, machine)
+    if device == "cuda":
+        known = resolve_device(config, device)
+        problems += host_memory(known, machine.local_size, free_host_bytes())
     folder = Path(config.run.runs) / config.run.name
     if config.run.name and folder.exists():
         problems.append(_taken(config.run.name, folder))
@@ -129,31 +131,12 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         problems += error.violations
     if problems:
         raise ConfigError(problems)
-    told = notes(config, command.given)
+    told = notes(resolve_device(config, device), command.given)
     data = record_of(mixture, tokenizer.fingerprint)
     job = partial(_train, mixture=mixture, data=data, device_line=why, told=told)
     facts = {"corpus": mixture.fingerprint, "tokenizer": tokenizer.fingerprint}
     facts |= plan_facts(config)
     return Prepared(resolve_device(config, device), job, facts, _claim_folder)
-
-
-def _beyond_host_memory(config: Config, device: str, machine: Machine) -> Iterator[str]:
-    """What `--offload-optimizer` asks of this machine, if that is more than it has."""
-    from megalite.parallel.machine import free_host_bytes
-
-    free = free_host_bytes()
-    if device != "cuda" or not config.train.offload_optimizer or free is None:
-        return
-    config = without_choice(resolve_device(config, device))
-    if has_choice(config):
-        config = choose_by_estimate(config).config
-    needed = machine.local_size * max(rank.host for rank in rank_estimates(config))
-    if needed > free:
-        yield (
-            f"--offload-optimizer: {counted(machine.local_size, 'rank')} on this machine would "
-            f"pin {needed / 2**30:.1f} GiB of its memory, of which {free / 2**30:.1f} GiB are "
-            "free; give more --dp over more machines, or leave it out"
-        )
 
 
 def _claim_folder(config: Config) -> Config:
@@ -214,7 +197,7 @@ def _train(
     record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
         result = trainer.fit(log)
-        measured = _measured_memory(rank)
+        measured = _measured_memory(rank, trainer.config)
         sample = _sample(trainer)
         if config.run.save_weights:
             trainer.save(folder / "weights")
@@ -232,15 +215,15 @@ def _choose_schedule(
     World rank 0 compares and tells the others; their text is empty.
     """
     from megalite.data.loader import Loader
+    from megalite.layers.dtypes import weights_dtype
     from megalite.planning.measure import measure_costs
     from megalite.planning.shared import choose_on_first_rank, memory_limit
-    from megalite.trainer import DTYPES
 
     config, groups = rank.config, rank.groups
     groups.activity.enter("measuring what the model's parts cost")
     loader = Loader(config, samples[0], samples[1], groups.dp, rank.device)
     micro_batch = loader.train_batch(0).micro_batches[0]
-    dtype = DTYPES[config.train.precision]
+    dtype = weights_dtype(config)
     costs = measure_costs(config, groups, rank.device, dtype, micro_batch)
     limit = memory_limit(config, groups, rank.device)
     groups.activity.enter("choosing a schedule on rank 0")
@@ -282,19 +265,19 @@ def _open_run(
 
 def _back_ends(config: Config, device: torch.device) -> dict[str, str]:
     """Operation to what serves it, of the operations of this run."""
+    from megalite.layers.dtypes import weights_dtype
     from megalite.layers.sdpa import attention_back_end, has_softmax
-    from megalite.trainer import DTYPES
     from megalite_kernels import back_ends
 
-    served = back_ends(device, DTYPES[config.train.precision])
+    served = back_ends(device, weights_dtype(config))
     if not has_softmax(config):
         del served["softmax"]
     return {"attention": attention_back_end(config, device), **served}
 
 
-def _measured_memory(rank: Rank) -> str:
+def _measured_memory(rank: Rank, config: Config) -> str:
     """What training took beside what was predicted; all ranks call it. Nothing on a CPU, whose
-    memory holds the program and its libraries too."""
+    memory holds the program and its libraries too. The schedule is the one that was chosen."""
     import torch
 
     from megalite.metrics import peak_memory_bytes
@@ -307,7 +290,7 @@ def _measured_memory(rank: Rank) -> str:
     pp.all_reduce(peaks)
     for group in (rank.groups.tp, rank.groups.dp):
         group.all_reduce(peaks, maximum=True)
-    return report.memory(without_choice(rank.config), [int(each) for each in peaks.tolist()])
+    return report.memory(config, [int(each) for each in peaks.tolist()])
 
 
 def _sample(trainer: Trainer) -> tuple[str, str] | None:

@@ -88,8 +88,9 @@ def opening(
 
 def levels(config: Config) -> str:
     """Memory of the rank that needs most under each ZeRO level; nothing to say with one data rank,
-    or with `--post-validation`, which shards nothing."""
-    if config.parallel.dp == 1 or config.train.post_validation:
+    or with `--post-validation` of several pipeline ranks, which shards nothing."""
+    parallel = config.parallel
+    if parallel.dp == 1 or (config.train.post_validation and parallel.pp > 1):
         return ""
     lines = [
         f"ZeRO over {config.parallel.zero_shard_size or config.parallel.dp} data ranks, memory of "
@@ -199,10 +200,13 @@ def _by_name(config: Config) -> str:
         for name, treatment in given.items()
         for phrase, is_asked in (
             ("frozen", treatment.frozen),
-            (f"lr x {treatment.lr_scale:g}", treatment.lr_scale != plain[name].lr_scale),
+            (
+                f"lr x {treatment.lr_scale:g}",
+                not treatment.frozen and treatment.lr_scale != plain[name].lr_scale,
+            ),
             (
                 f"weight decay {treatment.weight_decay:g}",
-                treatment.weight_decay != plain[name].weight_decay,
+                not treatment.frozen and treatment.weight_decay != plain[name].weight_decay,
             ),
         )
         if is_asked

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from megalite.data.loader import Loader
 from megalite.data.samples import Samples
 from megalite.estimate import fixed_bytes
 from megalite.layers.batch import MicroBatch
-from megalite.layers.shard import freeze, initialize
+from megalite.layers.dtypes import DTYPES, weights_dtype
+from megalite.layers.shard import draw, freeze
 from megalite.metrics import DelayedScalars, Reading, RunLog
 from megalite.models.llama import LlamaStage
 from megalite.models.stage import stage_specs
@@ -42,16 +43,6 @@ from megalite.planning.shared import memory_limit
 from megalite.precisions import precisions
 from megalite.run_plan import is_file, run_plan
 from megalite.treatment import frozen_names, treatments
-
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "bf16": torch.bfloat16,
-        "fp16": torch.float16,
-        "fp32": torch.float32,
-        "fp64": torch.float64,
-        "bf16-pure": torch.bfloat16,
-    }
-)
 
 MEASURED_STEPS = (2, 3)
 """By the costs of their actions messages and weight gradients are placed from then on; 1 is the
@@ -102,7 +93,7 @@ class Trainer:
         self._limit: float | None = None
         if self._splits_backwards():
             self._limit = memory_limit(config, groups, device) - max(fixed_bytes(config))
-        dtype = DTYPES[config.train.precision]
+        dtype = weights_dtype(config)
         # A batch that grows has more micro-batches later.
         self._plans: dict[int, Plan] = {}
         self._programs: dict[int, Program] = {}
@@ -113,8 +104,9 @@ class Trainer:
         frozen = frozen_names(config)
         for spec in stage_specs(config):
             if plan.stage_rank[spec.stage] == groups.pp.rank:
-                stage = LlamaStage(config, spec, tp=groups.tp, dtype=dtype, device=device)
-                initialize(stage, config.train.seed)
+                stage = LlamaStage(
+                    config, spec, tp=groups.tp, dtype=dtype, device=device, without_values=True
+                )
                 freeze(stage, frozen)
                 self.stages[spec.stage] = stage
         self._last_stage = self.stages.get(plan.num_stages - 1)
@@ -127,6 +119,7 @@ class Trainer:
             shards_gradients=level >= 2,
             shards_weights=level >= 3,
             reduce_dtype=DTYPES[precisions(config.train).reduction],
+            draw=partial(draw, seed=config.train.seed),
         )
         self.executor = Executor(self.stages, groups, self.flat)
         loss_scale = make_loss_scale(config, device)
@@ -310,7 +303,7 @@ class Trainer:
         The order of gradients on each stage stays, so every sum does: the numbers do not change.
         """
         self._activity.enter("planning by measured costs")
-        dtype = DTYPES[self.config.train.precision]
+        dtype = weights_dtype(self.config)
         message = measure_message(self.config, self.groups, self.device, dtype)
         recorder = self.executor.recorder
         self._costs = recorded_costs(recorder, self.groups, self._costs, message)

@@ -24,6 +24,7 @@ from megalite.data.loader import Loader
 from megalite.data.mixture import Mixture
 from megalite.data.splits import open_samples
 from megalite.estimate import rank_estimates
+from megalite.layers.dtypes import weights_dtype
 from megalite.layers.sdpa import fastest_attention
 from megalite.metrics import Reading, RunLog, peak_memory_bytes
 from megalite.parallel.group import AxisGroup
@@ -36,7 +37,7 @@ from megalite.planning.choice import table
 from megalite.planning.measure import measure_costs
 from megalite.planning.shared import choose_on_first_rank, memory_limit
 from megalite.run_plan import AUTO
-from megalite.trainer import DTYPES, Trainer
+from megalite.trainer import Trainer
 from schedule_bench import executor
 from schedule_bench.case import ALONE, FIRST_TIMED, Case
 from schedule_bench.figures import figures
@@ -180,7 +181,7 @@ def _chosen(
     """What `--schedule auto` takes, as `megalite.pretrain` chooses it."""
     train, valid, _ = open_samples(config, mixture)
     micro_batch = Loader(config, train, valid, groups.dp, device).train_batch(0).micro_batches[0]
-    dtype = DTYPES[config.train.precision]
+    dtype = weights_dtype(config)
     costs = measure_costs(config, groups, device, dtype, micro_batch)
     limit = memory_limit(config, groups, device)
     best, choices = choose_on_first_rank(config, costs, limit, groups, device)
@@ -241,7 +242,7 @@ MESSAGES = "messages"
 def _call_s(pp: PipelineGroup, device: torch.device, config: Config) -> float:
     """Host time of a call that sends or receives the hidden states of a micro-batch [s]."""
     shape = (config.model.seq_length, config.train.micro_batch_size, config.model.hidden_size)
-    hidden = torch.zeros(shape, dtype=DTYPES[config.train.precision], device=device)
+    hidden = torch.zeros(shape, dtype=weights_dtype(config), device=device)
     calls = TimedCalls()
     with calls.of(pp):
         for _ in range(CALLS):

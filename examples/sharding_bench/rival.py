@@ -83,6 +83,3 @@ class FullyShardTrainer:
         self._optimizer.zero_grad()
         loss = self._dp.all_reduce(total) / self._dp.size
         return torch.stack([norm.double(), loss])
-
-    def release(self) -> None:
-        """Nothing is held elsewhere."""

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalite.config import Config
 from megalite.layers.batch import Documents
+from megalite.layers.dtypes import weights_dtype
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
@@ -96,19 +97,13 @@ def attention_back_end(config: Config, device: torch.device) -> str:
     if device.type != "cuda":
         return "torch SDPA"
     model, tp = config.model, config.parallel.tp
-    dtype = {
-        "bf16": torch.bfloat16,
-        "fp16": torch.float16,
-        "fp32": torch.float32,
-        "fp64": torch.float64,
-        "bf16-pure": torch.bfloat16,
-    }
+    dtype = weights_dtype(config)
     if config.data.reset_attention_mask:
-        varlen = _has_varlen(device, dtype[config.train.precision])
+        varlen = _has_varlen(device, dtype)
         return "torch varlen, flash" if varlen else "torch SDPA with a mask"
     heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_kv_heads // tp)
     q, kv = (
-        torch.empty(1, n, 128, model.head_dim, dtype=dtype[config.train.precision], device=device)
+        torch.empty(1, n, 128, model.head_dim, dtype=dtype, device=device)
         for n in (heads, kv_heads)
     )
     params = cuda.SDPAParams(q, kv, kv, None, 0.0, True, heads != kv_heads)

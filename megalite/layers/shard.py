@@ -95,21 +95,35 @@ def freeze(module: nn.Module, names: Collection[str]) -> None:
 
 @torch.no_grad()
 def initialize(module: nn.Module, seed: int) -> None:
-    """Draw the initial values; they depend on (seed, tensor name, element), not on the layout."""
+    """Draw the initial values of all parameters."""
     for parameter, shard in named_shards(module):
-        parameter.zero_()
-        for piece in shard.pieces:
-            target = piece.of(parameter)
-            if shard.init_std is None:
-                target.fill_(1.0)
-                continue
-            cut = range(piece.start, piece.start + piece.length)
-            rows, columns = piece.shape
-            values = normal_slice(
-                make_key(seed, piece.name),
-                (rows, columns),
-                cut if piece.dim == 0 else range(rows),
-                cut if piece.dim == 1 else range(columns),
-                parameter.device,
-            )
-            target.copy_(values * shard.init_std)
+        draw(parameter, shard, seed)
+
+
+@torch.no_grad()
+def draw(parameter: nn.Parameter, shard: Shard, seed: int) -> None:
+    """Give a parameter its initial values; they depend on (seed, tensor name, element), not on the
+    layout."""
+    parameter.zero_()
+    for piece in shard.pieces:
+        target = piece.of(parameter)
+        if shard.init_std is None:
+            target.fill_(1.0)
+            continue
+        cut = range(piece.start, piece.start + piece.length)
+        rows, columns = piece.shape
+        values = normal_slice(
+            make_key(seed, piece.name),
+            (rows, columns),
+            cut if piece.dim == 0 else range(rows),
+            cut if piece.dim == 1 else range(columns),
+            parameter.device,
+        )
+        target.copy_(values * shard.init_std)
+
+
+def hollow(module: nn.Module) -> nn.Module:
+    """The module, its parameters' memory given back: they keep shape, precision and device."""
+    for parameter in module.parameters():
+        parameter.untyped_storage().resize_(0)
+    return module

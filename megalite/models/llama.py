@@ -35,6 +35,7 @@ from megalite.layers.linear import ColumnParallelLinear, Output
 from megalite.layers.mlp import MLP
 from megalite.layers.norm import AddRMSNorm, RMSNorm
 from megalite.layers.rope import rope_tables
+from megalite.layers.shard import hollow
 from megalite.layers.weight_gradients import WeightGradients
 from megalite.models.stage import LayerPart, StageSpec
 from megalite.parallel.tensor import TensorGroup
@@ -115,6 +116,10 @@ class DecoderLayer(nn.Module):
         return hidden_dropout(x, self.dropout, place, f"layer {self.part.layer} {block}", first)
 
 
+def _hollow_layer(*args: Any, **kwargs: Any) -> nn.Module:
+    return hollow(DecoderLayer(*args, **kwargs))
+
+
 class LlamaStage(nn.Module):
     """The embedding, layers, norm and head that one pipeline stage owns.
 
@@ -122,6 +127,8 @@ class LlamaStage(nn.Module):
         config: the run.
         spec: what the stage owns.
         tp, dtype, device: as in `Attention`.
+        without_values: parameters have no memory yet, as `hollow` leaves them; no more than a layer
+            is allocated at a time.
 
     Attributes:
         weight_gradients: of its layers, where a schedule computes them later.
@@ -138,6 +145,7 @@ class LlamaStage(nn.Module):
         tp: TensorGroup,
         dtype: torch.dtype,
         device: torch.device,
+        without_values: bool = False,
     ):
         super().__init__()
         model = config.model
@@ -156,8 +164,9 @@ class LlamaStage(nn.Module):
                 init_std=model.init_method_std,
                 **where,
             )
+        layer = _hollow_layer if without_values else DecoderLayer
         self.layers = nn.ModuleList(
-            DecoderLayer(config, part, weight_gradients=self.weight_gradients, **where)
+            layer(config, part, weight_gradients=self.weight_gradients, **where)
             for part in spec.parts
         )
         if spec.has_head:
@@ -177,6 +186,8 @@ class LlamaStage(nn.Module):
             )
         if model.tie_embeddings:
             self._tie()
+        if without_values:
+            hollow(self)
         cos, sin = rope_tables(model, model.seq_length, dtype, device)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

@@ -10,8 +10,9 @@ passed on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ from megalite.parallel.groups import ParallelGroups
 from megalite.pipeline.actions import Use
 from megalite_kernels.products import accumulate_product_
 
+Draw = Callable[[nn.Parameter, Shard], None]
+"""Gives a parameter its initial values."""
+
 
 class FlatParameters:
     """The flat buffers of one rank.
@@ -47,6 +51,7 @@ class FlatParameters:
         shards_weights: of matrices too, which are whole only while they are used (ZeRO level 3).
         reduce_dtype: in which gradients travel between data ranks; None: their own.
         bucket_elements: see `BUCKET_ELEMENTS`; with `shards_weights` a bucket is a layer.
+        draw: gives parameters, which have no memory yet, their values; None: they have them.
 
     Attributes:
         slots: of all parameters that ask for a gradient.
@@ -70,6 +75,7 @@ class FlatParameters:
         shards_weights: bool = False,
         reduce_dtype: torch.dtype | None = None,
         bucket_elements: int = BUCKET_ELEMENTS,
+        draw: Draw | None = None,
     ):
         self._shards = groups.dp.shards
         rank, size = self._shards.rank, self._shards.size
@@ -102,7 +108,11 @@ class FlatParameters:
         self._copies = CopySums(self.slots, self.spans, self.own_gradients, groups)
         self._arriving: dict[int, Pending] = {}
         self._hooks: list[RemovableHandle] = []
-        self._wholes, self.own_parameters = self._place_weights(apart=shards_weights)
+        self._wholes, self.own_parameters = self._place_weights(draw, apart=shards_weights)
+        if draw is not None:
+            for parameter, shard in self.frozen:
+                parameter.untyped_storage().resize_(parameter.nbytes)
+                draw(parameter, shard)
         for slot in self.slots:
             hook = slot.parameter.register_post_accumulate_grad_hook(self._take)
             self._hooks.append(hook)
@@ -234,54 +244,61 @@ class FlatParameters:
             self.add(parameter, parameter.grad)
             parameter.grad = None
 
-    def _place_weights(self, *, apart: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def _place_weights(
+        self, draw: Draw | None, *, apart: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Move all parameters into the buckets.
 
         Args:
-            apart: what is gathered has storage of its own, whole and owned.
+            draw: see the class.
+            apart: what is gathered has memory of its own, whole and owned; one bucket at a time is
+                whole here.
 
         Returns:
             The whole buckets, and what this rank owns of them by span.
         """
         new = partial(torch.zeros, dtype=self.dtype, device=self.device)
-        if apart:
-            wholes = [new(bucket.length) for bucket in self._buckets]
-        else:
-            buffer = new(self.length)
-            wholes = [buffer[bucket.start : bucket.stop] for bucket in self._buckets]
-        for bucket, whole in zip(self._buckets, wholes, strict=True):
+        buffer = new(0 if apart else self.length)
+        wholes: list[Tensor] = []
+        owned: list[Tensor] = []
+        for bucket in self._buckets:
+            whole = new(bucket.length) if apart else buffer[bucket.start : bucket.stop]
             for slot in bucket.slots:
                 start = slot.start - bucket.start
                 view = whole[start : start + slot.parameter.numel()].view(slot.parameter.shape)
-                view.copy_(slot.parameter.data)
+                if draw is None:
+                    view.copy_(slot.parameter.data)
                 slot.parameter.data = view
-        if not apart:
-            return wholes, [buffer[span.slice] for span in self.spans]
-        own = [whole.chunk(self._shards.size)[self._shards.rank] for whole in wholes]
-        decays = [bucket.decays for bucket in self._buckets]
-        return wholes, [o.clone() if alone else o for o, alone in zip(own, decays, strict=True)]
+                if draw is not None:
+                    draw(slot.parameter, slot.shard)
+            wholes.append(whole)
+            own = whole.chunk(self._shards.size)[self._shards.rank]
+            if apart and bucket.decays:
+                own = own.clone()
+                whole.untyped_storage().resize_(0)
+            owned.append(own)
+        return wholes, owned if apart else [buffer[span.slice] for span in self.spans]
 
     def _make_gathered(self, stages: Mapping[int, nn.Module]) -> GatheredWeights:
         """Of the matrices' buckets; norm weights, a thousandth of all, stay whole."""
         matrices = [n for n, bucket in enumerate(self._buckets) if bucket.decays]
-        orders: dict[int, list[int]] = {}
-        read_in_backward: set[int] = set()
-        for stage, module in stages.items():
-            orders[stage] = []
-            for layer in module.modules():
-                number = self._bucket_of(layer)
-                if number not in matrices:
-                    continue
-                if isinstance(layer, LINEAR):
-                    read_in_backward.add(number)
-                if orders[stage][-1:] != [number]:
-                    orders[stage].append(number)
+
+        def used(modules: Iterable[nn.Module]) -> list[int]:
+            """Their buckets, in their order."""
+            found = (self._bucket_of(module) for module in modules)
+            return [n for n, _ in groupby(n for n in found if n in matrices)]
+
+        layers = {stage: list(module.modules()) for stage, module in stages.items()}
         return GatheredWeights(
             self._shards,
             {number: self._wholes[number] for number in matrices},
             {number: self.own_parameters[number] for number in matrices},
-            orders,
-            frozenset(matrices) - read_in_backward,
+            {stage: used(modules) for stage, modules in layers.items()},
+            # A lookup in the embedding needs no weights in its backward.
+            {
+                stage: used(m for m in reversed(modules) if isinstance(m, LINEAR))
+                for stage, modules in layers.items()
+            },
         )
 
     def _bucket_of(self, module: nn.Module) -> int | None:

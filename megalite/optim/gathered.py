@@ -29,8 +29,8 @@ class GatheredWeights:
         shards: the shard group.
         wholes: by bucket; their storage is given back here.
         own: what this rank keeps of each, by bucket.
-        orders: of each stage: its buckets in the order in which a forward uses them.
-        only_forward: buckets that backwards don't need.
+        forward, backward: of each stage: its buckets in the order in which a forward uses them, and
+            a backward.
     """
 
     def __init__(
@@ -38,15 +38,11 @@ class GatheredWeights:
         shards: AxisGroup,
         wholes: Mapping[int, Tensor],
         own: Mapping[int, Tensor],
-        orders: Mapping[int, Sequence[int]],
-        only_forward: frozenset[int],
+        forward: Mapping[int, Sequence[int]],
+        backward: Mapping[int, Sequence[int]],
     ):
         self._shards, self._wholes, self._own = shards, wholes, own
-        self._forward = orders
-        self._backward = {
-            stage: [n for n in reversed(order) if n not in only_forward]
-            for stage, order in orders.items()
-        }
+        self._forward, self._backward = forward, backward
         self._bytes = {number: whole.nbytes for number, whole in wholes.items()}
         self._there: dict[int, Pending] = {}
         self._current: int | None = None

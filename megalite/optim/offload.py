@@ -21,22 +21,36 @@ Home = tuple[Tensor, ...]
 """The states of one span, in the host's memory, each of its length or empty."""
 
 
-def to_host(state: Tensor) -> Tensor:
-    """A copy in the host's memory, pinned if it comes from a GPU.
+class HostMemory:
+    """A block of the host's memory for all states of one kind, pinned for a GPU.
+
+    One block, because torch rounds each up to a power of two.
+
+    Args:
+        length: elements of all of them.
+        dtype: of each.
+        device: where they come from.
 
     Raises:
         ConfigError: there is not so much memory that can be pinned.
     """
-    if not state.is_cuda:
-        return state.clone()
-    try:
-        return torch.empty(state.shape, dtype=state.dtype, pin_memory=True).copy_(state)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"--offload-optimizer: {state.nbytes / 2**20:.0f} MiB more of the host's memory can't "
-            f"be pinned ({str(error).splitlines()[0]}); give more --dp, raise the limit (ulimit "
-            "-l), or leave it out"
-        ) from error
+
+    def __init__(self, length: int, dtype: torch.dtype, device: torch.device):
+        self._taken = 0
+        gib = length * dtype.itemsize / 2**30
+        try:
+            self._block = torch.empty(length, dtype=dtype, pin_memory=device.type == "cuda")
+        except RuntimeError as error:
+            raise ConfigError(
+                f"--offload-optimizer: {gib:.1f} GiB more of the host's memory can't be pinned "
+                f"({str(error).splitlines()[0]}); give more --dp, raise the "
+                "limit (ulimit -l), or leave it out"
+            ) from error
+
+    def keep(self, state: Tensor) -> Tensor:
+        """A copy of one of them."""
+        begin, self._taken = self._taken, self._taken + len(state)
+        return self._block[begin : self._taken].copy_(state)
 
 
 class Offloaded:

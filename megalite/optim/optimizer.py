@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from megalite.optim.adamw import AdamW
 from megalite.optim.flat import FlatParameters
 from megalite.optim.host_flag import HostFlag
 from megalite.optim.muon import Muon
-from megalite.optim.offload import Home, Offloaded, to_host
+from megalite.optim.offload import Home, HostMemory, Offloaded
 from megalite.optim.rule import Owned, Rule, Step
 from megalite.optim.scaler import LossScale
 from megalite.optim.segments import segments
@@ -87,7 +88,8 @@ class Optimizer:
     Attributes:
         master, exp_avg, exp_avg_sq: what this rank owns, by `flat.spans`; of an open step, as they
             were before it. A moment that a span's rule doesn't keep is empty. With
-            --offload-optimizer they are in the host's memory, and not to be read before `validate`.
+            --offload-optimizer they are in the host's memory, where the device may read them after
+            `validate`; the host has to wait for the device first.
         steps: fp32 [], on the device: updates so far, without those skipped.
     """
 
@@ -110,17 +112,21 @@ class Optimizer:
             torch.bfloat16 if name == "bf16" else full for name in (of.master, of.moments)
         )
         self._copies_master = guesses or flat.dtype != of_master
-        keep = to_host if train.offload_optimizer else lambda state: state
         own = flat.own_parameters
-        self.master = [part.to(of_master, copy=guesses) for part in own]
-        if self._copies_master:
-            self.master = [keep(part) for part in self.master]
-        self.exp_avg = [keep(torch.zeros_like(part, dtype=of_moments)) for part in own]
+        self.master = (
+            # One after the other, so that not all of them are on the device at a time.
+            list(map(self._kept(of_master), (part.to(of_master, copy=guesses) for part in own)))
+            if self._copies_master
+            else own
+        )
+        new = partial(torch.zeros_like, dtype=of_moments)
+        self.exp_avg = list(map(self._kept(of_moments), map(new, own)))
         self._rules = _rules(flat, groups, train)
-        self.exp_avg_sq = [
-            keep(torch.zeros_like(part if rule.num_moments == 2 else part[:0], dtype=of_moments))
+        seconds = (
+            part if rule.num_moments == 2 else part[:0]
             for part, rule in zip(own, self._rules, strict=True)
-        ]
+        )
+        self.exp_avg_sq = list(map(self._kept(of_moments), map(new, seconds)))
         rounds = torch.bfloat16 in (of_master, of_moments)
         seed = train.seed if rounds else None
         self._segments = segments(flat.slots, flat.spans, treatments, seed)
@@ -266,10 +272,18 @@ class Optimizer:
             for i in self._order:
                 yield i, self.master[i], self.exp_avg[i], self.exp_avg_sq[i]
             return
+        # It ends first, after it has sent back the last ones.
         visited = self._offloaded.visit(self._homes())
         for here, i in zip(visited, self._order, strict=True):
             exp_avg, exp_avg_sq, *master = here
             yield i, master[0] if master else self.master[i], exp_avg, exp_avg_sq
+
+    def _kept(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """Where states of a kind are from now on: where they are, or in the host's memory."""
+        if not self._train.offload_optimizer:
+            return lambda state: state
+        length = sum(map(len, self._flat.own_parameters))
+        return HostMemory(length, dtype, self._flat.device).keep
 
     def _homes(self) -> list[Home]:
         """What is offloaded, in the order of the update; master weights that are the parameters

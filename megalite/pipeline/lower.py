@@ -99,7 +99,7 @@ def _best_moment(message: _Message, sender: _Rank, receiver: _Rank, costs: Costs
         cost = costs.beside * beside + max(0.0, passes + costs.message - needed)
         if cost < least:
             best, least = moment, cost
-        if not costs.beside * beside:
+        if not costs.beside * beside or passes + costs.message - needed >= least:
             break  # what is later only comes later
     return best
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megalite.config import Config, resolve
 from megalite.estimate import rank_estimates
+from megalite.layers.dtypes import weights_dtype
 from megalite.layers.shard import Piece, initialize
 from megalite.models.llama import LlamaStage
 from megalite.models.stage import stage_specs
@@ -22,7 +23,6 @@ from megalite.optim.muon import Matrix, dealt, orthogonalized
 from megalite.optim.optimizer import Optimizer
 from megalite.optim.scaler import LossScale
 from megalite.parallel.groups import ParallelGroups
-from megalite.trainer import DTYPES
 from megalite.treatment import treatments
 
 CPU = torch.device("cpu")
@@ -94,7 +94,7 @@ class Small:
         self.config = resolve(Config().replace(**{**small, **values}))
         (spec,) = stage_specs(self.config)
         groups = ParallelGroups.solo()
-        dtype = DTYPES[self.config.train.precision]
+        dtype = weights_dtype(self.config)
         stage = LlamaStage(self.config, spec, tp=groups.tp, dtype=dtype, device=CPU)
         initialize(stage, 5)
         self.flat = FlatParameters({0: stage}, groups, bucket_elements=3000)

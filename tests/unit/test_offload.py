@@ -8,14 +8,12 @@ import pytest
 import torch
 from commands import run, violations
 
-from megalite import pretrain
+from megalite.check_memory import host_memory
 from megalite.effects import notes
 from megalite.errors import ConfigError
 from megalite.estimate import rank_estimates
-from megalite.optim import offload
-from megalite.optim.offload import Offloaded
+from megalite.optim.offload import HostMemory, Offloaded
 from megalite.parallel import machine
-from megalite.parallel.machine import Machine
 
 CPU = torch.device("cpu")
 LARGE = "--model llama3-8b --offload-optimizer --precision bf16 --dp 4"
@@ -43,17 +41,14 @@ def test_nothing_to_visit() -> None:
 
 
 def test_memory_that_cannot_be_pinned_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu:
-        is_cuda, shape, dtype, nbytes = True, (4,), torch.float32, 3 * 2**20
-
     def refused(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("CUDA error: out of memory\nmore")
 
     monkeypatch.setattr(torch, "empty", refused)
     with pytest.raises(ConfigError) as caught:
-        offload.to_host(OnGpu())  # type: ignore[arg-type]
+        HostMemory(3 * 2**28, torch.float32, torch.device("cuda"))
     (told,) = caught.value.violations
-    assert told.startswith("--offload-optimizer: 3 MiB more of the host's memory can't be pinned")
+    assert told.startswith("--offload-optimizer: 3.0 GiB more of the host's memory can't be pinned")
     assert "out of memory)" in told
 
 
@@ -62,26 +57,23 @@ def test_the_estimate_moves_states_to_the_host() -> None:
         rank_estimates(run(*words.split()))
         for words in (LARGE, LARGE.replace("--offload-optimizer", ""))
     )
-    assert away.host == here.optimizer and here.host == 0
+    # Of 7.5 GiB each, as pinned memory comes in powers of two.
+    assert here.optimizer / 3 == pytest.approx(7.48 * 2**30, rel=1e-3)
+    assert away.host == 3 * 8 * 2**30 and here.host == 0
     # Two visitors of the largest bucket, the embedding's: 12 bytes of each element over 4 ranks.
     assert away.optimizer == pytest.approx(2 * 12 * 128256 * 4096 / 4, rel=1e-3)
 
 
 @pytest.mark.parametrize(("free", "told"), [(50, True), (100, False), (None, False)])
-def test_more_than_the_host_has_is_refused(
-    monkeypatch: pytest.MonkeyPatch, free: int | None, told: bool
-) -> None:
-    """Four ranks with 22.4 GiB each."""
+def test_more_than_the_host_has_is_refused(free: int | None, told: bool) -> None:
+    """Four ranks with 24 GiB each."""
     have = None if free is None else free * 2**30
-    monkeypatch.setattr(machine, "free_host_bytes", lambda: have)
-    place = Machine(0, 4, 4, 0)
-    found = list(pretrain._beyond_host_memory(run(*LARGE.split()), "cuda", place))
+    found = list(host_memory(run(*LARGE.split(), "--device", "cuda"), 4, have))
     want = (
-        "--offload-optimizer: 4 ranks on this machine would pin 89.7 GiB of its memory, of which "
+        "--offload-optimizer: 4 ranks on this machine would pin 96.0 GiB of its memory, of which "
         "50.0 GiB are free; give more --dp over more machines, or leave it out"
     )
     assert found == ([want] if told else [])
-    assert not list(pretrain._beyond_host_memory(run(*LARGE.split()), "cpu", place))
 
 
 def test_linux_says_what_is_free() -> None:
