@@ -127,7 +127,7 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 MORE: list[dict[str, Any]] = [
     dict(dp=2, freeze=("model.embed_tokens.*", "*.mlp.*", "model.norm.*"), precision="bf16"),
-    dict(dp=2, pp=2, freeze=("model.layers.[01].*", "model.embed_tokens.*"), schedule="zb-h1"),
+    dict(dp=2, pp=2, freeze=("model.layers.0.*", "model.embed_tokens.*"), schedule="zb-h1"),
     dict(dp=2),
     dict(dp=2, tie_embeddings=True),
     dict(dp=2, tp=2, precision="bf16", tie_embeddings=True),
