@@ -211,7 +211,7 @@ FAULTS = {"": no_fault, "update": scale_left_in_the_update, "loss": scale_of_the
 
 
 def exact_job(values: dict[str, Any], scaled: bool, fault: str = "") -> list[Tensor]:
-    """Six steps in fp32, of which the fourth overflows, with a loss scale that moves, or without."""
+    """Six steps in fp32, of which the fourth overflows, with or without a loss scale that moves."""
     trainer = make_trainer(steps=6, lr=1e-2, clip_grad=2.0, **values)
     if scaled:
         scaling = ScalingConfig(0.0, LOSS_SCALE, 1.0, 1, 1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 from dataclasses import astuple, replace
-from itertools import pairwise
 from functools import partial
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -23,8 +23,8 @@ from megalite.estimate import kept_for_weights_bytes
 from megalite.models.stage import StageSpec
 from megalite.optim.flat import FlatParameters
 from megalite.pipeline.actions import Op
-from megalite.pipeline.lower import lower
 from megalite.pipeline.costs import Costs
+from megalite.pipeline.lower import lower
 from megalite.pipeline.schedules import SCHEDULES
 from megalite.planning import shared
 from megalite.planning.block_costs import ModelCosts, estimated_costs
@@ -247,7 +247,7 @@ def replaced_job() -> tuple[bool, bool]:
     getters = (trainer._program, trainer._forward_program)
     before = [get(count).ranks for get in getters]
     skewed = replace(trainer._costs, **SKEWED)
-    with mock.patch.object(trainer_module, "recorded_costs", lambda *_: skewed):
+    with mock.patch.object(trainer_module, "recorded_costs", return_value=skewed):
         trainer.fit(None)
     programs = [get(count) for get in getters]
     follow = all(program == lower(program.plan, skewed) for program in programs)

@@ -1,5 +1,5 @@
-"""Gradients that travel in 16 bits are rounded once on the way and added up in fp32; what is rounded
-by chance is rounded alike on all ranks that have a copy, and in every run."""
+"""Gradients that travel in 16 bits are rounded once on the way and added up in fp32; what is
+rounded by chance is rounded alike on all ranks that have a copy, and in every run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from megalite import verify as verify_program
 from megalite.config import Config, TrainConfig
 from megalite.optim import flat as flat_module
 from megalite.optim import segments
-from megalite.treatment import treatments
 from megalite.optim.buckets import make_buckets
 from megalite.optim.flat import FlatParameters
 from megalite.optim.optimizer import Optimizer
 from megalite.parallel.group import AxisGroup
+from megalite.treatment import treatments
 from megalite.verification.run import Verdict, verify
 from megalite.verification.shrink import shrink
 from megalite_kernels import reference

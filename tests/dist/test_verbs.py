@@ -123,7 +123,7 @@ def test_data_and_pipeline_verbs(pool: RankPool) -> None:
 
 
 def shard_verbs_job(shard_size: int) -> None:
-    """Each rank of a shard group gets its part of what all ranks sum, in place, and passes it on."""
+    """Each rank of a shard group gets its part of all ranks' sum, in place, and passes it on."""
     dp = make_groups(dp=4, zero=1, zero_shard_size=shard_size).dp
     size = shard_size or 4
     assert (dp.shards.size, dp.replicas.size) == (size, 4 // size)
