@@ -8,6 +8,7 @@ rendezvous, so that a job runs exactly what a launched rank runs.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -121,4 +122,7 @@ def _serve(pipe: Connection) -> None:
                 error = traceback.format_exc()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        # What a job leaves in cycles holds gloo's threads, which poll.
+        del job, args
+        gc.collect()
         pipe.send((error, Outcome(value, out.getvalue(), err.getvalue())))

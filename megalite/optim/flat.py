@@ -10,6 +10,7 @@ passed on.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -113,8 +114,17 @@ class FlatParameters:
             for parameter, shard in self.frozen:
                 parameter.untyped_storage().resize_(parameter.nbytes)
                 draw(parameter, shard)
+        # The garbage collector does not see that parameters hold their hooks: one that held this
+        # would keep all buffers and groups for ever.
+        this = weakref.ref(self)
+
+        def take(parameter: Tensor) -> None:
+            flat = this()
+            assert flat is not None, "gradients come while somebody has the buffers"
+            flat._take(parameter)
+
         for slot in self.slots:
-            hook = slot.parameter.register_post_accumulate_grad_hook(self._take)
+            hook = slot.parameter.register_post_accumulate_grad_hook(take)
             self._hooks.append(hook)
         self._linear = [m for s in stages.values() for m in s.modules() if isinstance(m, LINEAR)]
         for module in self._linear:
