@@ -67,7 +67,7 @@ class Offloaded:
                 torch.empty(max(map(len, kind)), dtype=kind[0].dtype, device=device)
                 for kind in zip(*homes, strict=True)
             ]
-            for _ in range(2)
+            for _ in range(min(2, len(homes)))
         ]
         self._way_in = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._way_out = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -131,18 +131,21 @@ def test_states_on_the_host_change_no_bit_and_take_no_memory(optimizer: str) -> 
     for away in (False, True):
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
-        wide = dict(hidden_size=512, ffn_hidden_size=1024, num_layers=6, precision="bf16")
+        # Several buckets: of their states two are on the GPU at a time.
+        wide = dict(hidden_size=1024, ffn_hidden_size=4096, num_layers=8, precision="bf16")
         trainer = make_trainer(CUDA, optimizer=optimizer, offload_optimizer=away, **wide)
         losses = train(trainer, 8)
         trainer.optimizer.validate()
         parts = trainer.optimizer.master, trainer.optimizer.exp_avg
-        found.append([losses, *(trainer.flat.whole(part).tolist() for part in parts)])
+        found.append((losses, [trainer.flat.whole(part).cpu() for part in parts]))
         taken.append(torch.cuda.memory_allocated() - before)
         homes = [state for part in parts for state in part]
         assert all(state.is_pinned() == away and state.is_cuda != away for state in homes)
         trainer.flat.release()
         del trainer, parts, homes
-    assert found[0] == found[1]
+    (losses, states), (losses_away, states_away) = found
+    assert losses == losses_away
+    assert all(map(torch.equal, states, states_away))
     assert taken[1] < 0.8 * taken[0]
 
 
