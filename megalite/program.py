@@ -17,6 +17,7 @@ from megalite import cli
 from megalite.check import check
 from megalite.config import Config, resolve
 from megalite.errors import ConfigError
+from megalite.faults import wrong_faults
 from megalite.parallel.environment import World, detect_world, wrong_variables
 from megalite.parallel.stop import STOPS, ignore_stops, raise_at
 
@@ -124,6 +125,7 @@ def checked(command: cli.Command, world: World | None) -> Config:
         ConfigError: all that is wrong with environment variables, words and values.
     """
     config = resolve(command.config, world.size if world else None)
-    problems = [*wrong_variables(os.environ), *command.problems]
+    asked = [*wrong_variables(os.environ), *wrong_faults(os.environ, config.world_size)]
+    problems = [*asked, *command.problems]
     check(config, world, problems, command.unread, command.given)
     return config
