@@ -10,7 +10,10 @@ class ConfigError(ValueError):
 
     Attributes:
         violations: one sentence each: the flag or file, the value, the rule, the nearest choice.
+        exit_code: of a program that it ends.
     """
+
+    exit_code = 2
 
     def __init__(self, violations: Sequence[str] | str):
         self.violations = [violations] if isinstance(violations, str) else list(violations)
@@ -26,3 +29,10 @@ class ConfigError(ValueError):
 
 class DataError(ConfigError):
     """A data file cannot be used; the message names it, what was expected and what was found."""
+
+
+class DamagedError(ConfigError):
+    """A checkpoint is damaged or hostile; the message names the file, and the tensor if there is
+    one."""
+
+    exit_code = 3

@@ -148,6 +148,24 @@ class Optimizer:
         self._verdict: tuple[bool, HostFlag] | None = None
 
     @property
+    def has_master(self) -> bool:
+        """Whether master weights are tensors of their own."""
+        return self._copies_master
+
+    def counters(self) -> dict[str, Tensor]:
+        """The small states that all ranks have alike, by name; after `validate`."""
+        spikes = {} if self._spikes is None else self._spikes.state()
+        return {"steps": self.steps, **self.loss_scale.state(), **spikes}
+
+    def restore(self, counters: Mapping[str, Tensor]) -> None:
+        """Take what `counters` gave; those that are not there stay as they are."""
+        if "steps" in counters:
+            self.steps.copy_(counters["steps"])
+        self.loss_scale.restore(counters)
+        if self._spikes is not None:
+            self._spikes.restore(counters)
+
+    @property
     def is_open(self) -> bool:
         """Whether the last step is a guess that has not been validated."""
         return self._open is not None

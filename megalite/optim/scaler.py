@@ -9,6 +9,8 @@ Source: Micikevicius et al., "Mixed precision training", arXiv:1710.03740, secti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,13 @@ class LossScale:
             skip: [], not 0 if its gradients were not finite; equal on all ranks, so that the scale
                 is too.
         """
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next step's scale follows from, by name; nothing of one that stays."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave; without it, from the beginning."""
 
 
 class DynamicLossScale(LossScale):
@@ -77,6 +86,22 @@ class DynamicLossScale(LossScale):
         self.value = doubled.where(grows, halved.where(shrinks, self.value))
         self._finite = finite.where(~grows, 0)
         self._borne = borne.where(~grows, scaling.hysteresis)
+
+    def state(self) -> dict[str, Tensor]:
+        """As of `LossScale`."""
+        return {
+            "loss_scale": self.value,
+            "loss_scale_finite": self._finite,
+            "loss_scale_borne": self._borne,
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """As of `LossScale`."""
+        if self.state().keys() <= state.keys():
+            device = self.value.device
+            self.value = state["loss_scale"].to(device)
+            self._finite = state["loss_scale_finite"].to(device)
+            self._borne = state["loss_scale_borne"].to(device)
 
 
 def make_loss_scale(config: Config, device: torch.device) -> LossScale:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -31,6 +32,16 @@ class SpikeGuard:
         self._deviations = deviations
         # A mean over what is not there yet is NaN, and nothing is larger than NaN.
         self._seen = torch.full((2, window), math.nan, dtype=torch.float64, device=device)
+
+    def state(self) -> dict[str, Tensor]:
+        """What later steps are compared with."""
+        return {"spikes_seen": self._seen}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave; from nothing if the window is another one."""
+        seen = state.get("spikes_seen")
+        if seen is not None and seen.shape == self._seen.shape:
+            self._seen = seen.to(self._seen.device)
 
     def judge(self, figures: Tensor) -> Tensor:
         """Whether a step is a spike; it is seen afterwards.
