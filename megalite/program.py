@@ -71,7 +71,7 @@ class Program:
                 return launch(prepared)
         except ConfigError as error:
             print(error.message(), file=sys.stderr)
-            return 2
+            return error.exit_code
         from megalite.parallel.launch import join
 
         # Whatever is wrong with this rank's flags or files, the others have to know.
