@@ -24,6 +24,7 @@ from megalite.config_model import ModelConfig
 from megalite.config_parallel import ParallelConfig
 from megalite.config_parameters import ParametersConfig
 from megalite.config_scaling import ScalingConfig
+from megalite.config_supervision import SupervisionConfig
 from megalite.errors import ConfigError
 from megalite.option import option
 from megalite.tokenizer.byte import ByteTokenizer
@@ -168,7 +169,7 @@ class Config:
     """One run. Immutable: `replace` returns a changed copy.
 
     Attributes:
-        model, parallel, train, parameters, scaling, data, run: the groups of fields.
+        model, parallel, train, parameters, scaling, data, supervision, run: the groups of fields.
         derived: names of the fields whose values were not given but followed from others.
     """
 
@@ -178,6 +179,7 @@ class Config:
     parameters: ParametersConfig = field(default_factory=ParametersConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     run: RunConfig = field(default_factory=RunConfig)
     derived: frozenset[str] = field(default=frozenset(), compare=False)
 

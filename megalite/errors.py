@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megalite.exit_codes import ExitCode
+
 
 class ConfigError(ValueError):
     """The command, a file or an environment breaks rules; holds all violations at once.
@@ -26,3 +28,19 @@ class ConfigError(ValueError):
 
 class DataError(ConfigError):
     """A data file cannot be used; the message names it, what was expected and what was found."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, for a reason that is no mistake in the program.
+
+    Attributes:
+        code: with which the run ends.
+    """
+
+    def __init__(self, message: str, code: ExitCode):
+        super().__init__(message)
+        self.code = code
+
+    def message(self) -> str:
+        """The text for the terminal."""
+        return f"megalite: {self}"

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import megalite
+from megalite.config import Config
 from megalite.wording import counted
 
 FILE = "events.jsonl"
@@ -64,6 +65,11 @@ class Events:
             # A process that was killed may have left half a line.
             begins = "" if file.tell() == 0 or _ends_a_line(self._path) else "\n"
             file.write((begins + json.dumps(line) + "\n").encode())
+
+
+def events_file(config: Config) -> Path:
+    """Where a run with a name records its events."""
+    return Path(config.run.runs) / config.run.name / FILE
 
 
 def read_events(path: Path) -> list[Event]:

@@ -26,9 +26,12 @@ from megalite.config import Config, resolve_device
 from megalite.config_file import to_toml
 from megalite.effects import notes
 from megalite.errors import ConfigError
+from megalite.events import Events, environment, events_file, goodput, read_events
+from megalite.exit_codes import ExitCode
+from megalite.faults import banner
 from megalite.parallel.environment import World
 from megalite.pipeline.text import plan_text
-from megalite.planning.choice import choose_by_estimate, has_choice, table, without_choice
+from megalite.planning.choice import choose_by_estimate, has_choice, without_choice
 from megalite.program import Program, checked
 from megalite.run_plan import is_file, plan_facts, run_plan
 
@@ -37,10 +40,8 @@ if TYPE_CHECKING:
 
     from megalite.data.mixture import Mixture
     from megalite.data.record import DataRecord
-    from megalite.data.samples import Samples
     from megalite.parallel.launch import Prepared, Rank
     from megalite.parallel.machine import Machine
-    from megalite.pipeline.costs import Costs
     from megalite.trainer import Result, Trainer
 
 PROMPT_TOKENS = 40
@@ -173,12 +174,13 @@ def _taken(name: str, folder: Path) -> str:
 def _train(
     rank: Rank, *, mixture: Mixture, data: DataRecord, device_line: str, told: tuple[str, ...]
 ) -> int:
-    """One rank's whole run: train, sample, save, say how it went; returns 0."""
+    """One rank's whole run: train, sample, save, say how it went; returns its exit code."""
     from contextlib import nullcontext
 
     from megalite.data.splits import open_samples
     from megalite.layers.sdpa import fastest_attention
     from megalite.metrics import RunLog
+    from megalite.planning.measured_choice import choose_by_measuring
     from megalite.trainer import Trainer
 
     config = without_choice(rank.config)
@@ -187,16 +189,24 @@ def _train(
     samples = open_samples(config, mixture)
     costs, chosen = None, ""
     if has_choice(config):
-        config, costs, chosen = _choose_schedule(rank, samples)
+        config, costs, chosen = choose_by_measuring(config, rank.groups, rank.device, samples)
     if first:
         data.write(folder)
         lines = filter(None, (mixture.describe(), samples[0].describe()))
         _open_run(config, "\n".join(lines), rank.device, device_line, told, folder)
+        if injected := banner(os.environ, rank.attempt):
+            print(f"{injected}\n", file=sys.stderr, flush=True)
         print(chosen, end="", flush=True)
-    trainer = Trainer(config, samples, rank.groups, rank.device, costs)
+    trainer = Trainer(config, samples, rank.groups, rank.device, costs, rank.stop, rank.faults)
+    events = Events(events_file(config) if first else None, rank.attempt)
+    device = {"device": rank.device.type, "why": device_line, "ranks": config.world_size}
+    events.write("start", step=0, steps=config.train.steps, **device, **environment())
     record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
-        result = trainer.fit(log)
+        with rank.stop.listening():
+            result = trainer.fit(log, events)
+        if result.stopped:
+            return _stop(rank, result, events)
         measured = _measured_memory(rank, trainer.config)
         sample = _sample(trainer)
         if config.run.save_weights:
@@ -204,34 +214,23 @@ def _train(
         if first:
             assert log is not None
             log.say(_closing(mixture, result, measured, sample, folder, trainer))
-    return 0
+            events.write("end", step=result.steps)
+            log.say(f"\n{goodput(read_events(events_file(config)))}")
+    return ExitCode.DONE
 
 
-def _choose_schedule(
-    rank: Rank, samples: tuple[Samples, Samples, Samples | None]
-) -> tuple[Config, Costs, str]:
-    """The fastest schedule by costs measured here, the costs of its stages, and the comparison.
-
-    World rank 0 compares and tells the others; their text is empty.
-    """
-    from megalite.data.loader import Loader
-    from megalite.layers.dtypes import weights_dtype
-    from megalite.planning.measure import measure_costs
-    from megalite.planning.shared import choose_on_first_rank, memory_limit
-
-    config, groups = rank.config, rank.groups
-    groups.activity.enter("measuring what the model's parts cost")
-    loader = Loader(config, samples[0], samples[1], groups.dp, rank.device)
-    micro_batch = loader.train_batch(0).micro_batches[0]
-    dtype = weights_dtype(config)
-    costs = measure_costs(config, groups, rank.device, dtype, micro_batch)
-    limit = memory_limit(config, groups, rank.device)
-    groups.activity.enter("choosing a schedule on rank 0")
-    best, choices = choose_on_first_rank(config, costs, limit, groups, rank.device)
-    if not choices:
-        return best.config, best.costs, ""
-    heading = "schedules by measured costs, forwards and backwards alone:\n"
-    return best.config, best.costs, heading + table(choices, best, "ms", 1e3) + "\n\n"
+def _stop(rank: Rank, result: Result, events: Events) -> int:
+    """The end of a run that was asked to stop, once nothing is left to write but that."""
+    by = rank.stop.by.name if rank.stop.by else "a signal to another rank"
+    events.write("stop", step=result.steps, why=by, code=ExitCode.STOPPED)
+    if rank.groups.world_rank == 0:
+        steps = rank.config.train.steps
+        print(f"megalite: stopped by {by} after step {result.steps} of {steps}", file=sys.stderr)
+        print(goodput(read_events(events_file(rank.config))), flush=True)
+    # The first rank to leave with a code of its own has the launcher end the others.
+    rank.groups.activity.begin("the end")
+    rank.groups.wait_for_all(rank.device)
+    return ExitCode.STOPPED
 
 
 def _open_run(
@@ -336,7 +335,7 @@ def _closing(
         lines.append(known)
     if measured:
         lines.append(measured)
-    written = ["metrics.jsonl", "config.json", "data.json"]
+    written = ["metrics.jsonl", "events.jsonl", "config.json", "data.json"]
     if is_file(trainer.config.parallel.schedule):
         written.append("plan.txt")
     lines.append("")

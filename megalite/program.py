@@ -54,7 +54,7 @@ class Program:
             argv: flags; default: of this process.
 
         Returns:
-            Exit code: 0 done, 2 bad input, 128 + signal when stopped, else 1.
+            Exit code: the job's, one of `ExitCode`, or 128 + the signal that stopped it at once.
         """
         words = sys.argv[1:] if argv is None else argv
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +16,23 @@ from megalite.data.host_batch import Batch
 from megalite.data.loader import Loader
 from megalite.data.samples import Samples
 from megalite.estimate import fixed_bytes
+from megalite.events import Events
+from megalite.faults import Faults
+from megalite.figures import Figures
+from megalite.injected import flip_a_bit, spoiled
 from megalite.layers.batch import MicroBatch
 from megalite.layers.dtypes import DTYPES, weights_dtype
 from megalite.layers.shard import draw, freeze
-from megalite.metrics import DelayedScalars, Reading, RunLog
+from megalite.metrics import RunLog
 from megalite.models.llama import LlamaStage
 from megalite.models.stage import stage_specs
 from megalite.optim.flat import FlatParameters
 from megalite.optim.lr import learning_rate
 from megalite.optim.optimizer import Optimizer
+from megalite.optim.replicas import check_replicas
 from megalite.optim.scaler import make_loss_scale
 from megalite.parallel.groups import ParallelGroups
+from megalite.parallel.stop import StopRequest
 from megalite.pipeline.actions import Plan, Program
 from megalite.pipeline.check import check_program
 from megalite.pipeline.costs import Costs
@@ -57,11 +62,15 @@ class Result:
     """How a run ended; equal on all ranks.
 
     Attributes:
-        train_loss: of the last step [nats per token].
+        steps: that were taken.
+        stopped: a rank was asked to stop before the last one.
+        train_loss: of the last step taken [nats per token].
         valid_loss: of the last validation, None if there was none.
         test_loss: of the test after training, None if there was none.
     """
 
+    steps: int
+    stopped: bool
     train_loss: float
     valid_loss: float | None
     test_loss: float | None
@@ -77,6 +86,8 @@ class Trainer:
         device: of this rank.
         costs: of the stages, by which messages and weight gradients are placed at first; None:
             estimates.
+        stop: whether this rank is asked to stop after a step; None: nobody asks.
+        faults: what is injected on purpose into this rank; None: nothing.
     """
 
     def __init__(
@@ -86,9 +97,12 @@ class Trainer:
         groups: ParallelGroups,
         device: torch.device,
         costs: Costs | None = None,
+        stop: StopRequest | None = None,
+        faults: Faults | None = None,
     ):
         self.config, self.groups, self.device = config, groups, device
         self._activity = groups.activity
+        self._stop, self._faults = stop or StopRequest(), faults or Faults.none()
         self._costs = costs or stage_costs(config, estimated_costs(config))
         self._limit: float | None = None
         if self._splits_backwards():
@@ -137,8 +151,9 @@ class Trainer:
 
         Returns:
             fp64 on the device: gradient norm before clipping, loss [nats per token]; in fp16 the
-            step's loss scale; with --skip-spikes whether the step was one. Equal on all ranks. Not
-            there before `optimizer.validate` if the step `is_open`.
+            step's loss scale; how many ranks were asked to stop; with --skip-spikes whether the
+            step was one. Equal on all ranks. Not there before `optimizer.validate` if the step
+            `is_open`.
         """
         return self.update(step, self.accumulate(step))
 
@@ -149,18 +164,21 @@ class Trainer:
         loss scale.
 
         Returns:
-            fp64 [1] on the device: the loss, on the last stage's ranks; zero on the others.
+            fp64 [2] on the device: the loss, on the last stage's ranks, zero on the others; and how
+            many of this rank's data ranks were asked to stop.
         """
         self._activity.at("reading samples")
         batch = self.loader.train_batch(step)
+        self._faults.in_step(step + 1)
         self._activity.enter("counting tokens")
         scale = 1.0 / self._global_tokens(batch)
         is_guessed = self.optimizer.is_open  # what the forwards read
-        loss = self._gradients(batch, scale)
-        if self.optimizer.guessed_wrong() and is_guessed:
-            self._activity.enter("computing again what a wrong guess spoilt")
-            loss = self._gradients(batch, scale)
-        return loss
+        with spoiled(self.stages.values(), is_on=self._faults.spoils_gradients(step + 1)):
+            sums = self._gradients(batch, scale)
+            if self.optimizer.guessed_wrong() and is_guessed:
+                self._activity.enter("computing again what a wrong guess spoilt")
+                sums = self._gradients(batch, scale)
+        return sums
 
     def _gradients(self, batch: Batch, scale: Tensor) -> Tensor:
         """Forward and backward of a batch, returned and left behind as by `accumulate`."""
@@ -175,17 +193,22 @@ class Trainer:
         self._activity.enter("summing gradients", self._activity.position)
         self.executor.recorder.enters("gradient sums")
         self.flat.finish_reduction()
-        return self.groups.dp.all_reduce(self._sum(losses)) / loss_scale
+        vote = torch.full_like(loss_scale, self._stop.by is not None, dtype=torch.float64)[None]
+        sums = self.groups.dp.all_reduce(torch.cat([self._sum(losses), vote]))
+        sums[0] /= loss_scale
+        return sums
 
-    def update(self, step: int, loss: Tensor) -> Tensor:
-        """Clip and move the weights by the gradients of `accumulate`; returns as `train_step`."""
+    def update(self, step: int, sums: Tensor) -> Tensor:
+        """Clip and move the weights by the gradients of `accumulate`, which also gave the sums;
+        returns as `train_step`."""
         self._activity.enter("updating weights", self._activity.position)
         self.executor.recorder.enters("optimizer")
-        statistics = loss
+        statistics, votes = sums.split(1)
         if self.config.train.precision == "fp16":
             loss_scale = self.optimizer.loss_scale.value.double()
-            statistics = torch.cat([loss, loss_scale[None] * (self._last_stage is not None)])
-        return self.optimizer.clip_and_step(learning_rate(self.config.train, step), statistics)
+            statistics = torch.cat([statistics, loss_scale[None] * (self._last_stage is not None)])
+        rate = learning_rate(self.config.train, step)
+        return self.optimizer.clip_and_step(rate, statistics, votes)
 
     def validate(self) -> float:
         """Mean loss over the validation samples [nats per token], equal on all ranks."""
@@ -207,7 +230,7 @@ class Trainer:
 
         for number, batch in enumerate(batches, start=1):
             self._activity.begin(f"batch {number} of a {what}")
-            program = self._forward_program(len(batch.micro_batches))
+            program = self.forward_program(len(batch.micro_batches))
             losses = self.executor.run(program, batch.micro_batches, head)
             totals[0] += self._sum(losses)[0]
             if self._last_stage is not None:
@@ -216,86 +239,73 @@ class Trainer:
         total, tokens = totals.tolist()
         return total / max(1.0, tokens)
 
-    @torch.no_grad()
-    def next_token_logits(self, tokens: list[int]) -> Tensor | None:
-        """Logits of the token after `tokens`, through all pipeline and tensor ranks.
-
-        Args:
-            tokens: any number from 1 to the sequence length, the same on all ranks.
-
-        Returns:
-            [V] on the ranks of the last stage, None on the others. Under sequence parallelism the
-            tokens are padded on the right to a multiple of tp, which a causal model does not see.
-        """
-        self._activity.begin("generating text")
-        self.optimizer.validate()
-        last = len(tokens) - 1
-        padding = -len(tokens) % (self.groups.tp.size if self.groups.tp.sequence_parallel else 1)
-        row = torch.tensor([tokens + [0] * padding])
-        documents = self.loader.documents(row.numpy())
-        row = row.to(self.device)
-        mask = torch.ones_like(row, dtype=torch.bool)
-        micro_batch = MicroBatch(row, row, mask, documents=documents)
-
-        def head(logits: Tensor, _: MicroBatch) -> Tensor:
-            return self.groups.tp.start_all_gather(logits[last, 0]).wait()
-
-        results = self.executor.run(self._forward_program(1), [micro_batch], head)
-        return results[0][: self.config.model.vocab_size] if results else None
-
-    def fit(self, log: RunLog | None) -> Result:
-        """Train to the end, with validations on the way and a test behind it.
+    def fit(self, log: RunLog | None, events: Events | None = None) -> Result:
+        """Train to the end, or until a rank is asked to stop: with validations on the way and, at
+        the end, a test.
 
         Args:
             log: on the rank that keeps the record, None on the others.
+            events: likewise, of what happens; None: no record.
+
+        Raises:
+            RunError: on all ranks alike: too many steps in a row were not finite, or replicas
+                differ.
         """
         train = self.config.train
-        scalars = DelayedScalars(self.device)
-        taken: deque[tuple[int, Tensor]] = deque()
+        figures = Figures(self.config, self.device, log, events or Events(None))
         valid_loss = None
-        loss = float("nan")
         traced = traced_steps(self.config.run.trace_steps)
         measured = MEASURED_STEPS if self.groups.pp.size > 1 else ()
-
-        def record(step: int, reading: Reading | None) -> None:
-            nonlocal loss
-            if reading is not None:
-                loss = reading.values[1]
-                if log is not None:
-                    log.step(step, reading, learning_rate(train, step - 1))
-
         for step in range(1, train.steps + 1):
-            self._activity.begin(f"step {step}", is_step=True)
+            self._activity.begin(f"step {step}", "step")
             if step in (*traced, *measured):
                 self.optimizer.validate()  # so that no action is recorded twice
                 self.executor.recorder.begin_step(step)
-            scalars.begin()
-            taken.append((step, self.train_step(step - 1)))
-            scalars.end()
+            figures.begin()
+            figures.end(step, self.train_step(step - 1))
             self.executor.recorder.end_step()
             if measured and step == measured[-1] and step < train.steps:
                 self.plan_by_measured_costs()
-            evaluates = train.eval_interval and step % train.eval_interval == 0
-            if step == train.steps or evaluates:
+            is_last = step == train.steps
+            evaluates = is_last or (train.eval_interval and step % train.eval_interval == 0)
+            if evaluates:
                 self.optimizer.validate()
             self._activity.enter("reading the figures of the step before")
-            # Those of a step that was guessed are there when the next one has validated it.
-            while taken and (len(taken) > 1 or not self.optimizer.is_open):
-                number, statistics = taken.popleft()
-                record(number - 1, scalars.push(statistics))
+            figures.read(is_open=self.optimizer.is_open)
             if traced and step == traced[-1]:
                 self._activity.enter("writing when actions ran")
                 self._write_trace()
-            if step == train.steps or evaluates:
-                record(step, scalars.flush())
-                if train.eval_steps:
-                    valid_loss = self.validate()
-                    if log is not None:
-                        log.validation(step, valid_loss)
+            self._compare_replicas(step)
+            # Known of an earlier step, so that all ranks find it at the same place.
+            stops = figures.is_asked and not is_last
+            if stops or evaluates:
+                self.optimizer.validate()
+                figures.finish()
+            if stops:
+                return Result(step, True, figures.loss, valid_loss, None)
+            if evaluates and train.eval_steps:
+                valid_loss = self.validate()
+                if log is not None:
+                    log.validation(step, valid_loss)
         test_loss = self.test()
         if log is not None and test_loss is not None:
             log.test(train.steps, test_loss)
-        return Result(loss, valid_loss, test_loss)
+        return Result(train.steps, False, figures.loss, valid_loss, test_loss)
+
+    def _compare_replicas(self, step: int) -> None:
+        """See --check-replicas; an injected fault flips a bit just before.
+
+        Raises:
+            RunError: replicas differ.
+        """
+        if self._faults.flips_a_bit(step):
+            self.optimizer.validate()
+            flip_a_bit(self.flat.own_parameters[0])
+        interval = self.config.supervision.check_replicas
+        if interval and step % interval == 0:
+            self.optimizer.validate()
+            self._activity.enter("comparing replicas")
+            check_replicas(step, self.flat, self.optimizer, self.groups.dp)
 
     def plan_by_measured_costs(self) -> None:
         """Place messages and weight gradients anew, by what the recorded steps' actions took.
@@ -323,7 +333,7 @@ class Trainer:
         frozen_bytes = sum(parameter.nbytes for parameter, _ in self.flat.frozen)
         held_bytes = self.flat.length * self.flat.dtype.itemsize + frozen_bytes
         allowance_s = held_bytes / SLOWEST_DISK_BYTES_PER_S
-        self._activity.begin("saving weights", allowance_s=allowance_s)
+        self._activity.begin("saving weights", "checkpoint", allowance_s=allowance_s)
         self.optimizer.validate()
         save_weights(folder, self.flat.whole_parameters(), self.groups)
         self.groups.wait_for_all(self.device)
@@ -375,7 +385,8 @@ class Trainer:
             self._programs[num_micro_batches] = _checked(lower(plan, self._costs))
         return self._programs[num_micro_batches]
 
-    def _forward_program(self, num_micro_batches: int) -> Program:
+    def forward_program(self, num_micro_batches: int) -> Program:
+        """What evaluates so many micro-batches."""
         if num_micro_batches not in self._forward_programs:
             plan = forward_only(num_micro_batches, self._stage_rank)
             self._forward_programs[num_micro_batches] = _checked(lower(plan, self._costs))

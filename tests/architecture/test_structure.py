@@ -19,7 +19,8 @@ LAYERS = [
     {"sampling", "verification", "diagnosis", "program"},
     {"trainer"},
     {"planning", "check", "check_memory"},
-    {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline"}
+    {"figures"},
+    {"metrics", "injected", "report", "estimate", "optim", "checkpoint", "pipeline"}
     | {"check_trace", "schedule_flags"},
     {"effects", "preprocessing", "check_data", "check_pipeline", "check_scaling", "check_sharding"}
     | {"check_parameters", "check_precision"},
@@ -31,6 +32,8 @@ LAYERS = [
     | {
         "config_parameters",
         "config_scaling",
+        "config_supervision",
+        "exit_codes",
         "batch_sizes",
         "option",
         "tokenizer",
@@ -62,7 +65,9 @@ NO_TORCH = [
     "megalite.config_parallel",
     "megalite.config_parameters",
     "megalite.config_scaling",
+    "megalite.config_supervision",
     "megalite.events",
+    "megalite.exit_codes",
     "megalite.faults",
     "megalite.field_values",
     "megalite.near",

@@ -244,7 +244,7 @@ def replaced_job() -> tuple[bool, bool]:
     """Whether the programs at the end follow what was measured, and differ from the first ones."""
     trainer = make_trainer(pp=2, steps=MEASURED_STEPS[-1] + 1, eval_steps=0)
     count = trainer.config.num_micro_batches
-    getters = (trainer._program, trainer._forward_program)
+    getters = (trainer._program, trainer.forward_program)
     before = [get(count).ranks for get in getters]
     skewed = replace(trainer._costs, **SKEWED)
     with mock.patch.object(trainer_module, "recorded_costs", return_value=skewed):
