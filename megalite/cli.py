@@ -46,6 +46,7 @@ _TITLES: Mapping[str, str] = MappingProxyType(
         "parameters": "parameters by name",
         "scaling": "loss scale",
         "data": "data",
+        "supervision": "supervision",
         "run": "run",
     }
 )

@@ -37,7 +37,7 @@ _FOLLOWING = frozenset(
 )
 """Where they are derived they say nothing that others, which are compared, don't."""
 
-_FREE_GROUPS = frozenset({"parallel", "checkpoint", "run"})
+_FREE_GROUPS = frozenset({"parallel", "checkpoint", "supervision", "run"})
 _FREE = frozenset(
     {
         *("model", "make_vocab_size_divisible_by", "micro_batch_size", "precision", "attention"),
