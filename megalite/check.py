@@ -14,6 +14,7 @@ from math import isfinite
 from types import MappingProxyType
 
 from megalite import check_data, check_parameters, check_pipeline, check_precision, check_scaling
+from megalite.check_hf import exported, imported
 from megalite.check_memory import memory
 from megalite.check_sharding import sharding
 from megalite.check_trace import steps_to_trace
@@ -358,6 +359,8 @@ _RULES: tuple[Callable[[Config], Violations], ...] = (
     check_data.fill_in_the_middle,
     _waits,
     steps_to_trace,
+    imported,
+    exported,
     _run,
 )
 

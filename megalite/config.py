@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from megalite.batch_sizes import BatchSizes
+from megalite.config_checkpoint import CheckpointConfig
 from megalite.config_data import DataConfig
 from megalite.config_model import ModelConfig
 from megalite.config_parallel import ParallelConfig
@@ -168,7 +169,7 @@ class Config:
     """One run. Immutable: `replace` returns a changed copy.
 
     Attributes:
-        model, parallel, train, parameters, scaling, data, run: the groups of fields.
+        model, parallel, train, parameters, scaling, data, checkpoint, run: the groups of fields.
         derived: names of the fields whose values were not given but followed from others.
     """
 
@@ -178,6 +179,7 @@ class Config:
     parameters: ParametersConfig = field(default_factory=ParametersConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
     derived: frozenset[str] = field(default=frozenset(), compare=False)
 

@@ -100,6 +100,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         ConfigError: all that is wrong with flags, files or devices.
     """
     config = checked(command, world)
+    from megalite.checkpoint.hugging_face import open_init_from
     from megalite.data.mixture import prepare_mixture
     from megalite.data.record import record_of
     from megalite.data.splits import of_epochs, open_samples
@@ -131,6 +132,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         problems += error.violations
     if problems:
         raise ConfigError(problems)
+    open_init_from(config)
     told = notes(resolve_device(config, device), command.given)
     data = record_of(mixture, tokenizer.fingerprint)
     job = partial(_train, mixture=mixture, data=data, device_line=why, told=told)
@@ -145,11 +147,10 @@ def _claim_folder(config: Config) -> Config:
     Raises:
         ConfigError: the folder exists, or cannot be made.
     """
-    parallel = config.parallel
+    parallel, model = config.parallel, Path(config.model.model).resolve().name
     layout = f"tp{parallel.tp}-pp{parallel.pp}-dp{parallel.dp}"
-    base = config.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.model}-{layout}"
-    name, attempt = base, 1
-    folder = Path(config.run.runs)
+    base = config.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{layout}"
+    name, attempt, folder = base, 1, Path(config.run.runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
@@ -176,6 +177,7 @@ def _train(
     """One rank's whole run: train, sample, save, say how it went; returns 0."""
     from contextlib import nullcontext
 
+    from megalite.checkpoint.hugging_face import export_hf, init_from
     from megalite.data.splits import open_samples
     from megalite.layers.sdpa import fastest_attention
     from megalite.metrics import RunLog
@@ -194,6 +196,7 @@ def _train(
         _open_run(config, "\n".join(lines), rank.device, device_line, told, folder)
         print(chosen, end="", flush=True)
     trainer = Trainer(config, samples, rank.groups, rank.device, costs)
+    init_from(config, trainer.flat, trainer.optimizer, rank.groups)
     record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
         result = trainer.fit(log)
@@ -201,9 +204,9 @@ def _train(
         sample = _sample(trainer)
         if config.run.save_weights:
             trainer.save(folder / "weights")
-        if first:
-            assert log is not None
-            log.say(_closing(mixture, result, measured, sample, folder, trainer))
+        exported = export_hf(config, trainer.flat, trainer.optimizer, rank.groups)
+        if log is not None:
+            log.say(exported + _closing(mixture, result, measured, sample, folder, trainer))
     return 0
 
 

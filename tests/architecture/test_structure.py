@@ -22,13 +22,15 @@ LAYERS = [
     {"metrics", "report", "estimate", "optim", "checkpoint", "pipeline"}
     | {"check_trace", "schedule_flags"},
     {"effects", "preprocessing", "check_data", "check_pipeline", "check_scaling", "check_sharding"}
-    | {"check_parameters", "check_precision"},
+    | {"check_hf", "check_parameters", "check_precision"},
     {"data", "models", "cli"},
-    {"layers", "config_file"},
+    {"layers", "config_file", "model_values"},
     {"parallel", "megalite_kernels", "field_values", "alternatives", "reading"}
     | {"plans", "run_plan", "treatment", "tensor_names", "precisions"},
     {"presets", "megatron_flags", "config", "config_data", "config_model", "config_parallel"}
     | {
+        "config_checkpoint",
+        "hf_config",
         "config_parameters",
         "config_scaling",
         "batch_sizes",
@@ -46,6 +48,7 @@ NO_TORCH = [
     "megalite.batch_sizes",
     "megalite.check",
     "megalite.check_data",
+    "megalite.check_hf",
     "megalite.check_memory",
     "megalite.check_parameters",
     "megalite.check_pipeline",
@@ -55,6 +58,7 @@ NO_TORCH = [
     "megalite.check_trace",
     "megalite.cli",
     "megalite.config",
+    "megalite.config_checkpoint",
     "megalite.config_data",
     "megalite.config_file",
     "megalite.config_model",
@@ -63,6 +67,7 @@ NO_TORCH = [
     "megalite.config_scaling",
     "megalite.faults",
     "megalite.field_values",
+    "megalite.hf_config",
     "megalite.near",
     "megalite.data.__main__",
     "megalite.data.best_fit",
@@ -130,6 +135,7 @@ NO_TORCH = [
     "megalite.preprocessing.run",
     "megalite.preprocessing.tokenizer_flags",
     "megalite.pretrain",
+    "megalite.model_values",
     "megalite.option",
     "megalite.precisions",
     "megalite.program",
@@ -142,6 +148,7 @@ NO_TORCH = [
     "megalite.tokenizer.byte",
     "megalite.tokenizer.choose",
     "megalite.tokenizer.hf",
+    "megalite.tokenizer.hf_files",
     "megalite.tokenizer.null",
     "megalite.tokenizer.sentencepiece",
     "megalite.tokenizer.settings",
