@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,9 @@ from megalite.checkpoint.regions import overlap, whole
 from megalite.checkpoint.tensor_file import Entry, Piece, digest
 from megalite.errors import DamagedError
 
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {name: dtype for dtype, name in DTYPE_NAMES.items()}
+)
 
 
 class Damage(NamedTuple):

@@ -52,6 +52,9 @@ def size(layout: str) -> int:
 def write_model(folder: Path, dtype: torch.dtype, **values: Any) -> Any:
     """A random model of transformers, in several files."""
     torch.manual_seed(11)
+    if int(transformers.__version__.split(".")[0]) < 5 and "rope_parameters" in values:
+        scaling = dict(values.pop("rope_parameters"))
+        values |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
     config = transformers.LlamaConfig(
         vocab_size=261,
         hidden_size=32,
