@@ -14,6 +14,7 @@ from math import isfinite
 from types import MappingProxyType
 
 from megalite import check_data, check_parameters, check_pipeline, check_precision, check_scaling
+from megalite.check_checkpoint import checkpoints
 from megalite.check_hf import exported, imported
 from megalite.check_memory import memory
 from megalite.check_sharding import sharding
@@ -357,6 +358,7 @@ _RULES: tuple[Callable[[Config], Violations], ...] = (
     _order,
     check_data.packing,
     check_data.fill_in_the_middle,
+    checkpoints,
     _waits,
     steps_to_trace,
     imported,

@@ -14,6 +14,8 @@ from megalite.tokenizer.hf_files import flags_of
 def imported(config: Config) -> Iterator[str]:
     """Text for weights that know another tokenizer's numbers would teach them nothing."""
     folder = config.checkpoint.init_from
+    if folder and config.checkpoint.load:
+        yield f"--init-from {folder} and --load {config.checkpoint.load} contradict: give one"
     if not folder or config.data.mock_data or config.data.tokenizer_type != "auto":
         return
     flags = flags_of(Path(folder))

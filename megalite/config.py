@@ -152,7 +152,7 @@ class RunConfig:
     sample_length: int = option(
         120, "Tokens of text generated at the end. 0: none.", metavar="TOKENS"
     )
-    save_weights: bool = option(True, "Write the final weights.")
+    save_weights: bool = option(True, "Without --save: write the final weights.")
     tensorboard: bool | None = option(
         None, "Write TensorBoard scalars. Default: if it is installed."
     )

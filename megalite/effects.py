@@ -195,6 +195,18 @@ _EFFECTS = (
         lambda c: c.parallel.zero != 0 or c.parallel.dp == 1,
         "with --zero 0, which shards nothing",
     ),
+    Effect(
+        ("save_interval", "keep_last"),
+        lambda c: bool(c.checkpoint.save),
+        "without --save",
+    ),
+    Effect(("keep_every",), lambda c: c.checkpoint.keep_last > 0, "without --keep-last"),
+    Effect(("finetune",), lambda c: bool(c.checkpoint.load), "without --load"),
+    Effect(
+        ("allow_change",),
+        lambda c: bool(c.checkpoint.save or c.checkpoint.load),
+        "without --save or --load: there is nothing to differ from",
+    ),
     *map(_read_by, SOMETIMES_READ),
 )
 

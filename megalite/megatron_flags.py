@@ -93,7 +93,7 @@ def chunks_of_layers(config: Config, layers_per_stage: int) -> int:
     return of_rank // layers_per_stage
 
 
-_CHECKPOINTS = "only the final weights are written, to runs/<name>/weights; leave it out"
+_CHECKPOINTS = "checkpoints have one format: safetensors files and a manifest; leave it out"
 _SAMPLES = "lengths are given in steps (--train-iters) or --tokens"
 _SPECIAL_TOKENS = "special tokens are those of the tokenizer's files and --tiktoken-pattern"
 _FRAGMENTS = "fill-in-the-middle cuts whole documents, not parts of them; leave it out"
@@ -231,15 +231,12 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
             ("single",),
         ),
         # Checkpoints, logs
-        "--save": Refused(_CHECKPOINTS),
-        "--load": Refused("training starts from initial weights; leave it out"),
-        "--save-interval": Refused(_CHECKPOINTS),
         "--ckpt-format": Refused(_CHECKPOINTS),
-        "--async-save": Refused(_CHECKPOINTS),
-        "--use-checkpoint-args": Refused("training starts from initial weights; leave it out"),
-        "--finetune": Refused("training starts from initial weights; leave it out"),
-        "--no-load-optim": Refused("training starts from initial weights; leave it out"),
-        "--no-load-rng": Refused("training starts from initial weights; leave it out"),
+        "--auto-detect-ckpt-format": Refused(_CHECKPOINTS),
+        "--use-checkpoint-args": Refused("give the config.json of its run with --config"),
+        "--no-load-rng": Refused(
+            "random numbers follow from --seed and the step; there is no state of theirs"
+        ),
         "--exit-interval": Refused("--train-iters ends a run"),
         "--exit-duration-in-mins": Refused("--train-iters ends a run"),
         "--exit-signal-handler": Refused("SIGTERM stops all ranks at once"),
@@ -261,8 +258,8 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--no-rope-fusion": Refused("which kernel turns positions is chosen at start"),
         "--no-bias-swiglu-fusion": Refused("which kernel runs SwiGLU is chosen at start"),
         "--cross-entropy-loss-fusion": Refused("the cross-entropy has one implementation"),
-        "--no-save-optim": Always("only the weights are written"),
-        "--no-save-rng": Always("only the weights are written"),
+        "--no-save-optim": Refused("a checkpoint is whole; leave --save out for weights alone"),
+        "--no-save-rng": Always("random numbers follow from --seed and the step"),
         "--manual-gc": Refused("Python collects its garbage as it does by default"),
         "--deterministic-mode": Refused("on the CPU every run is deterministic; on GPUs none is"),
     }

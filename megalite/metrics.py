@@ -132,7 +132,7 @@ class RunLog:
     def __init__(self, config: Config, mixture: Mixture, folder: Path, device: torch.device):
         self._config, self._mixture, self._device = config, mixture, device
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
         self._board = _open_tensorboard(config, folder)
         self._peak = peak_flops(device)
         self._bar = sys.stdout.isatty()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ from megalite.parallel.environment import World
 from megalite.pipeline.text import plan_text
 from megalite.planning.choice import choose_by_estimate, has_choice, table, without_choice
 from megalite.program import Program, checked
+from megalite.resume import Candidate, find
+from megalite.resume import problems as not_the_same
 from megalite.run_plan import is_file, plan_facts, run_plan
 
 if TYPE_CHECKING:
@@ -119,9 +121,6 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     if device == "cuda":
         known = resolve_device(config, device)
         problems += host_memory(known, machine.local_size, free_host_bytes())
-    folder = Path(config.run.runs) / config.run.name
-    if config.run.name and folder.exists():
-        problems.append(_taken(config.run.name, folder))
     try:
         tokenizer = open_tokenizer(config.data, config.model.vocab_size)
         mixture = prepare_mixture(config.data, tokenizer)
@@ -132,17 +131,29 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         problems += error.violations
     if problems:
         raise ConfigError(problems)
-    open_init_from(config)
+    facts = {"data": mixture.fingerprint, "tokenizer": tokenizer.fingerprint}
+    found = find(config)
+    if found.candidates:
+        problems = not_the_same(config, facts, found.candidates[0])
+    else:
+        open_init_from(config)
+    if problems:
+        raise ConfigError(problems)
     told = notes(resolve_device(config, device), command.given)
     data = record_of(mixture, tokenizer.fingerprint)
-    job = partial(_train, mixture=mixture, data=data, device_line=why, told=told)
-    facts = {"corpus": mixture.fingerprint, "tokenizer": tokenizer.fingerprint}
-    facts |= plan_facts(config)
-    return Prepared(resolve_device(config, device), job, facts, _claim_folder)
+    job = partial(_train, mixture=mixture, data=data, facts=facts, device_line=why, told=told)
+    claim = partial(_claim_folder, goes_on=bool(config.checkpoint.save and found.candidates))
+    starts = {"start": [str(candidate.folder) for candidate in found.candidates]}
+    told_to_all = {**facts, **plan_facts(config), **starts}
+    return Prepared(resolve_device(config, device), job, told_to_all, claim)
 
 
-def _claim_folder(config: Config) -> Config:
+def _claim_folder(config: Config, *, goes_on: bool) -> Config:
     """Create the run's folder and give the configuration its name.
+
+    Args:
+        config: the run.
+        goes_on: it goes on from a checkpoint, so the folder of its name may be there.
 
     Raises:
         ConfigError: the folder exists, or cannot be made.
@@ -159,6 +170,8 @@ def _claim_folder(config: Config) -> Config:
                 folder.mkdir()
                 return config.derive(name=name)
             except FileExistsError:
+                if config.run.name and goes_on:
+                    return config
                 if config.run.name:
                     raise ConfigError(_taken(name, folder)) from None
                 attempt += 1
@@ -172,15 +185,25 @@ def _taken(name: str, folder: Path) -> str:
 
 
 def _train(
-    rank: Rank, *, mixture: Mixture, data: DataRecord, device_line: str, told: tuple[str, ...]
+    rank: Rank,
+    *,
+    mixture: Mixture,
+    data: DataRecord,
+    facts: Mapping[str, str],
+    device_line: str,
+    told: tuple[str, ...],
 ) -> int:
     """One rank's whole run: train, sample, save, say how it went; returns 0."""
     from contextlib import nullcontext
 
+    import torch.distributed as dist
+
     from megalite.checkpoint.hugging_face import export_hf, init_from
+    from megalite.checkpoint.reader import Checkpoint
     from megalite.data.splits import open_samples
     from megalite.layers.sdpa import fastest_attention
     from megalite.metrics import RunLog
+    from megalite.saving import Saves, nothing, start_point
     from megalite.trainer import Trainer
 
     config = without_choice(rank.config)
@@ -195,19 +218,48 @@ def _train(
         lines = filter(None, (mixture.describe(), samples[0].describe()))
         _open_run(config, "\n".join(lines), rank.device, device_line, told, folder)
         print(chosen, end="", flush=True)
+    rank.groups.activity.begin("start: looking for a checkpoint", patient=True)
+    tell = partial(print, flush=True) if first else nothing
+    start = start_point(config, rank.groups.world_rank, rank.store, tell)
     trainer = Trainer(config, samples, rank.groups, rank.device, costs)
-    init_from(config, trainer.flat, trainer.optimizer, rank.groups)
+    if start is not None:
+        checkpoint = Checkpoint(start.folder, start.manifest)
+        trainer.load(checkpoint, with_optimizer=start.with_optimizer, anew=start.anew)
+        tell(_starts_from(start))
+    else:
+        init_from(config, trainer.flat, trainer.optimizer, rank.groups)
+    saving = partial(Saves, config=config, facts=facts, groups=rank.groups, device=rank.device)
     record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
-        result = trainer.fit(log)
+        tell = log.say if log is not None else nothing
+        saves = None
+        if config.checkpoint.save:
+            path = Path(config.checkpoint.save)
+            saves = saving(path, store=dist.PrefixStore("saves", rank.store), tell=tell)
+            if start is not None and start.folder.parent == path:
+                saves.started_at(start.step)
+        result = trainer.fit(log, 0 if start is None else start.step, saves)
         measured = _measured_memory(rank, trainer.config)
         sample = _sample(trainer)
-        if config.run.save_weights:
-            trainer.save(folder / "weights")
+        if saves is not None:
+            saves.close()
+        elif config.run.save_weights:
+            store = dist.PrefixStore("weights", rank.store)
+            weights = saving(folder / "weights", store=store, weights_only=True)
+            trainer.save(weights)
+            weights.close()
         exported = export_hf(config, trainer.flat, trainer.optimizer, rank.groups)
         if log is not None:
             log.say(exported + _closing(mixture, result, measured, sample, folder, trainer))
     return 0
+
+
+def _starts_from(start: Candidate) -> str:
+    manifest = start.manifest
+    if start.anew:
+        return f"starting from the weights of {start.folder} (step {manifest.step})\n"
+    states = "" if start.with_optimizer else ", with a new optimizer"
+    return f"going on from {start.folder}: step {manifest.step}, {manifest.tokens} tokens{states}\n"
 
 
 def _choose_schedule(
@@ -319,12 +371,11 @@ def _closing(
     folder: Path,
     trainer: Trainer,
 ) -> str:
-    from megalite.checkpoint.weights import missing_files
-
     lines = [""]
     if sample is not None:
         lines += [f"sample, continuing {sample[0]!r}:", sample[1], ""]
-    lines.append(f"final train loss {result.train_loss:.4f} nats per token")
+    if result.train_loss is not None:
+        lines.append(f"final train loss {result.train_loss:.4f} nats per token")
     for which, loss in (("valid", result.valid_loss), ("test", result.test_loss)):
         if loss is not None:
             bits = mixture.bits_per_byte(loss, "test" if which == "test" else "valid")
@@ -343,17 +394,15 @@ def _closing(
     if is_file(trainer.config.parallel.schedule):
         written.append("plan.txt")
     lines.append("")
-    if trainer.config.run.save_weights:
+    save = trainer.config.checkpoint.save
+    if trainer.config.run.save_weights and not save:
         written.append("weights/")
-        missing = missing_files(folder / "weights")
-        if missing:
-            lines.append(
-                f"{missing} weight files are on the disks of other machines: gather them from "
-                f"{folder}/weights there, or give --runs a shared folder"
-            )
     if trainer.config.run.trace_steps:
         written.append("trace/")
-    lines += [f"written to {folder}: {', '.join(written)}", "next:"]
+    lines.append(f"written to {folder}: {', '.join(written)}")
+    if save:
+        lines.append(f"checkpoints in {save}; the same command goes on from the newest")
+    lines.append("next:")
     if trainer.config.run.trace_steps:
         lines.append(f"  {_python()} tools/draw_schedule.py --trace {folder}")
     command = f"  {_python()} -m megalite.pretrain"

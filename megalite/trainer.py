@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.weights import save_weights
+from megalite.checkpoint.reader import Checkpoint
+from megalite.checkpoint.state import load_optimizer, load_weights, start_from_weights
 from megalite.config import Config
 from megalite.data.host_batch import Batch
 from megalite.data.loader import Loader
@@ -42,14 +43,12 @@ from megalite.planning.recorded import recorded_costs
 from megalite.planning.shared import memory_limit
 from megalite.precisions import precisions
 from megalite.run_plan import is_file, run_plan
+from megalite.saving import Saves, limit_s
 from megalite.treatment import frozen_names, treatments
 
 MEASURED_STEPS = (2, 3)
 """By the costs of their actions messages and weight gradients are placed from then on; 1 is the
-first step."""
-
-SLOWEST_DISK_BYTES_PER_S = 5e6
-"""Slower than this, saving is a hang."""
+first step of this start."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,12 @@ class Result:
     """How a run ended; equal on all ranks.
 
     Attributes:
-        train_loss: of the last step [nats per token].
+        train_loss: of the last step [nats per token]; None: all steps had been taken before.
         valid_loss: of the last validation, None if there was none.
         test_loss: of the test after training, None if there was none.
     """
 
-    train_loss: float
+    train_loss: float | None
     valid_loss: float | None
     test_loss: float | None
 
@@ -126,6 +125,7 @@ class Trainer:
         self.optimizer = Optimizer(self.flat, groups, config.train, loss_scale, treatments(config))
         train_samples, valid_samples, self._tested = samples
         self.loader = Loader(config, train_samples, valid_samples, groups.dp, device)
+        self._copied: torch.cuda.Event | None = None
 
     @property
     def last_stage_rank(self) -> int:
@@ -181,6 +181,10 @@ class Trainer:
         """Clip and move the weights by the gradients of `accumulate`; returns as `train_step`."""
         self._activity.enter("updating weights", self._activity.position)
         self.executor.recorder.enters("optimizer")
+        if self._copied is not None:
+            # The weights and states of a step before are being copied for a checkpoint.
+            torch.cuda.current_stream(self.device).wait_event(self._copied)
+            self._copied = None
         statistics = loss
         if self.config.train.precision == "fp16":
             loss_scale = self.optimizer.loss_scale.value.double()
@@ -243,19 +247,44 @@ class Trainer:
         results = self.executor.run(self._forward_program(1), [micro_batch], head)
         return results[0][: self.config.model.vocab_size] if results else None
 
-    def fit(self, log: RunLog | None) -> Result:
+    def load(
+        self, checkpoint: Checkpoint, *, with_optimizer: bool = True, anew: bool = False
+    ) -> None:
+        """Start from a checkpoint of any layout.
+
+        Args:
+            checkpoint: of the same model.
+            with_optimizer: take the optimizer's states too; else they stay as they are.
+            anew: steps and data begin anew.
+        """
+        manifest = checkpoint.manifest
+        if not anew:
+            self.loader.go_on_from(manifest.step, manifest.samples)
+        size = sum(file.num_bytes for file in manifest.files)
+        allowance_s = limit_s(self.config, size)
+        self._activity.begin("loading a checkpoint", allowance_s=allowance_s)
+        load_weights(self.flat, checkpoint)
+        if with_optimizer:
+            load_optimizer(self.flat, self.optimizer, checkpoint)
+        else:
+            start_from_weights(self.flat, self.optimizer, checkpoint)
+        self.flat.wait_for_parameters()
+
+    def fit(self, log: RunLog | None, first_step: int = 0, saves: Saves | None = None) -> Result:
         """Train to the end, with validations on the way and a test behind it.
 
         Args:
             log: on the rank that keeps the record, None on the others.
+            first_step: steps that have been taken already.
+            saves: checkpoints on the way, and one at the end; None: none.
         """
         train = self.config.train
         scalars = DelayedScalars(self.device)
         taken: deque[tuple[int, Tensor]] = deque()
         valid_loss = None
-        loss = float("nan")
-        traced = traced_steps(self.config.run.trace_steps)
-        measured = MEASURED_STEPS if self.groups.pp.size > 1 else ()
+        loss = None
+        traced = [first_step + step for step in traced_steps(self.config.run.trace_steps)]
+        measured = [first_step + step for step in MEASURED_STEPS if self.groups.pp.size > 1]
 
         def record(step: int, reading: Reading | None) -> None:
             nonlocal loss
@@ -264,7 +293,7 @@ class Trainer:
                 if log is not None:
                     log.step(step, reading, learning_rate(train, step - 1))
 
-        for step in range(1, train.steps + 1):
+        for step in range(first_step + 1, train.steps + 1):
             self._activity.begin(f"step {step}", is_step=True)
             if step in (*traced, *measured):
                 self.optimizer.validate()  # so that no action is recorded twice
@@ -288,14 +317,37 @@ class Trainer:
                 self._write_trace()
             if step == train.steps or evaluates:
                 record(step, scalars.flush())
-                if train.eval_steps:
-                    valid_loss = self.validate()
-                    if log is not None:
-                        log.validation(step, valid_loss)
+            if saves is not None:
+                saves.look()
+                if step == train.steps or saves.is_due(step):
+                    self._save(step, saves)
+            if evaluates or step == train.steps:
+                valid_loss = self._validated(step, log)
+        if first_step >= train.steps:
+            valid_loss = self._validated(first_step, log)
         test_loss = self.test()
+        if saves is not None:
+            self._activity.begin("waiting for the last checkpoint", patient=True)
+            saves.finish(is_last=True)
         if log is not None and test_loss is not None:
             log.test(train.steps, test_loss)
         return Result(loss, valid_loss, test_loss)
+
+    def _validated(self, step: int, log: RunLog | None) -> float | None:
+        """The loss of a validation after so many steps; None: there is none."""
+        if not self.config.train.eval_steps:
+            return None
+        loss = self.validate()
+        if log is not None:
+            log.validation(step, loss)
+        return loss
+
+    def _save(self, step: int, saves: Saves) -> None:
+        """Begin to save; the next update waits until the values have been copied."""
+        size = self.flat.length * self.flat.dtype.itemsize
+        self._activity.begin("starting to save", allowance_s=limit_s(self.config, 8 * size))
+        self.optimizer.validate()
+        self._copied = saves.start(step, self.flat, self.optimizer)
 
     def plan_by_measured_costs(self) -> None:
         """Place messages and weight gradients anew, by what the recorded steps' actions took.
@@ -318,15 +370,10 @@ class Trainer:
         schedule = self.config.parallel.schedule
         return not is_file(schedule) and SCHEDULES[schedule].keeps is not None
 
-    def save(self, folder: Path) -> None:
-        """Write the final weights; returns when all ranks have."""
-        frozen_bytes = sum(parameter.nbytes for parameter, _ in self.flat.frozen)
-        held_bytes = self.flat.length * self.flat.dtype.itemsize + frozen_bytes
-        allowance_s = held_bytes / SLOWEST_DISK_BYTES_PER_S
-        self._activity.begin("saving weights", allowance_s=allowance_s)
-        self.optimizer.validate()
-        save_weights(folder, self.flat.whole_parameters(), self.groups)
-        self.groups.wait_for_all(self.device)
+    def save(self, saves: Saves) -> None:
+        """Write what there is at the end of the run; returns when all ranks have."""
+        self._save(self.config.train.steps, saves)
+        saves.finish(is_last=True)
 
     def _write_trace(self) -> None:
         """Write when the actions of the recorded steps ran; one tensor and data rank does."""

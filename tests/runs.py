@@ -16,7 +16,7 @@ from pool import RankPool
 from torch import Tensor
 
 from megalite import pretrain
-from megalite.checkpoint.weights import load_whole_weights
+from megalite.checkpoint.reader import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,16 @@ def read_run(folder: Path, stdout: str = "") -> Run:
         losses=[float(record["loss"]) for record in steps],
         grad_norms=[float(record["grad_norm"]) for record in steps],
         valid_losses=[r["valid_loss"] for r in records if "valid_loss" in r],
-        weights=load_whole_weights(folder / "weights"),
+        weights=read_weights(folder / "weights"),
         stdout=stdout,
     )
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Whole weights by name, of the newest checkpoint in a folder."""
+    checkpoint = Checkpoint.newest(folder)
+    names = [name for name in checkpoint.tensors if not name.startswith("optimizer.")]
+    return {name: checkpoint.whole(name) for name in names}
 
 
 def run_in_pool(pool: RankPool, flags: list[str], world_size: int, runs: Path) -> Run:

@@ -1,0 +1,4 @@
+"""Checkpoints without a layout: safetensors files of slices, and a manifest.
+
+Source of the idea: PyTorch's distributed checkpoints, without their pickle.
+"""

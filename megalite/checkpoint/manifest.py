@@ -1,8 +1,9 @@
 """`manifest.json` of a checkpoint: what it is of, where each slice of each tensor lies. No torch.
 
-Nothing it says is believed before it is checked against itself and against the headers and sizes of
-its files: names are plain file names, slices cover every tensor once, types and shapes are those of
-the files. Only then is memory taken for anything.
+It begins with the digest of all that follows, so that no byte of it changes unseen. Nothing it says
+is believed before it is checked against itself and against headers and sizes of its files: names
+are plain file names, slices cover every tensor once, types and shapes are those of the files. Only
+then is memory taken for anything.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ FORMAT = "megalite checkpoint"
 VERSION = 1
 LONGEST_BYTES = 1 << 30
 ALGORITHM = "sha256 of pieces' sha256"
+_BEGIN = '{{"sha256": "{}",'
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of the file."""
-        return json.dumps(
+        text = json.dumps(
             {
                 "format": FORMAT,
                 "version": VERSION,
@@ -117,6 +120,7 @@ class Manifest:
             },
             indent=1,
         )
+        return _BEGIN.format(sha256(text.encode()).hexdigest()) + text.removeprefix("{")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -148,7 +152,12 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LONGEST_BYTES:
             raise DamagedError(f"{path} has more than {LONGEST_BYTES} bytes: no manifest has")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        begin = _BEGIN.format("0" * 64)
+        rest = "{" + text[len(begin) :]
+        if text[: len(begin)] != _BEGIN.format(sha256(rest.encode()).hexdigest()):
+            raise DamagedError(f"{path} is damaged: its digest is another one")
+        content = json.loads(rest)
     except OSError as error:
         raise DamagedError(f"{path} can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -223,7 +232,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
         found = {entry.name: entry for entry in layout.entries}
         for name in expected.keys() | found.keys():
             if name not in found or name not in expected:
-                where = "the manifest" if name in found else f"{folder / file.name}"
+                where = folder / (NAME if name in found else file.name)
                 raise DamagedError(f"{name!r} is not in {where}")
             dtype, region, shape = expected[name]
             if found[name].dtype != dtype or found[name].shape != file_shape(region, shape):

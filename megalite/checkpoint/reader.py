@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.directory import Directory
 from megalite.checkpoint.manifest import (
+    NAME,
     Manifest,
     StoredFile,
     StoredTensor,
@@ -70,6 +72,22 @@ class Checkpoint:
             DamagedError: there is none, or it is damaged or hostile; see `read_manifest`.
         """
         return cls(folder, read_manifest(folder))
+
+    @classmethod
+    def newest(cls, path: Path) -> Checkpoint:
+        """The newest checkpoint of a folder of them that is not damaged, or the one in a folder.
+
+        Raises:
+            DamagedError: there is none.
+        """
+        if (path / NAME).exists():
+            return cls.open(path)
+        directory, damaged = Directory(path), []
+        for step, wrong in directory.valid_steps():
+            if not wrong:
+                return cls.open(directory.folder(step))
+            damaged.append(wrong)
+        raise DamagedError([f"{path} holds no checkpoint that can be used", *damaged])
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -175,11 +193,6 @@ class _Opened:
 def threads() -> int:
     """As many as this process may use, of those that hash and write."""
     return max(1, min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
-
-
-def state_of(names: Iterable[str], prefix: str) -> Iterator[str]:
-    """Names with a prefix, without it."""
-    return (name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
 
 def _strided(x: Tensor, size: tuple[int, int], stride: int, at: int) -> Tensor:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -56,11 +56,13 @@ class Rank:
         config: the run.
         groups: of this rank.
         device: of this rank.
+        store: in which ranks leave word for each other beside their collectives.
     """
 
     config: Config
     groups: ParallelGroups
     device: torch.device
+    store: dist.Store = field(default_factory=dist.HashStore)
 
 
 Job = Callable[[Rank], int]
@@ -199,7 +201,7 @@ def run_rank(
         except ConfigError as error:
             if claim_report(store):
                 print(error.message(), file=sys.stderr, flush=True)
-            return 2
+            return error.exit_code
         except MissingRanksError as error:
             if world.rank == 0:
                 print(f"megalite: {error}", file=sys.stderr, flush=True)
@@ -237,7 +239,8 @@ def _run_job(
     groups = ParallelGroups.create(config, device, activity)
     watchdog.watch(groups.calls())
     activity.begin("start: building the model")
-    code = prepared.job(Rank(config, groups, device))
+    talk = dist.PrefixStore("job", store.clone())  # type: ignore[attr-defined]
+    code = prepared.job(Rank(config, groups, device, talk))
     activity.begin("the end")
     dist.destroy_process_group()
     return code

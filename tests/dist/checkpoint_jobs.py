@@ -25,6 +25,13 @@ def own_saver(path: Path, **options: object) -> Saver:
     return Saver(path, rank, size, store, torch.device("cpu"), 60.0, **options)
 
 
+def save_weights(trainer: Trainer, path: Path) -> None:
+    """Weights alone, as they are."""
+    saver = own_saver(path)
+    saver.start(0, list(saved_parts(trainer.flat, None, trainer.groups)), {}, 0, 0)
+    saver.finish(is_last=True)
+
+
 def train_and_save(path: Path, steps: int, **values: object) -> int:
     """Train a few steps and save; returns the bytes written by all ranks."""
     trainer = make_trainer(**values)

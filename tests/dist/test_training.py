@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_jobs import save_weights
 from pool import RankPool
-from runs import SMALL, run_in_pool, worst
+from runs import SMALL, read_weights, run_in_pool, worst
 from worlds import make_groups, make_trainer
 
 from megalite import pretrain
-from megalite.checkpoint.weights import load_whole_weights
 from megalite.config import Config, resolve
 from megalite.layers.shard import initialize, named_shards
 from megalite.models.llama import LlamaStage
@@ -27,7 +27,7 @@ from megalite.sampling import generate
 
 
 def save_initial_job(folder: Path, values: dict[str, Any]) -> None:
-    make_trainer(**values).save(folder)
+    save_weights(make_trainer(**values), folder)
 
 
 LAYOUTS: list[dict[str, Any]] = [
@@ -48,7 +48,7 @@ def test_initial_weights_are_bit_identical(
     pool.run(1, save_initial_job, tmp_path / "one", model)
     world = math.prod(layout.get(axis, 1) for axis in ("tp", "pp", "dp"))
     pool.run(world, save_initial_job, tmp_path / "many", layout)
-    one, many = load_whole_weights(tmp_path / "one"), load_whole_weights(tmp_path / "many")
+    one, many = read_weights(tmp_path / "one"), read_weights(tmp_path / "many")
     assert one.keys() == many.keys()
     assert one["model.embed_tokens.weight"].shape[0] == 257, "padding is not saved"
     for name, weight in one.items():

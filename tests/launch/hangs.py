@@ -27,6 +27,7 @@ from megalite.parallel.launch import Prepared, Rank, join, launch, leave
 from megalite.parallel.pipeline import PipelineGroup
 from megalite.pipeline.actions import Action, Op
 from megalite.pipeline.runtime import Executor
+from megalite.saving import Saves
 from megalite.trainer import Trainer
 
 FOREVER_S = 10_000.0
@@ -149,12 +150,10 @@ def extra_collective(patch: Patch, rank: Rank) -> None:
 
 
 def never_saved(patch: Patch, rank: Rank) -> None:
-    import megalite.trainer
-
     def broken(*_: Any) -> None:
         time.sleep(FOREVER_S)
 
-    patch.setattr(megalite.trainer, "save_weights", broken)
+    patch.setattr(Saves, "start", broken)
 
 
 def wrong_order(patch: Patch, rank: Rank) -> None:
