@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from megalite import check_data, check_parameters, check_pipeline, check_precision, check_scaling
 from megalite.check_checkpoint import checkpoints
+from megalite.check_hf import exported, imported
 from megalite.check_memory import memory
 from megalite.check_sharding import sharding
 from megalite.check_trace import steps_to_trace
@@ -364,6 +365,8 @@ _RULES: tuple[Callable[[Config], Violations], ...] = (
     checkpoints,
     _waits,
     steps_to_trace,
+    imported,
+    exported,
     _run,
 )
 

@@ -1,4 +1,5 @@
-"""The command line: generated from `megalite.config`, merged as preset < file < flags.
+"""The command line: generated from `megalite.config`, merged as preset < what
+`--init-from` says of the model < file < flags.
 
 All problems of a command are collected; `megalite.check` adds those of the values and reports them
 together. No torch import.
@@ -36,6 +37,7 @@ from megalite.megatron_flags import (
     Refused,
     With,
 )
+from megalite.model_values import imported_values, starting_values
 from megalite.presets import PRESETS
 
 _TITLES: Mapping[str, str] = MappingProxyType(
@@ -46,6 +48,7 @@ _TITLES: Mapping[str, str] = MappingProxyType(
         "parameters": "parameters by name",
         "scaling": "loss scale",
         "data": "data",
+        "checkpoint": "checkpoints, weights in and out",
         "supervision": "supervision",
         "run": "run",
     }
@@ -93,6 +96,7 @@ def parse(
     specs = {spec.name: spec for spec in fields()}
     flags, given = _flag_values(words, specs, problems)
     file: dict[str, Any] = {}
+    is_whole = False
     if "--config" in words:
         path = Path(words["--config"][0])
         file, is_whole = read_file(path, specs, problems)
@@ -102,12 +106,15 @@ def parse(
                 f"{file.get('model')}, and a file goes before a preset; give one of them",
                 *specs,
             )
-    preset = {**file, **flags}.get("model", specs["model"].default)
-    if preset not in PRESETS:
-        nearest = suggest(preset, PRESETS, every=True)
-        problems.add(f"--model {preset} is not a preset{nearest}", *specs)
+    said = flags if is_whole else {**file, **flags}
+    folder = said.get("init_from", "")
+    imported = imported_values(folder, said, given, problems, specs) if folder else {}
+    model = {**file, **flags}.get("model", folder or specs["model"].default)
+    start = {} if is_whole else starting_values(model, folder, problems, specs)
+    # A file that holds every value holds those of another model, too.
+    below = (file, imported) if is_whole else (imported, file)
     values: dict[str, Any] = {}
-    for layer in (PRESETS.get(preset, {}), file, flags):
+    for layer in (start, {"model": model}, *below, flags):
         _lay_over(values, layer)
     config = _with_following(Config().replace(**values), words, given, problems)
     return Command(
@@ -325,8 +332,8 @@ def _help_parser(
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=100),
         epilog="Megatron-LM's long names are accepted where they mean the same: "
-        "docs/megatron_flags.md. Values: preset < --config file < flags. Defaults are those of "
-        "the preset tiny.",
+        "docs/megatron_flags.md. Values: preset < --init-from < --config file < flags. Defaults "
+        "are those of the preset tiny.",
         usage="%(prog)s [flags]",
     )
     parser._optionals.title = "general"

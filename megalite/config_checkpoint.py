@@ -9,7 +9,7 @@ from megalite.option import option
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints: where they are written, and what a run goes on from."""
+    """Checkpoints: where they are written, what a run goes on from; other weights in and out."""
 
     save: str = option(
         "",
@@ -59,4 +59,19 @@ class CheckpointConfig:
         (),
         "What may differ from the checkpoint's run: names of fields, data, or tokenizer.",
         metavar="NAME,...",
+    )
+    init_from: str = option(
+        "",
+        "Folder of a Hugging Face LLaMA (config.json, *.safetensors), whose weights and model a "
+        "new run begins with.",
+        metavar="DIR",
+    )
+    export_hf: str = option(
+        "", "Folder to write the final weights to as a Hugging Face model.", metavar="DIR"
+    )
+    export_dtype: str = option(
+        "auto",
+        "Precision of --export-hf; fp32 takes the master weights. auto: that of the run's weights "
+        "(fp32 in fp64).",
+        choices=("auto", "bf16", "fp16", "fp32"),
     )

@@ -11,7 +11,12 @@ from megalite.option import option
 class ModelConfig:
     """The model: shape, positions, initial values, dropout."""
 
-    model: str = option("tiny", "Preset that every other value starts from.", metavar="NAME")
+    model: str = option(
+        "tiny",
+        "Preset that every other value starts from; or a folder, for the model of the config.json "
+        "in it (a Hugging Face LLaMA's).",
+        metavar="NAME",
+    )
     num_layers: int = option(4, "Transformer layers of the whole model.", metavar="LAYERS")
     hidden_size: int = option(128, "Width of the residual stream.", metavar="FEATURES")
     num_attention_heads: int = option(4, "Query heads.", metavar="HEADS")

@@ -186,6 +186,11 @@ _EFFECTS = (
         "with --mock-data and --vocab-size, which leave nothing to ask a tokenizer",
     ),
     Effect(
+        ("export_dtype",),
+        lambda c: bool(c.checkpoint.export_hf) or c.checkpoint.export_dtype == "auto",
+        "without --export-hf",
+    ),
+    Effect(
         ("zero_shard_size",),
         lambda c: c.parallel.zero != 0 or c.parallel.dp == 1,
         "with --zero 0, which shards nothing",

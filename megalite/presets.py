@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-_LARGE_RUN: Mapping[str, Any] = MappingProxyType(
+LARGE_RUN: Mapping[str, Any] = MappingProxyType(
     dict(
         micro_batch_size=1,
         global_batch_size=64,
@@ -21,6 +21,7 @@ _LARGE_RUN: Mapping[str, Any] = MappingProxyType(
         eval_interval=250,
     )
 )
+"""How a large model is trained, where nothing else is said."""
 
 
 def _llama2(layers: int, hidden: int, heads: int, ffn: int, kv_heads: int = 0) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def _llama2(layers: int, hidden: int, heads: int, ffn: int, kv_heads: int = 0) -
         ffn_hidden_size=ffn,
         vocab_size=32000,
         seq_length=4096,
-        **_LARGE_RUN,
+        **LARGE_RUN,
     )
 
 
@@ -49,7 +50,7 @@ def _llama3(
         vocab_size=128256,
         seq_length=8192,
         rope_theta=500000.0,
-        **_LARGE_RUN,
+        **LARGE_RUN,
         **extra,
     )
 

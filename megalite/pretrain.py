@@ -98,6 +98,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
         ConfigError: all that is wrong with flags, files or devices.
     """
     config = checked(command, world)
+    from megalite.checkpoint.hugging_face import open_init_from
     from megalite.data.mixture import prepare_mixture
     from megalite.data.record import record_of
     from megalite.data.splits import of_epochs, open_samples
@@ -130,6 +131,8 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     found = find(config)
     if found.candidates:
         problems = not_the_same(config, facts, found.candidates[0])
+    else:
+        open_init_from(config)
     if problems:
         raise ConfigError(problems)
     told = notes(resolve_device(config, device), command.given)
@@ -151,11 +154,10 @@ def _claim_folder(config: Config, *, goes_on: bool) -> Config:
     Raises:
         ConfigError: the folder exists, or cannot be made.
     """
-    parallel = config.parallel
+    parallel, model = config.parallel, Path(config.model.model).resolve().name
     layout = f"tp{parallel.tp}-pp{parallel.pp}-dp{parallel.dp}"
-    base = config.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.model}-{layout}"
-    name, attempt = base, 1
-    folder = Path(config.run.runs)
+    base = config.run.name or f"{datetime.now():%Y%m%d-%H%M%S}-{model}-{layout}"
+    name, attempt, folder = base, 1, Path(config.run.runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while True:
@@ -192,6 +194,7 @@ def _train(
 
     import torch.distributed as dist
 
+    from megalite.checkpoint.hugging_face import export_hf, init_from
     from megalite.checkpoint.reader import Checkpoint
     from megalite.closing import closing, measured_memory, sample_text, starts_from, stop
     from megalite.data.splits import open_samples
@@ -225,6 +228,8 @@ def _train(
         checkpoint, first_step = Checkpoint(start.folder, start.manifest), start.step
         trainer.load(checkpoint, with_optimizer=start.with_optimizer, anew=start.anew)
         tell(starts_from(start))
+    else:
+        init_from(config, trainer.flat, trainer.optimizer, groups)
     events = Events(events_file(config) if first else None, rank.attempt)
     device = {"device": rank.device.type, "why": device_line, "ranks": config.world_size}
     events.write("start", step=first_step, steps=config.train.steps, **device, **environment())
@@ -251,9 +256,10 @@ def _train(
             weights = saving(folder / "weights", store=store, weights_only=True)
             held.callback(weights.close)
             trainer.save(weights)
+        exported = export_hf(config, trainer.flat, trainer.optimizer, groups)
         if first:
             assert log is not None
-            log.say(closing(mixture, result, measured, sample, folder, trainer))
+            log.say(exported + closing(mixture, result, measured, sample, folder, trainer))
             events.write("end", step=result.steps)
             log.say(f"\n{goodput(read_events(events_file(config)))}")
     return ExitCode.DONE

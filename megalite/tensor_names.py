@@ -6,6 +6,7 @@ Names are Hugging Face's. `tests/unit/test_treatment.py` holds them against the 
 from __future__ import annotations
 
 from megalite.config import Config
+from megalite.config_model import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -36,6 +37,37 @@ def parameter_names(config: Config) -> tuple[tuple[str, ...], ...]:
 def tensor_names(config: Config) -> tuple[str, ...]:
     """Every whole tensor, in the order of the forward; a tied head is the embedding."""
     return tuple(name for packed in parameter_names(config) for name in packed)
+
+
+def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every whole tensor's shape, without padding, in the order of the forward.
+
+    Args:
+        model: resolved.
+    """
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    query, key_value = (
+        heads * model.head_dim for heads in (model.num_attention_heads, model.num_kv_heads)
+    )
+    of_layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (model.vocab_size, hidden)}
+    for layer in range(model.num_layers):
+        for part, shape in of_layer.items():
+            shapes[f"model.layers.{layer}.{part}.weight"] = shape
+    shapes[FINAL_NORM] = (hidden,)
+    if not model.tie_embeddings:
+        shapes[HEAD] = (model.vocab_size, hidden)
+    return shapes
 
 
 def is_norm(name: str) -> bool:

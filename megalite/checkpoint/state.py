@@ -9,6 +9,7 @@ from torch import Tensor
 from megalite.checkpoint.parts import Part, parameter_parts, span_parts
 from megalite.checkpoint.reader import Checkpoint
 from megalite.checkpoint.regions import whole
+from megalite.checkpoint.source import Source
 from megalite.errors import ConfigError
 from megalite.optim.flat import FlatParameters
 from megalite.optim.optimizer import Optimizer
@@ -50,7 +51,7 @@ def saved_parts(
             yield Part(COUNTER + name, shape, whole(shape), value.reshape(-1))
 
 
-def load_weights(flat: FlatParameters, checkpoint: Checkpoint) -> None:
+def load_weights(flat: FlatParameters, checkpoint: Source) -> None:
     """Fill this rank's weights, from master weights where there are any: those are more precise.
 
     Ranks of the shard group are told of what each has read; all call it.
@@ -86,7 +87,7 @@ def load_optimizer(flat: FlatParameters, optimizer: Optimizer, checkpoint: Check
     optimizer.restore(counters)
 
 
-def start_from_weights(flat: FlatParameters, optimizer: Optimizer, checkpoint: Checkpoint) -> None:
+def start_from_weights(flat: FlatParameters, optimizer: Optimizer, checkpoint: Source) -> None:
     """Make master weights, where a run has them, those that were loaded; nothing else changes."""
     if not optimizer.has_master:
         return
@@ -135,6 +136,6 @@ def _states(optimizer: Optimizer) -> dict[str, Sequence[Tensor]]:
     return states | {EXP_AVG: optimizer.exp_avg, EXP_AVG_SQ: optimizer.exp_avg_sq}
 
 
-def _most_precise(checkpoint: Checkpoint, name: str) -> str:
-    """What is stored of a weight in the most digits."""
+def _most_precise(checkpoint: Source, name: str) -> str:
+    """Name of what is stored of a weight in the most digits."""
     return MASTER + name if MASTER + name in checkpoint.tensors else name

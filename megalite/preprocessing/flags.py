@@ -201,12 +201,13 @@ def together(problems: list[str], prepare: Callable[[], T]) -> T:
 
 
 def end(main: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Run a tool's `main` on this process's words; exit with its code, 2 for bad input."""
+    """Run a tool's `main` on this process's words; exit with its code, 2 for bad input, 3
+    for damaged files."""
     try:
         code = main(sys.argv[1:])
     except ConfigError as error:
         print(error.message(), file=sys.stderr)
-        code = 2
+        code = error.code
     except KeyboardInterrupt as interrupt:
         stop = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
         print(f"megalite: {interrupt or f'stopped by {stop.name}'}", file=sys.stderr)

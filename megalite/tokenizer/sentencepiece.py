@@ -110,11 +110,13 @@ _USER_DEFINED = 4
 
 def user_defined(content: bytes) -> list[str]:
     """User-defined symbols of a model file; the library's Python interface does not tell them."""
-    pieces = (dict(_fields(part)) for number, part in _fields(content) if number == _PIECE)
+    pieces = (
+        dict(message_fields(part)) for number, part in message_fields(content) if number == _PIECE
+    )
     return [str(piece[_TEXT], "utf-8") for piece in pieces if piece.get(_TYPE) == _USER_DEFINED]
 
 
-def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
+def message_fields(content: bytes) -> Iterator[tuple[int, Any]]:
     """Number and value of each field of a protobuf message."""
     at = 0
 

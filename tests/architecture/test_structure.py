@@ -24,14 +24,15 @@ LAYERS = [
     {"metrics", "injected", "report", "estimate", "optim", "checkpoint", "pipeline", "saving"}
     | {"resume", "programs", "check_checkpoint", "check_trace", "schedule_flags"},
     {"effects", "preprocessing", "check_data", "check_pipeline", "check_scaling", "check_sharding"}
-    | {"check_parameters", "check_precision"},
+    | {"check_hf", "check_parameters", "check_precision"},
     {"data", "models", "cli"},
-    {"layers", "config_file"},
+    {"layers", "config_file", "model_values"},
     {"parallel", "megalite_kernels", "field_values", "alternatives", "reading"}
     | {"plans", "run_plan", "treatment", "tensor_names", "precisions"},
     {"presets", "megatron_flags", "config", "config_data", "config_model", "config_parallel"}
     | {
         "config_checkpoint",
+        "hf_config",
         "config_parameters",
         "config_scaling",
         "config_supervision",
@@ -53,6 +54,7 @@ NO_TORCH = [
     "megalite.check",
     "megalite.check_checkpoint",
     "megalite.check_data",
+    "megalite.check_hf",
     "megalite.check_memory",
     "megalite.check_parameters",
     "megalite.check_pipeline",
@@ -78,6 +80,7 @@ NO_TORCH = [
     "megalite.exit_codes",
     "megalite.faults",
     "megalite.field_values",
+    "megalite.hf_config",
     "megalite.near",
     "megalite.data.__main__",
     "megalite.data.best_fit",
@@ -147,6 +150,7 @@ NO_TORCH = [
     "megalite.preprocessing.run",
     "megalite.preprocessing.tokenizer_flags",
     "megalite.pretrain",
+    "megalite.model_values",
     "megalite.option",
     "megalite.precisions",
     "megalite.program",
@@ -159,6 +163,7 @@ NO_TORCH = [
     "megalite.tokenizer.byte",
     "megalite.tokenizer.choose",
     "megalite.tokenizer.hf",
+    "megalite.tokenizer.hf_files",
     "megalite.tokenizer.null",
     "megalite.tokenizer.sentencepiece",
     "megalite.tokenizer.settings",
