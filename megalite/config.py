@@ -136,6 +136,11 @@ class TrainConfig:
         "Activations computed again in backward: the attention core, or whole layers.",
         choices=("none", "selective", "full"),
     )
+    deterministic: bool = option(
+        False,
+        "The same bits in every run on GPUs, by slower kernels where the fast ones add in any "
+        "order. On a CPU they always are.",
+    )
     reverse_micro_batches: bool = option(
         False, "Run each step's micro-batches in reverse: equal mathematics, other rounding."
     )

@@ -251,12 +251,18 @@ def notes(config: Config, given: Mapping[str, str]) -> tuple[str, ...]:
         *_sentences(_ON_ONE_RANK, config, given, ""),
         *_unscaled(config),
         *_offloaded(config),
+        *_deterministic(config),
     )
 
 
 def _offloaded(config: Config) -> Iterator[str]:
     if config.train.offload_optimizer and config.parallel.device == "cpu":
         yield "--offload-optimizer has no use on a CPU, whose memory is the host's"
+
+
+def _deterministic(config: Config) -> Iterator[str]:
+    if config.train.deterministic and config.parallel.device == "cpu":
+        yield "--deterministic has no use on a CPU, where every run is"
 
 
 def _unscaled(config: Config) -> Iterator[str]:
