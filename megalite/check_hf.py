@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megalite.config import Config
 from megalite.data.source import is_text
-from megalite.tokenizer.hf_files import flags_of
+from megalite.tokenizer.hf_files import flags_of, settings_of
 
 
 def imported(config: Config) -> Iterator[str]:
@@ -18,9 +18,9 @@ def imported(config: Config) -> Iterator[str]:
         yield f"--init-from {folder} and --load {config.checkpoint.load} contradict: give one"
     if not folder or config.data.mock_data or config.data.tokenizer_type != "auto":
         return
-    flags = flags_of(Path(folder))
-    if flags and is_text(config.data):
-        yield f"--init-from {folder} has a tokenizer of its own: give {flags}"
+    tokenizer = settings_of(Path(folder))
+    if tokenizer and is_text(config.data):
+        yield f"--init-from {folder} has a tokenizer of its own: give {flags_of(tokenizer)}"
 
 
 def exported(config: Config) -> Iterator[str]:
