@@ -91,10 +91,15 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     yarn their original length, otherwise `max_position_embeddings`.
 
     Raises:
-        ConfigError: it asks for what this model is not; all of it at once.
-        DamagedError: it is missing, no JSON, or says something impossible.
+        ConfigError: it is missing, or asks for what this model is not; all of it at once.
+        DamagedError: it is no JSON, or says something impossible.
     """
     path = folder / NAME
+    if not path.exists():
+        raise ConfigError(
+            f"{folder} has no {NAME}: give the folder of a Hugging Face model (nothing is "
+            "downloaded), or read a checkpoint by --load"
+        )
     content = read_json(path)
     if "model_type" not in content:
         raise DamagedError(f"{path} has no model_type: it is no model of Hugging Face's")

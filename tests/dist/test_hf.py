@@ -34,6 +34,15 @@ MODELS: dict[str, dict[str, Any]] = {
         num_key_value_heads=1,
         rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
     ),
+    "yarn": dict(
+        num_key_value_heads=2,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": dict(tp=2),

@@ -271,7 +271,7 @@ def test_a_saved_run_keeps_what_it_imported(tmp_path: Path) -> None:
 def test_what_is_wrong_is_told_with_the_flag(tmp_path: Path) -> None:
     (only,) = parse("--init-from", str(tmp_path / "nosuch"), "--num-layers", "4").problems
     assert only.startswith(f"--init-from {tmp_path / 'nosuch'}: ")
-    assert "No such file" in only
+    assert "nosuch has no config.json: give the folder of a Hugging Face model" in only
     write(tmp_path, {**BASE, "mlp_bias": True})
     (only,) = parse("--model", str(tmp_path)).problems
     assert only.startswith(f"--model {tmp_path}: ")
