@@ -29,11 +29,19 @@ def exported(config: Config) -> Iterator[str]:
         return
     folder = Path(config.checkpoint.export_hf)
     given = f"--export-hf {folder}"
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if is_taken(folder):
         yield f"{given} exists; choose another name or remove it"
         return
     parent = folder.absolute().parent
-    while not parent.exists():
+    while not os.path.exists(parent):
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
         yield f"{given}: {parent} can't be written to; choose another folder"
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether there is anything of this name but an empty folder."""
+    try:
+        return os.path.lexists(folder) and bool(os.listdir(folder))
+    except OSError:
+        return True  # a file, or not ours to look into

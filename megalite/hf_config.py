@@ -11,6 +11,7 @@ Source: transformers' `LlamaConfig` and `modeling_rope_utils`, of 4.57 and 5.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
@@ -95,7 +96,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         DamagedError: it is no JSON, or says something impossible.
     """
     path = folder / NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         raise ConfigError(
             f"{folder} has no {NAME}: give the folder of a Hugging Face model (nothing is "
             "downloaded), or read a checkpoint by --load"

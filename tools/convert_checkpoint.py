@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megalite.check_hf import is_taken
 from megalite.checkpoint.hf_export import write_hf
 from megalite.checkpoint.hf_folder import (
     DERIVED,
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
         argv, FLAGS, prog="convert_checkpoint.py", description=__doc__ or ""
     )
     output = Path(values["output"])
-    if values["output"] and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if values["output"] and is_taken(output):
         problems.append(f"--output {output} exists; choose another name or remove it")
     if problems:
         raise ConfigError(problems)

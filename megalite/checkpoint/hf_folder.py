@@ -15,6 +15,7 @@ Source: https://huggingface.co/docs/safetensors, "Format", and transformers' ind
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -198,7 +199,7 @@ def _places(folder: Path) -> Iterator[tuple[str, Place]]:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Place]]:
-    if not path.is_file():  # a link to one is one, as in a cache of downloads
+    if not os.path.isfile(path):  # a link to one is one, as in a cache of downloads
         raise DamagedError(f"{path} is not there, or no file")
     for entry in read_layout(path).entries:
         if not entry.name.endswith(DERIVED):

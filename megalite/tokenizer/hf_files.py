@@ -10,6 +10,7 @@ transformers' `SentencePieceExtractor`.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -81,10 +82,10 @@ def settings_of(folder: Path) -> TokenizerSettings | None:
         ("tokenizer.json", "HuggingFaceTokenizer"),
         ("tokenizer.model", "Llama2Tokenizer"),
     ):
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             return TokenizerSettings(tokenizer_type=kind, tokenizer_model=str(folder / name))
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if vocab.is_file() and merges.is_file():
+    if os.path.isfile(vocab) and os.path.isfile(merges):
         return TokenizerSettings(
             tokenizer_type="GPT2BPETokenizer", vocab_file=str(vocab), merge_file=str(merges)
         )
