@@ -66,6 +66,11 @@ def check(
         # Only of a valid run it is known what it needs.
         found += memory(usable)
     found += _world(usable, world)
+    if world and usable.supervision.max_restarts and "max_restarts" in given:
+        found.append(
+            f"{given['max_restarts']} has no effect under {world.launcher}, which starts the "
+            "ranks; leave it out, and have that start them again"
+        )
     found += without_effect(usable, {n: typed for n, typed in given.items() if n not in silent})
     names = "|".join(name.replace("_", "-") for name in silent)
     about_them = re.compile(rf"--({names})(?![\w-])")
@@ -319,15 +324,14 @@ def _order(config: Config) -> Violations:
 
 
 def _waits(config: Config) -> Violations:
-    parallel = config.parallel
-    longest_s = 60 * parallel.distributed_timeout_minutes
-    for name in ("start_timeout", "step_timeout"):
-        limit_s = getattr(parallel, name)
+    minutes = config.parallel.distributed_timeout_minutes
+    longest_s = 60 * minutes
+    for name in ("start_timeout", "step_timeout", "save_timeout"):
+        limit_s = getattr(config.supervision, name)
         if limit_s > longest_s:
             yield (
                 f"--{name.replace('_', '-')} {limit_s:g} is longer than a collective waits, "
-                f"{longest_s:g} s: raise --distributed-timeout-minutes "
-                f"{parallel.distributed_timeout_minutes:g} too"
+                f"{longest_s:g} s: raise --distributed-timeout-minutes {minutes:g} too"
             )
 
 

@@ -48,7 +48,8 @@ _TITLES: Mapping[str, str] = MappingProxyType(
         "parameters": "parameters by name",
         "scaling": "loss scale",
         "data": "data",
-        "checkpoint": "weights in and out",
+        "checkpoint": "checkpoints, weights in and out",
+        "supervision": "supervision",
         "run": "run",
     }
 )

@@ -25,6 +25,7 @@ from megalite.config_model import ModelConfig
 from megalite.config_parallel import ParallelConfig
 from megalite.config_parameters import ParametersConfig
 from megalite.config_scaling import ScalingConfig
+from megalite.config_supervision import SupervisionConfig
 from megalite.errors import ConfigError
 from megalite.option import option
 from megalite.tokenizer.byte import ByteTokenizer
@@ -135,6 +136,11 @@ class TrainConfig:
         "Activations computed again in backward: the attention core, or whole layers.",
         choices=("none", "selective", "full"),
     )
+    deterministic: bool = option(
+        False,
+        "The same bits in every run on GPUs, by slower kernels where the fast ones add in any "
+        "order. On a CPU they always are.",
+    )
     reverse_micro_batches: bool = option(
         False, "Run each step's micro-batches in reverse: equal mathematics, other rounding."
     )
@@ -169,7 +175,8 @@ class Config:
     """One run. Immutable: `replace` returns a changed copy.
 
     Attributes:
-        model, parallel, train, parameters, scaling, data, checkpoint, run: the groups of fields.
+        model, parallel, train, parameters, scaling, data, checkpoint, supervision, run: the groups
+            of fields.
         derived: names of the fields whose values were not given but followed from others.
     """
 
@@ -180,6 +187,7 @@ class Config:
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
     run: RunConfig = field(default_factory=RunConfig)
     derived: frozenset[str] = field(default=frozenset(), compare=False)
 

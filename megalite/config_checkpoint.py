@@ -29,12 +29,6 @@ class CheckpointConfig:
         metavar="STEPS",
     )
     async_save: bool = option(True, "Write checkpoints while training goes on.")
-    save_timeout: float = option(
-        0.0,
-        "Longest time for writing or reading a checkpoint; then it is a hang. 0: 300 seconds, and "
-        "what a disk of 5 MB/s would take.",
-        metavar="SECONDS",
-    )
     resume: bool = option(
         True, "Go on from the newest checkpoint of --save. With --no-resume it must be empty."
     )

@@ -63,17 +63,6 @@ class ParallelConfig:
     distributed_timeout_minutes: float = option(
         10.0, "Longest wait for other ranks in a collective.", metavar="MINUTES"
     )
-    start_timeout: float = option(
-        0.0,
-        "Longest start-up, first step, and whatever is no step; then it is a hang. 0: 300 seconds, "
-        "or what --distributed-timeout-minutes allows.",
-        metavar="SECONDS",
-    )
-    step_timeout: float = option(
-        0.0,
-        "Longest later step. 0: 100 seconds, or ten times the running median if that is more.",
-        metavar="SECONDS",
-    )
 
     @property
     def shard_size(self) -> int:

@@ -221,10 +221,16 @@ _ON_ONE_RANK = (
     Effect(("schedule", "pp_layers"), lambda c: num_stages(c) > 1, "with --pp 1"),
     Effect(("post_validation",), lambda c: c.parallel.pp > 1, "with --pp 1"),
     Effect(
-        ("distributed_timeout_minutes", "start_timeout", "step_timeout"),
+        ("distributed_timeout_minutes",),
         lambda c: c.world_size > 1,
         "on one rank, which waits for nobody",
     ),
+    Effect(
+        ("start_timeout", "step_timeout", "save_timeout"),
+        lambda c: c.world_size > 1 or c.supervision.max_restarts > 0,
+        "on one rank without --max-restarts: nothing watches it",
+    ),
+    Effect(("check_replicas",), lambda c: c.parallel.dp > 1, "with dp 1"),
 )
 
 
@@ -245,12 +251,18 @@ def notes(config: Config, given: Mapping[str, str]) -> tuple[str, ...]:
         *_sentences(_ON_ONE_RANK, config, given, ""),
         *_unscaled(config),
         *_offloaded(config),
+        *_deterministic(config),
     )
 
 
 def _offloaded(config: Config) -> Iterator[str]:
     if config.train.offload_optimizer and config.parallel.device == "cpu":
         yield "--offload-optimizer has no use on a CPU, whose memory is the host's"
+
+
+def _deterministic(config: Config) -> Iterator[str]:
+    if config.train.deterministic and config.parallel.device == "cpu":
+        yield "--deterministic has no use on a CPU, where every run is"
 
 
 def _unscaled(config: Config) -> Iterator[str]:

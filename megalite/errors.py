@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megalite.exit_codes import ExitCode
+
 
 class ConfigError(ValueError):
     """The command, a file or an environment breaks rules; holds all violations at once.
 
     Attributes:
         violations: one sentence each: the flag or file, the value, the rule, the nearest choice.
-        exit_code: of a program that it ends.
+        code: with which the program ends.
     """
 
-    exit_code = 2
+    code = ExitCode.BAD_INPUT
 
     def __init__(self, violations: Sequence[str] | str):
         self.violations = [violations] if isinstance(violations, str) else list(violations)
@@ -35,4 +37,20 @@ class DamagedError(ConfigError):
     """A checkpoint is damaged or hostile; the message names the file, and the tensor if there is
     one."""
 
-    exit_code = 3
+    code = ExitCode.DAMAGED
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, for a reason that is no mistake in the program.
+
+    Attributes:
+        code: with which the run ends.
+    """
+
+    def __init__(self, message: str, code: ExitCode):
+        super().__init__(message)
+        self.code = code
+
+    def message(self) -> str:
+        """The text for the terminal."""
+        return f"megalite: {self}"

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import megalite
+from megalite.config import Config
 from megalite.wording import counted
 
 FILE = "events.jsonl"
@@ -60,10 +61,18 @@ class Events:
         if self._path is None:
             return
         line = {"time": round(time.time(), 3), "event": event, "attempt": self._attempt, **facts}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         with open(self._path, "ab") as file:
             # A process that was killed may have left half a line.
             begins = "" if file.tell() == 0 or _ends_a_line(self._path) else "\n"
             file.write((begins + json.dumps(line) + "\n").encode())
+
+
+def events_file(config: Config) -> Path:
+    """Where a run with a name records its events: beside its checkpoints, so that a run that goes
+    on from them goes on here too, or in its own folder."""
+    save = config.checkpoint.save
+    return Path(save) / FILE if save else Path(config.run.runs) / config.run.name / FILE
 
 
 def read_events(path: Path) -> list[Event]:

@@ -261,7 +261,7 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         "--no-save-optim": Refused("a checkpoint is whole; leave --save out for weights alone"),
         "--no-save-rng": Always("random numbers follow from --seed and the step"),
         "--manual-gc": Refused("Python collects its garbage as it does by default"),
-        "--deterministic-mode": Refused("on the CPU every run is deterministic; on GPUs none is"),
+        "--deterministic-mode": Alias("deterministic", "true"),
     }
 )
 

@@ -178,6 +178,7 @@ class RunLog:
             record["mfu"] = rate / self._peak
         if self._config.train.precision == "fp16":
             record["loss_scale"] = others.pop(0)
+        others.pop(0)  # votes to stop
         if self._config.train.skip_spikes and others.pop(0):
             record["spike"] = True
         if "spike" in record or not math.isfinite(grad_norm):

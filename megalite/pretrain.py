@@ -9,7 +9,6 @@ srun --ntasks 16 python -m megalite.pretrain --tp 8 --dp 2 --data corpus
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -26,11 +25,14 @@ from megalite.config import Config, resolve_device
 from megalite.config_file import to_toml
 from megalite.effects import notes
 from megalite.errors import ConfigError
+from megalite.events import Events, environment, events_file, goodput, read_events
+from megalite.exit_codes import ExitCode
+from megalite.faults import banner
 from megalite.parallel.environment import World
 from megalite.pipeline.text import plan_text
-from megalite.planning.choice import choose_by_estimate, has_choice, table, without_choice
+from megalite.planning.choice import choose_by_estimate, has_choice, without_choice
 from megalite.program import Program, checked
-from megalite.resume import Candidate, find
+from megalite.resume import find
 from megalite.resume import problems as not_the_same
 from megalite.run_plan import is_file, plan_facts, run_plan
 
@@ -39,14 +41,8 @@ if TYPE_CHECKING:
 
     from megalite.data.mixture import Mixture
     from megalite.data.record import DataRecord
-    from megalite.data.samples import Samples
     from megalite.parallel.launch import Prepared, Rank
     from megalite.parallel.machine import Machine
-    from megalite.pipeline.costs import Costs
-    from megalite.trainer import Result, Trainer
-
-PROMPT_TOKENS = 40
-"""Length of the piece of validation text that the closing sample continues."""
 
 
 def _show(command: cli.Command, world: World | None) -> bool:
@@ -193,16 +189,18 @@ def _train(
     device_line: str,
     told: tuple[str, ...],
 ) -> int:
-    """One rank's whole run: train, sample, save, say how it went; returns 0."""
-    from contextlib import nullcontext
+    """One rank's whole run: train, sample, save, say how it went; returns its exit code."""
+    from contextlib import ExitStack, nullcontext
 
     import torch.distributed as dist
 
     from megalite.checkpoint.hugging_face import export_hf, init_from
     from megalite.checkpoint.reader import Checkpoint
+    from megalite.closing import closing, measured_memory, sample_text, starts_from, stop
     from megalite.data.splits import open_samples
     from megalite.layers.sdpa import fastest_attention
     from megalite.metrics import RunLog
+    from megalite.planning.measured_choice import choose_by_measuring
     from megalite.saving import Saves, nothing, start_point
     from megalite.trainer import Trainer
 
@@ -212,81 +210,59 @@ def _train(
     samples = open_samples(config, mixture)
     costs, chosen = None, ""
     if has_choice(config):
-        config, costs, chosen = _choose_schedule(rank, samples)
+        config, costs, chosen = choose_by_measuring(config, rank.groups, rank.device, samples)
     if first:
         data.write(folder)
         lines = filter(None, (mixture.describe(), samples[0].describe()))
         _open_run(config, "\n".join(lines), rank.device, device_line, told, folder)
+        if injected := banner(os.environ, rank.attempt):
+            print(f"{injected}\n", file=sys.stderr, flush=True)
         print(chosen, end="", flush=True)
-    rank.groups.activity.begin("start: looking for a checkpoint", patient=True)
+    groups = rank.groups
+    groups.activity.begin("start: looking for a checkpoint", patient=True)
     tell = partial(print, flush=True) if first else nothing
-    start = start_point(config, rank.groups.world_rank, rank.store, tell)
-    trainer = Trainer(config, samples, rank.groups, rank.device, costs)
+    start = start_point(config, groups.world_rank, rank.store, tell)
+    trainer = Trainer(config, samples, groups, rank.device, costs, rank.stop, rank.faults)
+    first_step = 0
     if start is not None:
-        checkpoint = Checkpoint(start.folder, start.manifest)
+        checkpoint, first_step = Checkpoint(start.folder, start.manifest), start.step
         trainer.load(checkpoint, with_optimizer=start.with_optimizer, anew=start.anew)
-        tell(_starts_from(start))
+        tell(starts_from(start))
     else:
-        init_from(config, trainer.flat, trainer.optimizer, rank.groups)
-    saving = partial(Saves, config=config, facts=facts, groups=rank.groups, device=rank.device)
+        init_from(config, trainer.flat, trainer.optimizer, groups)
+    events = Events(events_file(config) if first else None, rank.attempt)
+    device = {"device": rank.device.type, "why": device_line, "ranks": config.world_size}
+    events.write("start", step=first_step, steps=config.train.steps, **device, **environment())
+    saving = partial(Saves, config=config, facts=facts, groups=groups, device=rank.device)
     record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
-    with fastest_attention(rank.device), record as log:
-        tell = log.say if log is not None else nothing
+    with fastest_attention(rank.device), record as log, ExitStack() as held:
         saves = None
         if config.checkpoint.save:
+            tell = log.say if log is not None else nothing
+            store = dist.PrefixStore("saves", rank.store)
             path = Path(config.checkpoint.save)
-            saves = saving(path, store=dist.PrefixStore("saves", rank.store), tell=tell)
+            saves = saving(path, store=store, events=events, faults=rank.faults, tell=tell)
+            held.callback(saves.close)
             if start is not None and start.folder.parent == path:
                 saves.started_at(start.step)
-        result = trainer.fit(log, 0 if start is None else start.step, saves)
-        measured = _measured_memory(rank, trainer.config)
-        sample = _sample(trainer)
-        if saves is not None:
-            saves.close()
-        elif config.run.save_weights:
+        with rank.stop.listening():
+            result = trainer.fit(log, events, first_step, saves)
+        if result.stopped:
+            return stop(rank, result, events)
+        measured = measured_memory(rank, trainer.config)
+        sample = sample_text(trainer)
+        if saves is None and config.run.save_weights:
             store = dist.PrefixStore("weights", rank.store)
             weights = saving(folder / "weights", store=store, weights_only=True)
+            held.callback(weights.close)
             trainer.save(weights)
-            weights.close()
-        exported = export_hf(config, trainer.flat, trainer.optimizer, rank.groups)
-        if log is not None:
-            log.say(exported + _closing(mixture, result, measured, sample, folder, trainer))
-    return 0
-
-
-def _starts_from(start: Candidate) -> str:
-    manifest = start.manifest
-    if start.anew:
-        return f"starting from the weights of {start.folder} (step {manifest.step})\n"
-    states = "" if start.with_optimizer else ", with a new optimizer"
-    return f"going on from {start.folder}: step {manifest.step}, {manifest.tokens} tokens{states}\n"
-
-
-def _choose_schedule(
-    rank: Rank, samples: tuple[Samples, Samples, Samples | None]
-) -> tuple[Config, Costs, str]:
-    """The fastest schedule by costs measured here, the costs of its stages, and the comparison.
-
-    World rank 0 compares and tells the others; their text is empty.
-    """
-    from megalite.data.loader import Loader
-    from megalite.layers.dtypes import weights_dtype
-    from megalite.planning.measure import measure_costs
-    from megalite.planning.shared import choose_on_first_rank, memory_limit
-
-    config, groups = rank.config, rank.groups
-    groups.activity.enter("measuring what the model's parts cost")
-    loader = Loader(config, samples[0], samples[1], groups.dp, rank.device)
-    micro_batch = loader.train_batch(0).micro_batches[0]
-    dtype = weights_dtype(config)
-    costs = measure_costs(config, groups, rank.device, dtype, micro_batch)
-    limit = memory_limit(config, groups, rank.device)
-    groups.activity.enter("choosing a schedule on rank 0")
-    best, choices = choose_on_first_rank(config, costs, limit, groups, rank.device)
-    if not choices:
-        return best.config, best.costs, ""
-    heading = "schedules by measured costs, forwards and backwards alone:\n"
-    return best.config, best.costs, heading + table(choices, best, "ms", 1e3) + "\n\n"
+        exported = export_hf(config, trainer.flat, trainer.optimizer, groups)
+        if first:
+            assert log is not None
+            log.say(exported + closing(mixture, result, measured, sample, folder, trainer))
+            events.write("end", step=result.steps)
+            log.say(f"\n{goodput(read_events(events_file(config)))}")
+    return ExitCode.DONE
 
 
 def _open_run(
@@ -328,96 +304,6 @@ def _back_ends(config: Config, device: torch.device) -> dict[str, str]:
     if not has_softmax(config):
         del served["softmax"]
     return {"attention": attention_back_end(config, device), **served}
-
-
-def _measured_memory(rank: Rank, config: Config) -> str:
-    """What training took beside what was predicted; all ranks call it. Nothing on a CPU, whose
-    memory holds the program and its libraries too. The schedule is the one that was chosen."""
-    import torch
-
-    from megalite.metrics import peak_memory_bytes
-
-    if rank.device.type != "cuda":
-        return ""
-    pp, peak = rank.groups.pp, peak_memory_bytes(rank.device)
-    peaks = torch.zeros(pp.size, dtype=torch.float64, device=rank.device)
-    peaks[pp.rank] = peak
-    pp.all_reduce(peaks)
-    for group in (rank.groups.tp, rank.groups.dp):
-        group.all_reduce(peaks, maximum=True)
-    return report.memory(config, [int(each) for each in peaks.tolist()])
-
-
-def _sample(trainer: Trainer) -> tuple[str, str] | None:
-    """(prompt, continuation) as text; None if none was asked for, or tokens have no known text."""
-    from megalite.data.source import token_texts_known
-    from megalite.sampling import generate
-    from megalite.tokenizer.choose import open_tokenizer
-
-    config = trainer.config
-    count = config.run.sample_length
-    if not count or not token_texts_known(config.data):
-        return None
-    tokenizer = open_tokenizer(config.data, config.model.vocab_size)
-    prompt = trainer.loader.prompt(PROMPT_TOKENS)
-    return tokenizer.decode(prompt), tokenizer.decode(generate(trainer, prompt, count))
-
-
-def _closing(
-    mixture: Mixture,
-    result: Result,
-    measured: str,
-    sample: tuple[str, str] | None,
-    folder: Path,
-    trainer: Trainer,
-) -> str:
-    lines = [""]
-    if sample is not None:
-        lines += [f"sample, continuing {sample[0]!r}:", sample[1], ""]
-    if result.train_loss is not None:
-        lines.append(f"final train loss {result.train_loss:.4f} nats per token")
-    for which, loss in (("valid", result.valid_loss), ("test", result.test_loss)):
-        if loss is not None:
-            bits = mixture.bits_per_byte(loss, "test" if which == "test" else "valid")
-            lines.append(
-                f"final {which} loss {loss:.4f} nats per token"
-                + (f" = {bits:.4f} bits per byte" if bits is not None else "")
-            )
-    if mixture.unigram_nats:
-        known = f"for comparison   {mixture.unigram_nats:.4f} knowing token counts only"
-        if mixture.bigram_nats:
-            known += f", {mixture.bigram_nats:.4f} knowing pairs of neighbours"
-        lines.append(known)
-    if measured:
-        lines.append(measured)
-    written = ["metrics.jsonl", "config.json", "data.json"]
-    if is_file(trainer.config.parallel.schedule):
-        written.append("plan.txt")
-    lines.append("")
-    save = trainer.config.checkpoint.save
-    if trainer.config.run.save_weights and not save:
-        written.append("weights/")
-    if trainer.config.run.trace_steps:
-        written.append("trace/")
-    lines.append(f"written to {folder}: {', '.join(written)}")
-    if save:
-        lines.append(f"checkpoints in {save}; the same command goes on from the newest")
-    lines.append("next:")
-    if trainer.config.run.trace_steps:
-        lines.append(f"  {_python()} tools/draw_schedule.py --trace {folder}")
-    command = f"  {_python()} -m megalite.pretrain"
-    lines.append(f"{command} --config {folder}/config.json --name again")
-    lines.append(f"{command} --tp 2 --pp 2 --data my.txt --steps 500")
-    lines.append(f"{command} --model llama3-8b --tp 4 --pp 2 --dry-run")
-    return "\n".join(lines)
-
-
-def _python() -> str:
-    """This interpreter as one types it here."""
-    if shutil.which("python") == sys.executable:
-        return "python"
-    path = os.path.relpath(sys.executable)
-    return sys.executable if path.startswith(os.pardir) else path
 
 
 PROGRAM = Program(

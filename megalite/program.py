@@ -54,7 +54,7 @@ class Program:
             argv: flags; default: of this process.
 
         Returns:
-            Exit code: 0 done, 2 bad input, 3 damaged files, 128 + signal when stopped, else 1.
+            Exit code: the job's, one of `ExitCode`, or 128 + the signal that stopped it at once.
         """
         words = sys.argv[1:] if argv is None else argv
         try:
@@ -71,7 +71,7 @@ class Program:
                 return launch(prepared)
         except ConfigError as error:
             print(error.message(), file=sys.stderr)
-            return error.exit_code
+            return error.code
         from megalite.parallel.launch import join
 
         # Whatever is wrong with this rank's flags or files, the others have to know.

@@ -37,12 +37,13 @@ _FOLLOWING = frozenset(
 )
 """Where they are derived they say nothing that others, which are compared, don't."""
 
-_FREE_GROUPS = frozenset({"parallel", "checkpoint", "run"})
+_FREE_GROUPS = frozenset({"parallel", "checkpoint", "supervision", "run"})
 _FREE = frozenset(
     {
         *("model", "make_vocab_size_divisible_by", "micro_batch_size", "precision", "attention"),
         *("moments_dtype", "grad_reduce_dtype", "recompute", "reverse_micro_batches"),
         *("eval_interval", "eval_steps", "offload_optimizer", "post_validation"),
+        "deterministic",
         # What they lead to is compared by fingerprints.
         *("data", "train_data_path", "valid_data_path", "test_data_path", "data_cache_path"),
         *("tokenizer_model", "tokenizer_type", "vocab_file", "merge_file"),

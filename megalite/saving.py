@@ -234,7 +234,7 @@ def _wrong(config: Config, folder: Path, rank: int, store: dist.Store) -> list[s
 
 def limit_s(config: Config, num_bytes: float) -> float:
     """How long writing or reading so many bytes may take [s]."""
-    return config.checkpoint.save_timeout or LIMIT_S + num_bytes / SLOWEST_DISK_BYTES_PER_S
+    return config.supervision.save_timeout or LIMIT_S + num_bytes / SLOWEST_DISK_BYTES_PER_S
 
 
 def _locked(path: Path, config: Config, rank: int, store: dist.Store) -> Lock | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,52 +16,39 @@ from megalite.data.host_batch import Batch
 from megalite.data.loader import Loader
 from megalite.data.samples import Samples
 from megalite.estimate import fixed_bytes
+from megalite.events import Events
+from megalite.faults import Faults
+from megalite.figures import Figures, Result
+from megalite.injected import flip_a_bit, spoiled
 from megalite.layers.batch import MicroBatch
 from megalite.layers.dtypes import DTYPES, weights_dtype
 from megalite.layers.shard import draw, freeze
-from megalite.metrics import DelayedScalars, Reading, RunLog
+from megalite.metrics import RunLog
 from megalite.models.llama import LlamaStage
 from megalite.models.stage import stage_specs
 from megalite.optim.flat import FlatParameters
 from megalite.optim.lr import learning_rate
 from megalite.optim.optimizer import Optimizer
+from megalite.optim.replicas import check_replicas
 from megalite.optim.scaler import make_loss_scale
 from megalite.parallel.groups import ParallelGroups
-from megalite.pipeline.actions import Plan, Program
-from megalite.pipeline.check import check_program
+from megalite.parallel.stop import StopRequest
 from megalite.pipeline.costs import Costs
-from megalite.pipeline.lower import lower
 from megalite.pipeline.recorder import write_record
 from megalite.pipeline.runtime import Executor
-from megalite.pipeline.schedules import SCHEDULES, forward_only
 from megalite.pipeline.trace import traced_steps
 from megalite.planning.block_costs import estimated_costs, stage_costs
 from megalite.planning.measure import measure_message
 from megalite.planning.recorded import recorded_costs
 from megalite.planning.shared import memory_limit
 from megalite.precisions import precisions
-from megalite.run_plan import is_file, run_plan
+from megalite.programs import Programs, splits_backwards
 from megalite.saving import Saves, limit_s
 from megalite.treatment import frozen_names, treatments
 
 MEASURED_STEPS = (2, 3)
 """By the costs of their actions messages and weight gradients are placed from then on; 1 is the
 first step of this start."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended; equal on all ranks.
-
-    Attributes:
-        train_loss: of the last step [nats per token]; None: all steps had been taken before.
-        valid_loss: of the last validation, None if there was none.
-        test_loss: of the test after training, None if there was none.
-    """
-
-    train_loss: float | None
-    valid_loss: float | None
-    test_loss: float | None
 
 
 class Trainer:
@@ -76,6 +61,8 @@ class Trainer:
         device: of this rank.
         costs: of the stages, by which messages and weight gradients are placed at first; None:
             estimates.
+        stop: whether this rank is asked to stop after a step; None: nobody asks.
+        faults: what is injected on purpose into this rank; None: nothing.
     """
 
     def __init__(
@@ -85,30 +72,29 @@ class Trainer:
         groups: ParallelGroups,
         device: torch.device,
         costs: Costs | None = None,
+        stop: StopRequest | None = None,
+        faults: Faults | None = None,
     ):
         self.config, self.groups, self.device = config, groups, device
         self._activity = groups.activity
-        self._costs = costs or stage_costs(config, estimated_costs(config))
-        self._limit: float | None = None
-        if self._splits_backwards():
-            self._limit = memory_limit(config, groups, device) - max(fixed_bytes(config))
+        self._stop, self._faults = stop or StopRequest(), faults or Faults.none()
+        costs = costs or stage_costs(config, estimated_costs(config))
+        limit: float | None = None
+        if splits_backwards(config):
+            limit = memory_limit(config, groups, device) - max(fixed_bytes(config))
+        self.programs = Programs(config, costs, limit)
         dtype = weights_dtype(config)
-        # A batch that grows has more micro-batches later.
-        self._plans: dict[int, Plan] = {}
-        self._programs: dict[int, Program] = {}
-        self._forward_programs: dict[int, Program] = {}
-        plan = self._plan(config.num_micro_batches)
-        self._stage_rank = plan.stage_rank
+        stage_rank = self.programs.stage_rank
         self.stages: dict[int, LlamaStage] = {}
         frozen = frozen_names(config)
         for spec in stage_specs(config):
-            if plan.stage_rank[spec.stage] == groups.pp.rank:
+            if stage_rank[spec.stage] == groups.pp.rank:
                 stage = LlamaStage(
                     config, spec, tp=groups.tp, dtype=dtype, device=device, without_values=True
                 )
                 freeze(stage, frozen)
                 self.stages[spec.stage] = stage
-        self._last_stage = self.stages.get(plan.num_stages - 1)
+        self._last_stage = self.stages.get(len(stage_rank) - 1)
         if config.model.tie_embeddings and 0 in self.stages and self._last_stage is not None:
             self._last_stage.share_embedding(self.stages[0])
         level = config.parallel.zero
@@ -130,15 +116,16 @@ class Trainer:
     @property
     def last_stage_rank(self) -> int:
         """Pipeline rank of the last stage, which has logits."""
-        return self._stage_rank[-1]
+        return self.programs.stage_rank[-1]
 
     def train_step(self, step: int) -> Tensor:
         """Optimizer step `step`, 0 first.
 
         Returns:
             fp64 on the device: gradient norm before clipping, loss [nats per token]; in fp16 the
-            step's loss scale; with --skip-spikes whether the step was one. Equal on all ranks. Not
-            there before `optimizer.validate` if the step `is_open`.
+            step's loss scale; how many ranks were asked to stop; with --skip-spikes whether the
+            step was one. Equal on all ranks. Not there before `optimizer.validate` if the step
+            `is_open`.
         """
         return self.update(step, self.accumulate(step))
 
@@ -149,18 +136,21 @@ class Trainer:
         loss scale.
 
         Returns:
-            fp64 [1] on the device: the loss, on the last stage's ranks; zero on the others.
+            fp64 [2] on the device: the loss, on the last stage's ranks, zero on the others; and how
+            many of this rank's data ranks were asked to stop.
         """
         self._activity.at("reading samples")
         batch = self.loader.train_batch(step)
+        self._faults.in_step(step + 1)
         self._activity.enter("counting tokens")
         scale = 1.0 / self._global_tokens(batch)
         is_guessed = self.optimizer.is_open  # what the forwards read
-        loss = self._gradients(batch, scale)
-        if self.optimizer.guessed_wrong() and is_guessed:
-            self._activity.enter("computing again what a wrong guess spoilt")
-            loss = self._gradients(batch, scale)
-        return loss
+        with spoiled(self.stages.values(), is_on=self._faults.spoils_gradients(step + 1)):
+            sums = self._gradients(batch, scale)
+            if self.optimizer.guessed_wrong() and is_guessed:
+                self._activity.enter("computing again what a wrong guess spoilt")
+                sums = self._gradients(batch, scale)
+        return sums
 
     def _gradients(self, batch: Batch, scale: Tensor) -> Tensor:
         """Forward and backward of a batch, returned and left behind as by `accumulate`."""
@@ -170,26 +160,31 @@ class Trainer:
         def head(logits: Tensor, micro_batch: MicroBatch) -> Tensor:
             return self._weighted_loss(logits, micro_batch, scale * loss_scale)
 
-        program = self._program(len(batch.micro_batches))
+        program = self.programs.training(len(batch.micro_batches))
         losses = self.executor.run(program, batch.micro_batches, head)
         self._activity.enter("summing gradients", self._activity.position)
         self.executor.recorder.enters("gradient sums")
         self.flat.finish_reduction()
-        return self.groups.dp.all_reduce(self._sum(losses)) / loss_scale
+        vote = torch.full_like(loss_scale, self._stop.by is not None, dtype=torch.float64)[None]
+        sums = self.groups.dp.all_reduce(torch.cat([self._sum(losses), vote]))
+        sums[0] /= loss_scale
+        return sums
 
-    def update(self, step: int, loss: Tensor) -> Tensor:
-        """Clip and move the weights by the gradients of `accumulate`; returns as `train_step`."""
+    def update(self, step: int, sums: Tensor) -> Tensor:
+        """Clip and move the weights by the gradients of `accumulate`, which also gave the sums;
+        returns as `train_step`."""
         self._activity.enter("updating weights", self._activity.position)
         self.executor.recorder.enters("optimizer")
         if self._copied is not None:
             # The weights and states of a step before are being copied for a checkpoint.
             torch.cuda.current_stream(self.device).wait_event(self._copied)
             self._copied = None
-        statistics = loss
+        statistics, votes = sums.split(1)
         if self.config.train.precision == "fp16":
             loss_scale = self.optimizer.loss_scale.value.double()
-            statistics = torch.cat([loss, loss_scale[None] * (self._last_stage is not None)])
-        return self.optimizer.clip_and_step(learning_rate(self.config.train, step), statistics)
+            statistics = torch.cat([statistics, loss_scale[None] * (self._last_stage is not None)])
+        rate = learning_rate(self.config.train, step)
+        return self.optimizer.clip_and_step(rate, statistics, votes)
 
     def validate(self) -> float:
         """Mean loss over the validation samples [nats per token], equal on all ranks."""
@@ -211,7 +206,7 @@ class Trainer:
 
         for number, batch in enumerate(batches, start=1):
             self._activity.begin(f"batch {number} of a {what}")
-            program = self._forward_program(len(batch.micro_batches))
+            program = self.programs.evaluating(len(batch.micro_batches))
             losses = self.executor.run(program, batch.micro_batches, head)
             totals[0] += self._sum(losses)[0]
             if self._last_stage is not None:
@@ -219,33 +214,6 @@ class Trainer:
         self.groups.pp.all_reduce(self.groups.dp.all_reduce(totals))
         total, tokens = totals.tolist()
         return total / max(1.0, tokens)
-
-    @torch.no_grad()
-    def next_token_logits(self, tokens: list[int]) -> Tensor | None:
-        """Logits of the token after `tokens`, through all pipeline and tensor ranks.
-
-        Args:
-            tokens: any number from 1 to the sequence length, the same on all ranks.
-
-        Returns:
-            [V] on the ranks of the last stage, None on the others. Under sequence parallelism the
-            tokens are padded on the right to a multiple of tp, which a causal model does not see.
-        """
-        self._activity.begin("generating text")
-        self.optimizer.validate()
-        last = len(tokens) - 1
-        padding = -len(tokens) % (self.groups.tp.size if self.groups.tp.sequence_parallel else 1)
-        row = torch.tensor([tokens + [0] * padding])
-        documents = self.loader.documents(row.numpy())
-        row = row.to(self.device)
-        mask = torch.ones_like(row, dtype=torch.bool)
-        micro_batch = MicroBatch(row, row, mask, documents=documents)
-
-        def head(logits: Tensor, _: MicroBatch) -> Tensor:
-            return self.groups.tp.start_all_gather(logits[last, 0]).wait()
-
-        results = self.executor.run(self._forward_program(1), [micro_batch], head)
-        return results[0][: self.config.model.vocab_size] if results else None
 
     def load(
         self, checkpoint: Checkpoint, *, with_optimizer: bool = True, anew: bool = False
@@ -260,9 +228,8 @@ class Trainer:
         manifest = checkpoint.manifest
         if not anew:
             self.loader.go_on_from(manifest.step, manifest.samples)
-        size = sum(file.num_bytes for file in manifest.files)
-        allowance_s = limit_s(self.config, size)
-        self._activity.begin("loading a checkpoint", allowance_s=allowance_s)
+        allowance_s = limit_s(self.config, sum(file.num_bytes for file in manifest.files))
+        self._activity.begin("loading a checkpoint", "checkpoint", allowance_s=allowance_s)
         load_weights(self.flat, checkpoint)
         if with_optimizer:
             load_optimizer(self.flat, self.optimizer, checkpoint)
@@ -270,68 +237,73 @@ class Trainer:
             start_from_weights(self.flat, self.optimizer, checkpoint)
         self.flat.wait_for_parameters()
 
-    def fit(self, log: RunLog | None, first_step: int = 0, saves: Saves | None = None) -> Result:
-        """Train to the end, with validations on the way and a test behind it.
+    def fit(
+        self,
+        log: RunLog | None,
+        events: Events | None = None,
+        first_step: int = 0,
+        saves: Saves | None = None,
+    ) -> Result:
+        """Train to the end, or until a rank is asked to stop: with validations on the way and, at
+        the end, a test.
 
         Args:
             log: on the rank that keeps the record, None on the others.
+            events: likewise, of what happens; None: no record.
             first_step: steps that have been taken already.
             saves: checkpoints on the way, and one at the end; None: none.
+
+        Raises:
+            RunError: on all ranks alike: too many steps in a row were not finite, or replicas
+                differ.
+            SaveError: checkpoints can't be written.
         """
         train = self.config.train
-        scalars = DelayedScalars(self.device)
-        taken: deque[tuple[int, Tensor]] = deque()
+        figures = Figures(self.config, self.device, log, events or Events(None))
         valid_loss = None
-        loss = None
         traced = [first_step + step for step in traced_steps(self.config.run.trace_steps)]
         measured = [first_step + step for step in MEASURED_STEPS if self.groups.pp.size > 1]
-
-        def record(step: int, reading: Reading | None) -> None:
-            nonlocal loss
-            if reading is not None:
-                loss = reading.values[1]
-                if log is not None:
-                    log.step(step, reading, learning_rate(train, step - 1))
-
         for step in range(first_step + 1, train.steps + 1):
-            self._activity.begin(f"step {step}", is_step=True)
+            self._activity.begin(f"step {step}", "step")
             if step in (*traced, *measured):
                 self.optimizer.validate()  # so that no action is recorded twice
                 self.executor.recorder.begin_step(step)
-            scalars.begin()
-            taken.append((step, self.train_step(step - 1)))
-            scalars.end()
+            figures.begin()
+            figures.end(step, self.train_step(step - 1))
             self.executor.recorder.end_step()
             if measured and step == measured[-1] and step < train.steps:
                 self.plan_by_measured_costs()
-            evaluates = train.eval_interval and step % train.eval_interval == 0
-            if step == train.steps or evaluates:
+            is_last = step == train.steps
+            evaluates = is_last or (train.eval_interval and step % train.eval_interval == 0)
+            if evaluates:
                 self.optimizer.validate()
             self._activity.enter("reading the figures of the step before")
-            # Those of a step that was guessed are there when the next one has validated it.
-            while taken and (len(taken) > 1 or not self.optimizer.is_open):
-                number, statistics = taken.popleft()
-                record(number - 1, scalars.push(statistics))
+            figures.read(is_open=self.optimizer.is_open)
             if traced and step == traced[-1]:
                 self._activity.enter("writing when actions ran")
                 self._write_trace()
-            if step == train.steps or evaluates:
-                record(step, scalars.flush())
+            self._compare_replicas(step)
+            # Known of an earlier step, so that all ranks find it at the same place.
+            stops = figures.is_asked and not is_last
+            if stops or evaluates:
+                self.optimizer.validate()
+                figures.finish()
             if saves is not None:
                 saves.look()
-                if step == train.steps or saves.is_due(step):
+                if stops or is_last or saves.is_due(step):
                     self._save(step, saves)
-            if evaluates or step == train.steps:
+            if stops:
+                self._finish(saves)
+                return Result(step, True, figures.loss, valid_loss, None)
+            if evaluates:
                 valid_loss = self._validated(step, log)
         if first_step >= train.steps:
-            valid_loss = self._validated(first_step, log)
+            valid_loss = self._validated(train.steps, log)
         test_loss = self.test()
-        if saves is not None:
-            self._activity.begin("waiting for the last checkpoint", patient=True)
-            saves.finish(is_last=True)
+        self._finish(saves)
         if log is not None and test_loss is not None:
             log.test(train.steps, test_loss)
-        return Result(loss, valid_loss, test_loss)
+        return Result(train.steps, False, figures.loss, valid_loss, test_loss)
 
     def _validated(self, step: int, log: RunLog | None) -> float | None:
         """The loss of a validation after so many steps; None: there is none."""
@@ -344,10 +316,32 @@ class Trainer:
 
     def _save(self, step: int, saves: Saves) -> None:
         """Begin to save; the next update waits until the values have been copied."""
-        size = self.flat.length * self.flat.dtype.itemsize
-        self._activity.begin("starting to save", allowance_s=limit_s(self.config, 8 * size))
+        allowance_s = limit_s(self.config, 8 * self.flat.length * self.flat.dtype.itemsize)
+        self._activity.begin("starting to save", "checkpoint", allowance_s=allowance_s)
         self.optimizer.validate()
         self._copied = saves.start(step, self.flat, self.optimizer)
+
+    def _finish(self, saves: Saves | None) -> None:
+        """Wait for the last save, if there is one."""
+        if saves is not None:
+            allowance_s = limit_s(self.config, 8 * self.flat.length * self.flat.dtype.itemsize)
+            self._activity.begin("finishing a save", "checkpoint", allowance_s=allowance_s)
+            saves.finish(is_last=True)
+
+    def _compare_replicas(self, step: int) -> None:
+        """See --check-replicas; an injected fault flips a bit just before.
+
+        Raises:
+            RunError: replicas differ.
+        """
+        if self._faults.flips_a_bit(step):
+            self.optimizer.validate()
+            flip_a_bit(self.flat.own_parameters[0])
+        interval = self.config.supervision.check_replicas
+        if interval and step % interval == 0:
+            self.optimizer.validate()
+            self._activity.enter("comparing replicas")
+            check_replicas(step, self.flat, self.optimizer, self.groups.dp)
 
     def plan_by_measured_costs(self) -> None:
         """Place messages and weight gradients anew, by what the recorded steps' actions took.
@@ -358,22 +352,13 @@ class Trainer:
         dtype = weights_dtype(self.config)
         message = measure_message(self.config, self.groups, self.device, dtype)
         recorder = self.executor.recorder
-        self._costs = recorded_costs(recorder, self.groups, self._costs, message)
-        self.executor.recorder.clear()
-        if self._splits_backwards():
-            self._plans.clear()
-        self._programs.clear()
-        self._forward_programs.clear()
-
-    def _splits_backwards(self) -> bool:
-        """Whether weight gradients are placed by costs and by the memory there is."""
-        schedule = self.config.parallel.schedule
-        return not is_file(schedule) and SCHEDULES[schedule].keeps is not None
+        self.programs.replan(recorded_costs(recorder, self.groups, self.programs.costs, message))
+        recorder.clear()
 
     def save(self, saves: Saves) -> None:
         """Write what there is at the end of the run; returns when all ranks have."""
         self._save(self.config.train.steps, saves)
-        saves.finish(is_last=True)
+        self._finish(saves)
 
     def _write_trace(self) -> None:
         """Write when the actions of the recorded steps ran; one tensor and data rank does."""
@@ -408,27 +393,3 @@ class Trainer:
         if not results:
             return torch.zeros(1, dtype=torch.float64, device=self.device)
         return torch.stack(list(results.values())).double().sum()[None]
-
-    def _plan(self, num_micro_batches: int) -> Plan:
-        """What the run computes in a step; one in a file is read once, whatever becomes of it."""
-        if num_micro_batches not in self._plans:
-            plan = run_plan(self.config, num_micro_batches, self._costs, self._limit)
-            self._plans[num_micro_batches] = plan
-        return self._plans[num_micro_batches]
-
-    def _program(self, num_micro_batches: int) -> Program:
-        if num_micro_batches not in self._programs:
-            plan = self._plan(num_micro_batches)
-            self._programs[num_micro_batches] = _checked(lower(plan, self._costs))
-        return self._programs[num_micro_batches]
-
-    def _forward_program(self, num_micro_batches: int) -> Program:
-        if num_micro_batches not in self._forward_programs:
-            plan = forward_only(num_micro_batches, self._stage_rank)
-            self._forward_programs[num_micro_batches] = _checked(lower(plan, self._costs))
-        return self._forward_programs[num_micro_batches]
-
-
-def _checked(program: Program) -> Program:
-    check_program(program)
-    return program

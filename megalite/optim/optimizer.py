@@ -174,23 +174,25 @@ class Optimizer:
         """Guess every step from now on, and wrongly: by NaN. For verification."""
         self._guess = math.nan
 
-    def clip_and_step(self, lr: float, statistics: Tensor) -> Tensor:
+    def clip_and_step(self, lr: float, statistics: Tensor, votes: Tensor) -> Tensor:
         """Update the parameters from the reduced gradients.
 
         Args:
             lr: learning rate of this step.
             statistics: fp64 [n], the loss first, sums that only some pipeline ranks hold (others
-                hold zeros); they ride along in the norm's collective.
+                hold zeros); they ride along in the norm's collectives.
+            votes: fp64 [1], summed over the tensor ranks too.
 
         Returns:
-            fp64 [1 + n] on the device: the gradient norm before clipping, and the statistics
-            summed over the pipeline ranks; with --skip-spikes [2 + n], 1 behind them if the step
-            was skipped for a spike. Equal on all ranks. Of a step that `is_open`, not to be
-            read before `validate`, which puts them there.
+            fp64 [2 + n] on the device: the gradient norm before clipping, the statistics summed
+            over the pipeline ranks, and the votes over those and the tensor ranks; with
+            --skip-spikes [3 + n], 1 behind them if the step was skipped for a spike. Equal on all
+            ranks. Of a step that `is_open`, not to be read before `validate`, which puts them
+            there.
         """
         squares = self._groups.dp.shards.all_reduce(self._squared_norm())
-        self._groups.tp.all_reduce(squares)
-        totals = torch.cat([squares, statistics])
+        squares, votes = self._groups.tp.all_reduce(torch.cat([squares, votes])).split(1)
+        totals = torch.cat([squares, statistics, votes])
         if self._spikes is not None:
             totals = torch.cat([totals, torch.zeros_like(squares)])
         pending = self._groups.pp.start_all_reduce(totals)

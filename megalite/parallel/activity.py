@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 START_LIMIT_S = 300.0
 LIMIT_OF_WAIT = 0.9
@@ -24,6 +24,10 @@ MEDIANS = 10.0
 REMEMBERED_STEPS = 50
 REMEMBERED_CALLS = 16
 REMEMBERED_MARKS = 1 << 12
+
+
+Kind = Literal["start", "step", "checkpoint"]
+"""Of a phase: each kind has a limit of its own. What is neither step nor checkpoint is a start."""
 
 
 class Progress(Protocol):
@@ -82,6 +86,8 @@ class Activity:
         start_limit_s: for the start, the first step, and what is no step [s]; 0: 300, or what the
             longest wait allows.
         step_limit_s: for a later step [s]; 0: from the steps before.
+        save_limit_s: for a checkpoint [s]; 0: as for the start, and what its bytes take on the
+            slowest of disks.
         phase: `start`, `step 3`, `validation`, ...
         phases: how many have begun so far.
         since: when the phase began [s, monotonic].
@@ -98,6 +104,7 @@ class Activity:
 
     start_limit_s: float = 0.0
     step_limit_s: float = 0.0
+    save_limit_s: float = 0.0
     phase: str = "start"
     phases: int = 0
     since: float = field(default_factory=time.monotonic)
@@ -112,24 +119,23 @@ class Activity:
     progress: Progress | None = None
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_STEPS))
     _marks: deque[Mark] = field(default_factory=lambda: deque(maxlen=REMEMBERED_MARKS))
-    _is_step: bool = False
+    _kind: Kind = "start"
 
     def begin(
-        self, phase: str, *, is_step: bool = False, patient: bool = False, allowance_s: float = 0.0
+        self, phase: str, kind: Kind = "start", *, patient: bool = False, allowance_s: float = 0.0
     ) -> None:
         """A new phase; the clock of its limit starts.
 
         Args:
             phase: its name.
-            is_step: an optimizer step, whose duration sets the limit of those to come; other
-                phases have the limit of the start.
+            kind: which limit it has; the duration of a step sets that of those to come.
             patient: no limit applies.
             allowance_s: time beyond the limit that the phase's own work may take [s].
         """
         now = time.monotonic()
-        if self._is_step:
+        if self._kind == "step":
             self._durations.append(now - self.since)
-        self.phase, self.since, self._is_step = phase, now, is_step
+        self.phase, self.since, self._kind = phase, now, kind
         self.patient, self.allowance_s = patient, allowance_s
         self.phases += 1
         self.enter("")
@@ -168,16 +174,24 @@ class Activity:
         # A collective that fails by itself first would fail without an explanation.
         ceiling_s = LIMIT_OF_WAIT * self.longest_wait_s
         start_s = self.start_limit_s or min(START_LIMIT_S, ceiling_s)
-        if self._is_step and self._durations:
+        if self._is_later_step:
             if self.step_limit_s:
                 return self.step_limit_s
             median_s = statistics.median(self._durations)
             return min(max(LATER_STEP_LIMIT_S, MEDIANS * median_s), ceiling_s)
+        if self._kind == "checkpoint" and self.save_limit_s:
+            return self.save_limit_s
         return max(start_s, self.step_limit_s) + self.allowance_s
 
     def limit_flag(self) -> str:
         """The flag that sets the present limit."""
-        return "--step-timeout" if self._is_step and self._durations else "--start-timeout"
+        if self._kind == "checkpoint":
+            return "--save-timeout"
+        return "--step-timeout" if self._is_later_step else "--start-timeout"
+
+    @property
+    def _is_later_step(self) -> bool:
+        return self._kind == "step" and bool(self._durations)
 
     def overdue_s(self) -> float:
         """How much longer than it may the present phase takes [s]; below 0 if it may go on."""

@@ -68,7 +68,20 @@ def rank_device(config: Config, machine: Machine) -> torch.device:
     assert machine.gpu is not None, "choose_device counted the GPUs"
     device = torch.device("cuda", machine.gpu)
     torch.cuda.set_device(device)
+    if config.train.deterministic:
+        be_deterministic()
     return device
+
+
+def be_deterministic() -> None:
+    """Let torch take kernels that add in a fixed order alone, or raise where it has none.
+
+    Of this process, before its first matrix product: cuBLAS reads its workspace's size once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # What is read is written before; filling memory with NaN first would show nothing, and cost.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def threads_of_a_rank(local_ranks: int) -> int:

@@ -26,6 +26,7 @@ class World:
         master_addr, master_port: where rank 0 (or the launcher) keeps the rendezvous store.
         job: names this set of ranks, if others may meet at the same address.
         launcher: "torchrun" or "srun", for messages.
+        attempt: how often the launcher has started these ranks again.
     """
 
     rank: int
@@ -35,6 +36,7 @@ class World:
     master_port: int
     job: str
     launcher: str
+    attempt: int = 0
 
 
 def detect_world(env: Mapping[str, str]) -> World | None:
@@ -57,6 +59,7 @@ def detect_world(env: Mapping[str, str]) -> World | None:
                 master_port=_number(env, "MASTER_PORT", 29500),
                 job="",
                 launcher="torchrun",
+                attempt=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
             )
         )
     if "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
@@ -73,6 +76,7 @@ def detect_world(env: Mapping[str, str]) -> World | None:
                 master_port=_number(env, "MASTER_PORT", 20000 + crc32(job.encode()) % 10000),
                 job=job,
                 launcher="srun",
+                attempt=_number(env, "SLURM_RESTART_COUNT", 0),
             )
         )
     return None

@@ -7,14 +7,47 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from megalite.parallel.watchdog import EXIT_CODE, Watchdog, last_words
+from megalite.exit_codes import ExitCode
+from megalite.parallel.watchdog import Watchdog, last_words, steps_begun
+
+_TOLD: Mapping[ExitCode, str] = MappingProxyType(
+    {
+        ExitCode.BAD_INPUT: "bad input",
+        ExitCode.DAMAGED: "something is damaged",
+        ExitCode.NOT_FINITE: "steps that are not finite",
+        ExitCode.HUNG: "a hang or a lost rank",
+        ExitCode.INTERNAL: "",
+        ExitCode.STOPPED: "asked to stop",
+    }
+)
+"""Exit codes of ranks that have said themselves what is wrong, with words for it."""
 
 LOST_PEER_PATIENCE_S = 5.0
 """How long a rank whose peer vanished waits to be stopped before it reports that itself."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one start of the ranks ended.
+
+    Attributes:
+        code: exit code of the whole run, if it is not started again.
+        why: in words; empty if all is well.
+        at: when the launcher noticed [s since 1970].
+        step: steps that were done.
+    """
+
+    code: int
+    why: str = ""
+    at: float = 0.0
+    step: int = 0
 
 
 def claim_report(store: dist.Store | None) -> bool:
@@ -39,19 +72,21 @@ def report_once(
     A rank that only lost its peers has not failed: it says who is missing.
 
     Returns:
-        Exit code of this rank: `watchdog.EXIT_CODE` if a peer was missed, else 1.
+        Exit code of this rank: of a hang if a peer was missed, else of an internal error.
     """
     if _is_lost_peer(error):
+        if watchdog is not None and watchdog.is_terminated():
+            return ExitCode.HUNG  # whoever ends the ranks knows why
         # Not the cause: the peer reports itself, or the launcher names the signal it died of.
         time.sleep(LOST_PEER_PATIENCE_S)
         if watchdog is not None:
             _explain(who, store, watchdog)
-            return EXIT_CODE
+            return ExitCode.HUNG
     if claim_report(store):
         print(f"megalite: {who} failed:", file=sys.stderr)
         traceback.print_exception(error, file=sys.stderr)
         sys.stderr.flush()
-    return 1
+    return ExitCode.INTERNAL
 
 
 def _explain(who: str, store: dist.Store | None, watchdog: Watchdog) -> None:
@@ -65,27 +100,27 @@ def _explain(who: str, store: dist.Store | None, watchdog: Watchdog) -> None:
         print(f"megalite: {who} has lost its peers, and the store with them", file=sys.stderr)
 
 
-def report_failure(error: ChildFailedError, board: dist.Store, size: int) -> int:
-    """The launcher's part: what a rank that ended could not say itself.
+def report_failure(error: ChildFailedError, board: dist.Store, size: int) -> Ending:
+    """The launcher's part: say what a rank that ended could not say itself.
 
     Args:
         error: of torchelastic.
         board: where the ranks said what they were doing.
         size: of the world.
-
-    Returns:
-        Exit code of the whole run: 2 for bad input, `watchdog.EXIT_CODE` for a hang, else 1.
     """
     rank, failure = min(error.failures.items())
-    told = (1, 2, EXIT_CODE)
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        print(f"megalite: rank {rank} was killed by {name}; all are stopped", file=sys.stderr)
-    elif failure.exitcode not in told:
-        print(f"megalite: rank {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
-    if failure.exitcode not in told:
-        print(f"last heard of the ranks:\n{last_words(board, size)}", file=sys.stderr)
-    return failure.exitcode if failure.exitcode in told else 1
+    code = failure.exitcode
+    if code in _TOLD:
+        why = _TOLD[ExitCode(code)] or f"rank {rank} failed"
+    else:
+        why = f"rank {rank} ended with exit code {code}"
+        if code < 0:
+            why = f"rank {rank} was killed by {signal.Signals(-code).name}"
+        words = f"megalite: {why}; all are stopped"
+        print(f"{words}\nlast heard of the ranks:\n{last_words(board, size)}", file=sys.stderr)
+        code = ExitCode.INTERNAL
+    step = max(0, steps_begun(board, size) - (code != ExitCode.STOPPED))
+    return Ending(int(code), why, time.time(), step)
 
 
 def _is_lost_peer(error: Exception) -> bool:

@@ -44,6 +44,7 @@ class State:
         position_phase: the phase of that.
         calls: its collectives by group.
         patient: it takes as long as it takes.
+        heeds: it stops after a step if it is asked to.
         ended: it has left its job.
     """
 
@@ -61,6 +62,7 @@ class State:
     position_phase: str = ""
     calls: Mapping[str, Calls] = field(default_factory=dict)
     patient: bool = False
+    heeds: bool = False
     ended: bool = False
 
     def doings(self) -> tuple:

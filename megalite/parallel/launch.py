@@ -16,7 +16,9 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,17 +29,21 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import megalite
 from megalite.config import Config
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, RunError
+from megalite.events import Events, events_file
+from megalite.exit_codes import ExitCode
+from megalite.faults import Faults
 from megalite.parallel import forkserver
 from megalite.parallel.activity import Activity
 from megalite.parallel.agree import MissingRanksError, agree
 from megalite.parallel.devices import own_machine, rank_device, threads_of_a_rank
 from megalite.parallel.environment import World, detect_world
-from megalite.parallel.failures import claim_report, report_failure, report_once
+from megalite.parallel.failures import Ending, claim_report, report_failure, report_once
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.machine import Machine, find_machine
 from megalite.parallel.progress import GpuProgress
-from megalite.parallel.stop import STOPS, ignore_stops
+from megalite.parallel.stop import STOPS, StopRequest, ignore_stops
+from megalite.parallel.supervise import Asking, supervise
 from megalite.parallel.watchdog import Watchdog
 
 RENDEZVOUS_LIMIT = timedelta(seconds=300)
@@ -57,12 +63,18 @@ class Rank:
         groups: of this rank.
         device: of this rank.
         store: in which ranks leave word for each other beside their collectives.
+        attempt: how often the ranks have been started again.
+        faults: what is injected on purpose into this rank.
+        stop: whether it was asked to stop.
     """
 
     config: Config
     groups: ParallelGroups
     device: torch.device
     store: dist.Store = field(default_factory=dist.HashStore)
+    attempt: int = 0
+    faults: Faults = field(default_factory=Faults.none)
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 Job = Callable[[Rank], int]
@@ -93,28 +105,37 @@ class Prepared:
 
 
 def launch(prepared: Prepared) -> int:
-    """Start all ranks of the layout on this machine and wait for them.
+    """Start all ranks of the layout on this machine and wait for them; after a failure again, as
+    often as --max-restarts says.
 
-    One rank runs in this process. More run under torchelastic, with rendezvous on loopback.
+    One rank that is not started again runs in this process. More run under torchelastic, with
+    rendezvous on loopback.
 
     Returns:
-        Exit code: the job's, 2 if a rank found bad input, 128 + the signal that stopped us, else 1.
+        Exit code: the job's, one of `ExitCode`, or 128 + the signal that stopped us at once.
     """
     prepared = prepared.claimed()
-    if prepared.config.world_size == 1:
-        return _run_alone(prepared)
+    config = prepared.config
+    events = Events(events_file(config) if config.run.name else None)
+    restarts = config.supervision.max_restarts
+    if config.world_size == 1 and not restarts:
+        ending = Ending(_run_alone(prepared))
+        if ending.code not in (ExitCode.DONE, ExitCode.STOPPED):
+            events.write("stop", why="a failure", code=ending.code)
+        return ending.code
     try:
-        return _launch_ranks(prepared)
+        return supervise(partial(_launch_ranks, prepared), restarts, config.world_size, events)
     except (SignalException, KeyboardInterrupt) as stop:
         ignore_stops()
         forkserver.kill_all()
         number = getattr(stop, "sigval", signal.SIGINT)
         print(f"megalite: stopped by {number.name}", file=sys.stderr)
+        events.write("stop", why=number.name, code=128 + number)
         return 128 + number
 
 
-def _launch_ranks(prepared: Prepared) -> int:
-    """Start the ranks under torchelastic and wait for them; returns the exit code."""
+def _launch_ranks(prepared: Prepared, attempt: int, asking: Asking) -> Ending:
+    """Start the ranks once under torchelastic and wait for them."""
     ranks = prepared.config.world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(threads_of_a_rank(ranks)))
     if sys.platform == "linux":
@@ -123,8 +144,9 @@ def _launch_ranks(prepared: Prepared) -> int:
     start_method = forkserver.start_method()
     # The read end goes to every rank; it ends when this process does, however that happens.
     watched, alive = multiprocessing.get_context(start_method).Pipe(duplex=False)
-    board = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with alive, tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    board = dist.PrefixStore(WATCH, server)
+    with alive, tempfile.TemporaryDirectory(prefix="megalite-") as scratch, asking.over(board):
         elastic = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -140,11 +162,10 @@ def _launch_ranks(prepared: Prepared) -> int:
             signals_to_handle=",".join(_signals_to_handle()),
         )
         try:
-            ignores = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-            elastic_launch(elastic, _launched_rank)(prepared, watched, board.port, ignores)
+            elastic_launch(elastic, _launched_rank)(prepared, watched, server.port, attempt)
         except ChildFailedError as error:
-            return report_failure(error, dist.PrefixStore(WATCH, board), ranks)
-    return 0
+            return report_failure(error, board, ranks)
+    return Ending(ExitCode.DONE)
 
 
 def join(world: World, prepare: Callable[[Machine], Prepared]) -> int:
@@ -175,8 +196,7 @@ def run_rank(
         board: where ranks say what they are doing; None: beside the rendezvous.
 
     Returns:
-        The job's exit code; 2 if a rank found bad input, 1 if the job raised: both are printed once
-        for all ranks.
+        The job's exit code, or one of `ExitCode`: what is wrong is printed once for all ranks.
     """
     who = f"rank {world.rank} of {world.size}"
     try:
@@ -188,20 +208,20 @@ def run_rank(
         return 1
     store = dist.PrefixStore(world.job, store)
     board = dist.PrefixStore(WATCH, board or store.clone())  # type: ignore[attr-defined]
-    activity = Activity()
-    with Watchdog(board, world.rank, world.size, activity) as watchdog:
+    activity, stop = Activity(), StopRequest()
+    with Watchdog(board, world.rank, world.size, activity, stop) as watchdog:
         try:
             machine = find_machine(store, world)
             prepared = _agreed(store, world, machine, prepare, activity)
-            if prepared is None:
-                return 2
+            if isinstance(prepared, ExitCode):
+                return prepared
             layout = prepared.config.parallel
             who = f"rank {world.rank} of tp {layout.tp} x pp {layout.pp} x dp {layout.dp}"
-            code = _run_job(store, world, machine, prepared, watchdog, activity)
-        except ConfigError as error:
+            code = _run_job(store, world, machine, prepared, watchdog, activity, stop)
+        except (ConfigError, RunError) as error:
             if claim_report(store):
                 print(error.message(), file=sys.stderr, flush=True)
-            return error.exit_code
+            return error.code
         except MissingRanksError as error:
             if world.rank == 0:
                 print(f"megalite: {error}", file=sys.stderr, flush=True)
@@ -218,6 +238,7 @@ def _run_job(
     prepared: Prepared,
     watchdog: Watchdog,
     activity: Activity,
+    stop: StopRequest,
 ) -> int:
     """Create the groups and run the job; returns its exit code."""
     config = prepared.config
@@ -237,10 +258,12 @@ def _run_job(
         device_id=device if device.type == "cuda" else None,
     )
     groups = ParallelGroups.create(config, device, activity)
-    watchdog.watch(groups.calls())
+    folder = Path(config.run.runs) / config.run.name if config.run.name else None
+    watchdog.watch(groups.calls(), folder)
     activity.begin("start: building the model")
     talk = dist.PrefixStore("job", store.clone())  # type: ignore[attr-defined]
-    code = prepared.job(Rank(config, groups, device, talk))
+    faults = Faults.of(os.environ, world.rank, world.attempt)
+    code = prepared.job(Rank(config, groups, device, talk, world.attempt, faults, stop))
     activity.begin("the end")
     dist.destroy_process_group()
     return code
@@ -252,9 +275,10 @@ def _agreed(
     machine: Machine,
     prepare: Callable[[Machine], Prepared],
     activity: Activity,
-) -> Prepared | None:
-    """What all ranks are ready to run alike; None if they are not, which rank 0 says."""
+) -> Prepared | ExitCode:
+    """What all ranks are ready to run alike; if they are not, which rank 0 says, how it ends."""
     prepared, failure, problems = None, None, list[str]()
+    code = ExitCode.BAD_INPUT
     facts: dict[str, Any] = {}
     limit_s = RENDEZVOUS_LIMIT.total_seconds()
     # A corpus may have to be tokenized: that takes as long as it takes, and the others wait.
@@ -262,14 +286,15 @@ def _agreed(
     try:
         prepared = prepare(machine)
     except ConfigError as error:
-        problems = error.violations
+        problems, code = error.violations, error.code
     except Exception as error:
         # The other ranks may be fine, and would wait for this one.
         failure, problems = error, [f"{type(error).__name__}: {error}"]
     if prepared is not None:
-        layout = prepared.config.parallel
-        limit_s = 60 * layout.distributed_timeout_minutes
-        activity.start_limit_s, activity.step_limit_s = layout.start_timeout, layout.step_timeout
+        limits = prepared.config.supervision
+        limit_s = 60 * prepared.config.parallel.distributed_timeout_minutes
+        activity.start_limit_s, activity.step_limit_s = limits.start_timeout, limits.step_timeout
+        activity.save_limit_s = limits.save_timeout
         activity.longest_wait_s = limit_s
         facts = {
             **_comparable(prepared.config),
@@ -292,7 +317,7 @@ def _agreed(
             raise failure from None
         if world.rank == 0:
             print(error.message(), file=sys.stderr, flush=True)
-        return None
+        return code
     if world.rank == 0:
         store.set("name", prepared.config.run.name)
     named = prepared.config.derive(name=store.get("name").decode())
@@ -304,34 +329,36 @@ def _run_alone(prepared: Prepared) -> int:
     machine = own_machine(prepared.config)
     try:
         device = rank_device(prepared.config, machine)
-        return prepared.job(Rank(prepared.config, ParallelGroups.solo(), device))
+        faults = Faults.of(os.environ, 0, 0)
+        return prepared.job(Rank(prepared.config, ParallelGroups.solo(), device, faults=faults))
     except ConfigError:
         raise
+    except RunError as error:
+        print(error.message(), file=sys.stderr, flush=True)
+        return error.code
     except Exception as error:
         return report_once("the run", None, None, error)
 
 
-def _launched_rank(
-    prepared: Prepared, launcher: Connection, board_port: int, ignores_interrupt: bool
-) -> None:
+def _launched_rank(prepared: Prepared, launcher: Connection, board_port: int, attempt: int) -> None:
     """Body of a rank that `launch` started; leaves the process on any failure."""
-    # The default actions end the process at once, also in the middle of a collective.
-    signal.signal(signal.SIGINT, signal.SIG_IGN if ignores_interrupt else signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C reaches the launcher too, which decides. The default actions of the others end the
+    # process at once, also in the middle of a collective.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for stop in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(stop, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # see `forkserver.start_method`
     threading.Thread(target=_die_with, args=(launcher,), daemon=True).start()
     world = detect_world(os.environ)
     assert world is not None, "torchelastic sets RANK and WORLD_SIZE"
     board = dist.TCPStore("127.0.0.1", board_port, is_master=False)
-    leave(run_rank(world, lambda _: prepared, board))
+    leave(run_rank(replace(world, attempt=attempt), lambda _: prepared, board))
 
 
 def _signals_to_handle() -> list[str]:
-    """Signals that stop all ranks, but for those that nohup or a shell has told us to ignore.
-
-    Not SIGINT, which torchelastic would pass on: a rank that is just starting ignores that one.
-    """
-    stops = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    """Signals that stop all ranks at once, but for those that nohup or a shell has told us to
+    ignore; `supervise` answers the others."""
+    stops = (signal.SIGHUP, signal.SIGQUIT)
     return [stop.name for stop in stops if signal.getsignal(stop) is not signal.SIG_IGN]
 
 

@@ -7,20 +7,24 @@ one rank reads all states, prints who keeps whom waiting (`megalite.parallel.han
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import re
+import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch.distributed as dist
 
+from megalite.exit_codes import ExitCode
 from megalite.parallel.activity import Activity, CallTrace
 from megalite.parallel.hang import Calls, State, explain
-
-EXIT_CODE = 5
-"""Of a run that hung or lost a rank."""
+from megalite.parallel.stop import StopRequest
 
 INTERVAL_S = 0.2
 SETS_PER_S = 500.0
@@ -42,6 +46,12 @@ LINGER_S = 2.0
 TURN_S = 0.1
 """One rank judges; the next ones wait so much longer each, in case it is the one that hangs."""
 
+STOP = "stop"
+"""Under this key a launcher leaves the name of the signal by which it was asked to stop."""
+
+STACKS = "stacks"
+"""Folder in that of the run."""
+
 Groups = dict[str, tuple[tuple[int, ...], CallTrace]]
 """World ranks and calls of each group of a rank."""
 
@@ -53,11 +63,15 @@ class Watchdog:
         store: a connection of its own: the rank's thread may be waiting in another.
         rank, size: of the world.
         activity: of this rank.
+        stop: asked here when the launcher asks all ranks.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, activity: Activity):
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, activity: Activity, stop: StopRequest
+    ):
         self._store, self._rank, self._size = store, rank, size
-        self._activity = activity
+        self._activity, self._stop = activity, stop
+        self._folder: Path | None = None
         self._interval_s = max(INTERVAL_S, size / SETS_PER_S)
         self._silence_s = max(SILENCE_S, 15 * self._interval_s)
         self._groups: Groups = {}
@@ -77,8 +91,14 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
 
-    def watch(self, groups: Groups) -> None:
-        """From now on say what this rank calls in its groups too."""
+    def watch(self, groups: Groups, folder: Path | None) -> None:
+        """From now on say what this rank calls in its groups too.
+
+        Args:
+            groups: those.
+            folder: of the run, for the stacks of a rank that hangs; None: there is none.
+        """
+        self._folder = folder
         members = {name: ranks for name, (ranks, _) in groups.items()}
         self._store.set(f"groups/{self._rank}", json.dumps(members))
         self._groups = groups
@@ -109,7 +129,10 @@ class Watchdog:
             and (new is None or (old is not None and old.beat == new.beat and not new.ended))
         ]
         found = explain(after, lost, self._activity.sends())
-        print(f"megalite: {why}\n{found.text()}", file=sys.stderr, flush=True)
+        told = f"megalite: {why}\n{found.text()}"
+        if self._folder is not None:
+            told += f"\nstacks of the ranks: {self._folder / STACKS}"
+        print(told, file=sys.stderr, flush=True)
         self._store.set("explained", "")
         self._linger()
         return True
@@ -127,8 +150,25 @@ class Watchdog:
             time.sleep(self._interval_s)
         return True
 
+    def is_terminated(self) -> bool:
+        """Whether somebody is ending the ranks: SIGTERM came, and one of them has gone."""
+        if not self._stop.is_terminated() or self._activity.phase == "the end":
+            return False
+        states = read_states(self._store, self._size)
+        return any(state and (state.ended or not self._speaks(state)) for state in states)
+
+    def _dump_stacks(self) -> None:
+        """Write where all threads of this rank are."""
+        if self._folder is None:
+            return
+        with suppress(OSError):
+            (self._folder / STACKS).mkdir(parents=True, exist_ok=True)
+            with open(self._folder / STACKS / f"rank-{self._rank}.txt", "w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+
     def _linger(self) -> None:
         """Stay until all know of the explanation, and let nothing be printed after it."""
+        self._dump_stacks()
         silence()
         wait_s = 3 * self._interval_s
         time.sleep(max(LINGER_S, 2 * wait_s) if self._rank == 0 else wait_s)
@@ -147,7 +187,11 @@ class Watchdog:
                 if self._store.check(["explained"]):
                     # All end, also those whose own limit is not reached.
                     self._linger()
-                    os._exit(EXIT_CODE)
+                    os._exit(ExitCode.HUNG)
+                if self.is_terminated():
+                    os._exit(ExitCode.HUNG)
+                if self._stop.by is None and self._store.check([STOP]):
+                    self._stop.ask(signal.Signals[self._store.get(STOP).decode()])
                 overdue_s = self._activity.overdue_s()
                 if overdue_s > self._rank * TURN_S and self._nothing_moves():
                     self._give_up()
@@ -195,6 +239,7 @@ class Watchdog:
                 for name, (_, trace) in self._groups.items()
             },
             patient=activity.patient,
+            heeds=self._stop.is_heeded,
             ended=ended,
         )
 
@@ -235,7 +280,7 @@ class Watchdog:
         finally:
             # Also without the store: it went with a rank that has ended.
             if ends:
-                os._exit(EXIT_CODE)
+                os._exit(ExitCode.HUNG)
 
 
 def silence() -> None:
@@ -247,6 +292,12 @@ def silence() -> None:
 def last_words(store: dist.Store, size: int) -> str:
     """The table of what each rank last said, for a launcher whose ranks are gone."""
     return "\n".join(f"  {line}" for line in explain(read_states(store, size), (), {}).table)
+
+
+def steps_begun(store: dist.Store, size: int) -> int:
+    """The last step that a rank said it was in; 0: none."""
+    phases = [state.phase for state in read_states(store, size) if state is not None]
+    return max((int(m[1]) for m in (re.match(r"step (\d+)$", p) for p in phases) if m), default=0)
 
 
 def read_states(store: dist.Store, size: int) -> Sequence[State | None]:

@@ -207,7 +207,7 @@ def end(main: Callable[[Sequence[str]], int]) -> NoReturn:
         code = main(sys.argv[1:])
     except ConfigError as error:
         print(error.message(), file=sys.stderr)
-        code = error.exit_code
+        code = error.code
     except KeyboardInterrupt as interrupt:
         stop = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
         print(f"megalite: {interrupt or f'stopped by {stop.name}'}", file=sys.stderr)

@@ -105,6 +105,9 @@ def shrink(config: Config, most_ranks: int = MOST_RANKS) -> Small:
         # Comparing takes longer than a step, and what runs here says little of the run itself.
         start_timeout=0.0,
         step_timeout=0.0,
+        save_timeout=0.0,
+        max_restarts=0,
+        check_replicas=0,
         # Warm-up, decay and clipping are all active.
         lr=1e-3,
         min_lr=1e-4,

@@ -83,7 +83,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(
             [1, 1, 2, 3, 4, 5],
         ]
         assert seen["stayed"] == [[step == 1] * 4 for step in range(6)]
-        norms, losses, scales = zip(*seen["statistics"], strict=True)
+        norms, losses, scales, _ = zip(*seen["statistics"], strict=True)
         assert [math.isfinite(norm) for norm in norms] == [step != 1 for step in range(6)]
         assert all(5 < loss < 6 for loss in losses), "unscaled"
         assert list(scales) == [65536, 65536, 32768, 32768, 32768, 65536], "those of the steps"

@@ -154,7 +154,7 @@ def test_a_limit_binds_from_the_first_step(pool: RankPool) -> None:
 def left_for_later_job(memory_limit: float) -> int:
     """Input gradients of rank 0 that something else follows than their weight gradient."""
     trainer = make_trainer(**LAYOUT, memory_limit=memory_limit)
-    order = trainer._program(trainer.config.num_micro_batches).plan.ranks[0]
+    order = trainer.programs.training(trainer.config.num_micro_batches).plan.ranks[0]
     return sum(
         after != replace(action, op=Op.WEIGHT_GRADIENT)
         for action, after in pairwise(order)
@@ -197,11 +197,9 @@ def trained_job(by_costs: bool) -> tuple[Tensor, list[list[float]], str]:
     """Two steps; weights, statistics, and the actions of this rank."""
     trainer = make_trainer(**LAYOUT)
     if by_costs:
-        trainer._costs = odd_costs(4)
-        trainer._plans.clear()
-        trainer._programs.clear()
+        trainer.programs.replan(odd_costs(4))
     statistics = [trainer.train_step(step).tolist() for step in range(2)]
-    program = trainer._program(trainer.config.num_micro_batches)
+    program = trainer.programs.training(trainer.config.num_micro_batches)
     order = program.plan.ranks[trainer.groups.pp.rank]
     return trainer.flat.whole(trainer.flat.own_parameters), statistics, " ".join(map(str, order))
 
@@ -223,8 +221,10 @@ def replanned_job(**flags: Any) -> tuple[Costs, str]:
     """A whole run; the costs that its plan follows in the end."""
     trainer = make_trainer(**flags, steps=MEASURED_STEPS[-1] + 1, eval_steps=0)
     trainer.fit(None)
-    program = trainer._program(trainer.config.num_micro_batches)
-    return trainer._costs, " ".join(str(action) for order in program.ranks for action in order)
+    program = trainer.programs.training(trainer.config.num_micro_batches)
+    return trainer.programs.costs, " ".join(
+        str(action) for order in program.ranks for action in order
+    )
 
 
 def test_a_run_plans_by_what_its_steps_took(pool: RankPool) -> None:
@@ -244,9 +244,9 @@ def replaced_job() -> tuple[bool, bool]:
     """Whether the programs at the end follow what was measured, and differ from the first ones."""
     trainer = make_trainer(pp=2, steps=MEASURED_STEPS[-1] + 1, eval_steps=0)
     count = trainer.config.num_micro_batches
-    getters = (trainer._program, trainer._forward_program)
+    getters = (trainer.programs.training, trainer.programs.evaluating)
     before = [get(count).ranks for get in getters]
-    skewed = replace(trainer._costs, **SKEWED)
+    skewed = replace(trainer.programs.costs, **SKEWED)
     with mock.patch.object(trainer_module, "recorded_costs", return_value=skewed):
         trainer.fit(None)
     programs = [get(count) for get in getters]

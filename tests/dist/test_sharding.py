@@ -284,7 +284,8 @@ def gathers_job(values: dict[str, Any]) -> Gathers:
     gathered.use, gathered._gather = use, gather  # type: ignore[method-assign]
     for step in range(2):
         trainer.train_step(step)
-    actions = sum(not is_message(a) for a in trainer._program(2).ranks[trainer.groups.pp.rank])
+    program = trainer.programs.training(2).ranks[trainer.groups.pp.rank]
+    actions = sum(not is_message(action) for action in program)
     late = sum(is_late for _, is_late in started)
     norms = sum(bucket.length for bucket in flat._buckets if not bucket.decays)
     elements = sum(w.untyped_storage().nbytes() for w in flat._wholes) // flat.dtype.itemsize

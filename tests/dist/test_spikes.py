@@ -76,7 +76,7 @@ def test_a_spike_on_one_rank_skips_the_step_on_all(pool: RankPool, layout: dict[
 def test_without_the_option_nothing_is_skipped_for_its_size(pool: RankPool) -> None:
     (seen,) = [o.value for o in pool.run(1, steps_job, dict(skip_spikes=0.0))]
     assert [step for step in range(STEPS) if seen["stayed"][step]] == [NOT_FINITE]
-    assert {len(figures) for figures in seen["statistics"]} == {2}
+    assert {len(figures) for figures in seen["statistics"]} == {3}
 
 
 def test_a_spike_leaves_the_loss_scale_as_it_is(pool: RankPool) -> None:
@@ -84,7 +84,7 @@ def test_a_spike_leaves_the_loss_scale_as_it_is(pool: RankPool) -> None:
     fp16 = dict(precision="fp16", initial_loss_scale=1024.0, hysteresis=1)
     (seen,) = [o.value for o in pool.run(1, steps_job, fp16)]
     assert [figures[2].item() for figures in seen["statistics"]] == [1024.0] * 9 + [512.0]
-    assert sum(figures[3].item() for figures in seen["statistics"]) == 2
+    assert sum(figures[4].item() for figures in seen["statistics"]) == 2
 
 
 @pytest.mark.parametrize("layout", [dict(), dict(tp=2, precision="bf16")], ids=str)

@@ -23,7 +23,7 @@ from megalite.models.llama import LlamaStage
 from megalite.models.stage import stage_specs
 from megalite.optim.flat import FlatParameters
 from megalite.parallel.groups import ParallelGroups
-from megalite.sampling import generate
+from megalite.sampling import generate, next_token_logits
 
 
 def save_initial_job(folder: Path, values: dict[str, Any]) -> None:
@@ -157,7 +157,7 @@ def logits_job(lengths: list[int], values: dict[str, Any]) -> Any:
     trainer = make_trainer(**values)
     found = []
     for length in lengths:
-        logits = trainer.next_token_logits(list(range(40, 40 + length)))
+        logits = next_token_logits(trainer, list(range(40, 40 + length)))
         found.append(None if logits is None else logits.tolist())
     return found, generate(trainer, [100], 20)
 
@@ -248,11 +248,11 @@ def skipped_step_job() -> dict[str, Any]:
         (stage,) = trainer.stages.values()
         parameter = next(stage.parameters())
         handle = parameter.register_hook(lambda gradient: gradient * torch.inf)
-    norm, loss = trainer.train_step(1).tolist()
+    norm, loss, _ = trainer.train_step(1).tolist()
     same = torch.equal(before, trainer.flat.whole(trainer.flat.own_parameters))
     if trainer.groups.world_rank == 3:
         handle.remove()
-    next_norm, _ = trainer.train_step(2).tolist()
+    next_norm, *_ = trainer.train_step(2).tolist()
     moved = not torch.equal(before, trainer.flat.whole(trainer.flat.own_parameters))
     return dict(norm=norm, loss=loss, same=same, next_norm=next_norm, moved=moved)
 

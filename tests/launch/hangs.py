@@ -173,14 +173,13 @@ def wrong_order(patch: Patch, rank: Rank) -> None:
 
 
 def generation_stuck(patch: Patch, rank: Rank) -> None:
-    right = Trainer.next_token_logits
+    from megalite import sampling
 
-    def broken(self: Any, tokens: list[int]) -> Any:
-        self._activity.begin("generating text")
+    def broken(trainer: Trainer, tokens: list[int]) -> Any:
+        trainer.groups.activity.begin("generating text")
         time.sleep(FOREVER_S)
-        return right(self, tokens)
 
-    patch.setattr(Trainer, "next_token_logits", broken)
+    patch.setattr(sampling, "next_token_logits", broken)
 
 
 def slow(patch: Patch, rank: Rank) -> None:

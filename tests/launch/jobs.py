@@ -12,6 +12,7 @@ import torch
 from megalite.config import Config, resolve, resolve_device
 from megalite.parallel.environment import detect_world
 from megalite.parallel.launch import Prepared, Rank, join, launch, leave
+from megalite.program import end
 
 
 def _wait_for_all(rank: Rank) -> int:
@@ -76,4 +77,6 @@ if __name__ == "__main__":
     config = resolve_device(resolve(Config().replace(tp=2, pp=2, steps=1)), device)
     world, job = detect_world(os.environ), getattr(jobs, sys.argv[1])
     prepared = Prepared(config, job, {})
-    leave(join(world, lambda _: prepared) if world else launch(prepared))
+    if world:
+        leave(join(world, lambda _: prepared))
+    end(lambda: launch(prepared))

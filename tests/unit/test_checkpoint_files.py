@@ -183,7 +183,7 @@ def test_a_hostile_manifest_is_refused_before_anything_is_taken(tmp_path: Path, 
     rewrite(folder, change)
     with pytest.raises(DamagedError, match=words) as refused:
         Checkpoint.open(folder)
-    assert refused.value.exit_code == 3
+    assert refused.value.code == 3
     assert str(folder) in refused.value.message()
 
 

@@ -211,7 +211,7 @@ def test_replace_refuses_names_that_no_group_has(name: str) -> None:
 def test_to_dict_holds_plain_values_by_group() -> None:
     config = Config().replace(pp_layers=(1, 3), lr=0.5)
     values = config.to_dict()
-    groups = "model parallel train parameters scaling data checkpoint run"
+    groups = "model parallel train parameters scaling data checkpoint supervision run"
     assert list(values) == groups.split()
     assert json.loads(json.dumps(values)) == values
     assert values["parallel"]["pp_layers"] == [1, 3]

@@ -133,8 +133,10 @@ def told(words: str) -> tuple[str, ...]:
         ("--pp-layers 4", "with --pp 1"),
         ("--post-validation", "with --pp 1"),
         ("--grad-reduce-dtype bf16", "with dp 1"),
-        ("--start-timeout 5", "on one rank, which waits for nobody"),
-        ("--step-timeout 5", "on one rank, which waits for nobody"),
+        ("--start-timeout 5", "on one rank without --max-restarts: nothing watches it"),
+        ("--save-timeout 5", "on one rank without --max-restarts: nothing watches it"),
+        ("--check-replicas 5", "with dp 1"),
+        ("--step-timeout 5", "on one rank without --max-restarts: nothing watches it"),
         ("--distributed-timeout-minutes 5", "on one rank, which waits for nobody"),
     ],
 )

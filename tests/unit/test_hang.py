@@ -131,14 +131,16 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     activity = Activity(since=0.0)
     assert (activity.limit_s(), activity.limit_flag()) == (300.0, "--start-timeout")
     for step, seconds in enumerate((50.0, 1.0, 2.0, 3.0)):
-        activity.begin(f"step {step}", is_step=True)
+        activity.begin(f"step {step}", "step")
         assert activity.limit_s() == (
             300.0 if step == 0 else max(100.0, 10 * [50, 25.5, 2][step - 1])
         )
         clock.now += seconds
-    activity.begin("saving", allowance_s=50.0)
-    assert (activity.limit_s(), activity.limit_flag()) == (350.0, "--start-timeout")
-    activity.begin("step 4", is_step=True)
+    activity.begin("saving", "checkpoint", allowance_s=50.0)
+    assert (activity.limit_s(), activity.limit_flag()) == (350.0, "--save-timeout")
+    activity.save_limit_s = 20.0
+    assert (activity.limit_s(), activity.limit_flag()) == (20.0, "--save-timeout")
+    activity.begin("step 4", "step")
     assert activity.limit_s() == 100.0
     activity.longest_wait_s = 60.0
     assert activity.limit_s() == 54.0

@@ -176,7 +176,7 @@ def test_what_is_refused_by_name(tmp_path: Path, change: dict[str, Any], named: 
     write(tmp_path, {**BASE, **change})
     with pytest.raises(ConfigError) as error:
         read_hf_config(tmp_path)
-    assert error.value.exit_code == 2
+    assert error.value.code == 2
     assert named in error.value.violations[0]
     assert str(tmp_path / "config.json") in error.value.violations[0]
 
@@ -212,7 +212,7 @@ def test_damaged_files(tmp_path: Path, content: dict[str, Any] | str, named: str
     write(tmp_path, content)
     with pytest.raises(DamagedError) as error:
         read_hf_config(tmp_path)
-    assert error.value.exit_code == 3
+    assert error.value.code == 3
     assert named in error.value.violations[0]
     assert str(tmp_path / "config.json") in error.value.violations[0]
 

@@ -111,7 +111,7 @@ class Small:
         for part, span in zip(gradients, self.flat.spans, strict=True):
             part.copy_(whole[span.slice] * self.loss_scale)
         self.gradients = self.named(torch.cat(gradients) / self.loss_scale)
-        self.optimizer.clip_and_step(lr, torch.zeros(0, dtype=torch.float64))
+        self.optimizer.clip_and_step(lr, *torch.zeros(2, dtype=torch.float64).split(1))
 
     def named(self, buffer: Tensor) -> dict[str, Tensor]:
         return {

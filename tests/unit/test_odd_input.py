@@ -136,9 +136,9 @@ def test_nohup_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         signal, "getsignal", lambda stop: signal.SIG_IGN if stop in ignored else signal.SIG_DFL
     )
-    assert _signals_to_handle() == ["SIGTERM", "SIGQUIT"]
+    assert _signals_to_handle() == ["SIGQUIT"]
     ignored.clear()
-    assert _signals_to_handle() == ["SIGTERM", "SIGHUP", "SIGQUIT"]
+    assert _signals_to_handle() == ["SIGHUP", "SIGQUIT"]
 
 
 def test_limits_of_steps_stay_below_that_of_a_collective() -> None:

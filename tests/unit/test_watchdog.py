@@ -10,9 +10,11 @@ from contextlib import ExitStack, suppress
 import pytest
 import torch.distributed as dist
 
+from megalite.exit_codes import ExitCode
 from megalite.parallel import watchdog
 from megalite.parallel.activity import Activity
-from megalite.parallel.watchdog import EXIT_CODE, Watchdog, read_states
+from megalite.parallel.stop import StopRequest
+from megalite.parallel.watchdog import Watchdog, read_states
 
 LIMIT_S = 0.6
 
@@ -46,7 +48,10 @@ class World:
         raise EndedError
 
     def dogs(self) -> list[Watchdog]:
-        return [Watchdog(self.store, rank, 2, a) for rank, a in enumerate(self.activities)]
+        return [
+            Watchdog(self.store, rank, 2, a, StopRequest())
+            for rank, a in enumerate(self.activities)
+        ]
 
     def run(self, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> None:
         with ExitStack() as stack:
@@ -69,7 +74,7 @@ def test_two_ranks_that_stand_still_end(world: World, capsys: pytest.CaptureFixt
     world.activities[0].at("recv", 3, awaits="1RECV_F0", peer=1)
     world.activities[1].at("asleep")
     world.run(5.0)
-    assert world.ended == [EXIT_CODE, EXIT_CODE]
+    assert world.ended == [ExitCode.HUNG, ExitCode.HUNG]
     told = capsys.readouterr().err
     assert told.count("megalite: nothing moves: rank 0 has been in start for ") == 1
     assert "rank 1 never arrived: it is in start, asleep; rank 0 waits for it" in told
@@ -78,7 +83,7 @@ def test_two_ranks_that_stand_still_end(world: World, capsys: pytest.CaptureFixt
 def test_a_rank_within_its_own_limit_ends_with_the_others(world: World) -> None:
     world.activities[1].begin("saving", allowance_s=1000.0)
     world.run(5.0)
-    assert world.ended == [EXIT_CODE, EXIT_CODE]
+    assert world.ended == [ExitCode.HUNG, ExitCode.HUNG]
 
 
 def test_a_rank_that_moves_slowly_keeps_all_alive(world: World) -> None:
@@ -99,7 +104,7 @@ def test_a_rank_that_has_ended_is_named(world: World, capsys: pytest.CaptureFixt
         pass
     with first:
         time.sleep(2.5)
-    assert world.ended == [EXIT_CODE]
+    assert world.ended == [ExitCode.HUNG]
     assert "rank 1 has ended, but others are in start" in capsys.readouterr().err
 
 
@@ -110,7 +115,7 @@ def test_a_rank_that_no_longer_speaks_is_named(
     second._publish()
     with first:
         time.sleep(2.5)
-    assert world.ended == [EXIT_CODE]
+    assert world.ended == [ExitCode.HUNG]
     assert "rank 1 is dead or stopped" in capsys.readouterr().err
 
 
@@ -149,7 +154,7 @@ def test_members_of_groups_are_told_once(world: World) -> None:
 
     first, _ = world.dogs()
     trace = CallTrace()
-    first.watch({"tensor": ((0, 1), trace)})
+    first.watch({"tensor": ((0, 1), trace)}, None)
     trace.call("all_reduce")
     first._publish()
     states = read_states(world.store, 2)

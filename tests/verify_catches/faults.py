@@ -404,12 +404,12 @@ def skipped_step_moves_moments(patch: Patch) -> None:
     """A step that is skipped updates the moments with zero gradients."""
     right = optimizer.Optimizer.clip_and_step
 
-    def broken(self: Any, lr: float, statistics: Tensor) -> Tensor:
+    def broken(self: Any, lr: float, *sums: Tensor) -> Tensor:
         finite = all(part.isfinite().all() for part in self._flat.own_gradients)
         agreed = torch.tensor([0.0 if finite else 1.0], dtype=torch.float64)
         for group in (self._groups.tp, self._groups.dp, self._groups.pp):
             group.all_reduce(agreed, maximum=True)
-        result = right(self, lr, statistics)
+        result = right(self, lr, *sums)
         if agreed.item():
             for first, second in zip(self.exp_avg, self.exp_avg_sq, strict=True):
                 first.mul_(self._train.adam_beta1)
