@@ -77,11 +77,21 @@ def read_saved(path: Path) -> Config:
     Raises:
         ConfigError: it cannot be read, or is none.
     """
-    problems = Problems()
-    specs = {spec.name: spec for spec in fields()}
     content = _file_content(path)
     if isinstance(content, str):
         raise ConfigError(f"{path} {content}")
+    return saved_config(path, content)
+
+
+def saved_config(path: Path, content: Mapping[str, Any]) -> Config:
+    """The configuration that a file holds, as `Config.to_saved` gave it.
+
+    Raises:
+        ConfigError: it is none; `path` is the file's.
+    """
+    problems = Problems()
+    specs = {spec.name: spec for spec in fields()}
+    content = dict(content)
     derived = content.pop("derived", None)
     if not isinstance(derived, list):
         raise ConfigError(f"{path} is not the saved configuration of a run")

@@ -11,6 +11,7 @@ Source: transformers' `LlamaConfig` and `modeling_rope_utils`, of 4.57 and 5.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
@@ -22,6 +23,8 @@ from megalite.errors import ConfigError, DamagedError
 
 NAME = "config.json"
 LONGEST_JSON_BYTES = 64 << 20
+MOST_LAYERS = 10_000
+"""No model has more: a hostile file's number would be a list of so many tensors."""
 ARCHITECTURE = "LlamaForCausalLM"
 
 SHAPE = (
@@ -89,10 +92,15 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     yarn their original length, otherwise `max_position_embeddings`.
 
     Raises:
-        ConfigError: it asks for what this model is not; all of it at once.
-        DamagedError: it is missing, no JSON, or says something impossible.
+        ConfigError: it is missing, or asks for what this model is not; all of it at once.
+        DamagedError: it is no JSON, or says something impossible.
     """
     path = folder / NAME
+    if not os.path.lexists(path):
+        raise ConfigError(
+            f"{folder} has no {NAME}: give the folder of a Hugging Face model (nothing is "
+            "downloaded), or read a checkpoint by --load"
+        )
     content = read_json(path)
     if "model_type" not in content:
         raise DamagedError(f"{path} has no model_type: it is no model of Hugging Face's")
@@ -109,7 +117,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     length = take.count("max_position_embeddings", 2048)
     rope = _rope(path, content, length)
     return {
-        "num_layers": take.count("num_hidden_layers"),
+        "num_layers": take.count("num_hidden_layers", most=MOST_LAYERS),
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_kv_heads": take.count("num_key_value_heads", heads),
@@ -215,11 +223,13 @@ class _Numbers:
     def __init__(self, path: Path, content: Mapping[str, Any]):
         self._path, self._content = path, content
 
-    def count(self, key: str, default: int = 0) -> int:
-        """A whole number above 0; without a default it has to be there."""
+    def count(self, key: str, default: int = 0, most: int = 1 << 31) -> int:
+        """A whole number from 1 to `most`; without a default it has to be there."""
         value = self._value(key, default or None)
-        if type(value) is not int or not 0 < value < 1 << 40:
-            raise DamagedError(f"{self._path}: {key} {json.dumps(value)} is no number above 0")
+        if type(value) is not int or not 0 < value <= most:
+            raise DamagedError(
+                f"{self._path}: {key} {json.dumps(value)} is no whole number from 1 to {most}"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

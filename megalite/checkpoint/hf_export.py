@@ -84,6 +84,9 @@ def write_hf(
             f"{folder} can't be written: {error.strerror} ({error.filename or temporary}); it has "
             "to be a new folder, on a disk that all ranks see"
         ) from None
+    finally:
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)  # it is there no more if all went well
 
 
 def _small_files(

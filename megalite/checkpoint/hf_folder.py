@@ -15,12 +15,13 @@ Source: https://huggingface.co/docs/safetensors, "Format", and transformers' ind
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from megalite.tensor_names import EMBEDDING, HEAD
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 PRECISIONS = ("F32", "BF16", "F16")
-_DERIVED = ".rotary_emb.inv_freq"
+DERIVED = ".rotary_emb.inv_freq"
 """Frequencies, which older files hold beside the weights; they follow from the configuration."""
 _COMPARED_ELEMENTS = 1 << 22
 
@@ -183,14 +184,14 @@ def _places(folder: Path) -> Iterator[tuple[str, Place]]:
         raise DamagedError(f"{index} has no weight_map")
     by_file: dict[str, set[str]] = {}
     for name, file in names.items():
-        if not _is_plain(file):
+        if not is_plain(file):
             raise DamagedError(f"{index}: {name} lies in {file!r}, which is no plain file name")
         if not file.endswith(".safetensors"):
             raise DamagedError(f"{index}: {name} lies in {file!r}, which is no safetensors file")
         by_file.setdefault(file, set()).add(name)
     for file, expected in by_file.items():
         found = dict(_entries(folder / file))
-        listed = {name for name in expected if not name.endswith(_DERIVED)}
+        listed = {name for name in expected if not name.endswith(DERIVED)}
         for name in sorted(listed ^ found.keys()):
             where = folder / file if name in listed else f"{index} as a tensor of {file}"
             raise DamagedError(f"{name} is not in {where}")
@@ -198,14 +199,15 @@ def _places(folder: Path) -> Iterator[tuple[str, Place]]:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Place]]:
-    if not path.is_file():  # a link to one is one, as in a cache of downloads
+    if not os.path.isfile(path):  # a link to one is one, as in a cache of downloads
         raise DamagedError(f"{path} is not there, or no file")
     for entry in read_layout(path).entries:
-        if not entry.name.endswith(_DERIVED):
+        if not entry.name.endswith(DERIVED):
             yield entry.name, Place(path, entry)
 
 
-def _is_plain(file: object) -> bool:
+def is_plain(file: object) -> TypeGuard[str]:
+    """Whether it is the name of a file, and no way out of its folder."""
     return (
         isinstance(file, str)
         and Path(file).name == file

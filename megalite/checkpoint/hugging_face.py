@@ -13,6 +13,7 @@ from megalite.checkpoint.parts import DTYPE_NAMES, Part
 from megalite.checkpoint.state import MASTER, load_weights, saved_parts, start_from_weights
 from megalite.config import Config
 from megalite.data.source import token_texts_known
+from megalite.errors import ConfigError
 from megalite.layers.dtypes import DTYPES
 from megalite.optim.flat import FlatParameters
 from megalite.optim.optimizer import Optimizer
@@ -69,7 +70,7 @@ def export_hf(
     asked = config.checkpoint.export_dtype
     own = torch.float32 if flat.dtype == torch.float64 else flat.dtype
     dtype = own if asked == "auto" else DTYPES[asked]
-    tokenizer = _tokenizer_files(config)
+    tokenizer = tokenizer_files(config)
     write_hf(
         Path(config.checkpoint.export_hf),
         config.model,
@@ -97,13 +98,18 @@ def exported_parts(
             yield Part(part.name.removeprefix(taken), part.shape, part.region, part.values)
 
 
-def _tokenizer_files(config: Config) -> TokenizerFiles:
+def tokenizer_files(config: Config) -> TokenizerFiles:
+    """The files of the tokenizer of a run's data; none, and why, if they are not there any more:
+    weights do not wait for them."""
     if not token_texts_known(config.data):
         return TokenizerFiles(
             told="no tokenizer files: which tokenizer the data is of was not said "
             "(--tokenizer-type)"
         )
-    return hf_files(config.data, open_tokenizer(config.data, config.model.vocab_size))
+    try:
+        return hf_files(config.data, open_tokenizer(config.data, config.model.vocab_size))
+    except ConfigError as error:
+        return TokenizerFiles(told=f"no tokenizer files: {error.violations[0]}")
 
 
 def _disk_allowance_s(flat: FlatParameters) -> float:

@@ -10,6 +10,7 @@ transformers' `SentencePieceExtractor`.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from megalite.hf_config import read_json
 from megalite.tokenizer.base import Tokenizer
 from megalite.tokenizer.files import read_bytes
 from megalite.tokenizer.sentencepiece import message_fields
-from megalite.tokenizer.settings import TokenizerSettings
+from megalite.tokenizer.settings import TYPES, TokenizerSettings
 
 CONFIG = "tokenizer_config.json"
 _BESIDE = (CONFIG, "special_tokens_map.json", "chat_template.jinja")
@@ -75,18 +76,26 @@ def hf_files(settings: TokenizerSettings, tokenizer: Tokenizer) -> TokenizerFile
     )
 
 
-def flags_of(folder: Path) -> str:
-    """The flags for the tokenizer in a model's folder; empty if there is none that is known."""
+def settings_of(folder: Path) -> TokenizerSettings | None:
+    """The tokenizer in a model's folder; None if there is none that is known."""
     for name, kind in (
         ("tokenizer.json", "HuggingFaceTokenizer"),
         ("tokenizer.model", "Llama2Tokenizer"),
     ):
-        if (folder / name).is_file():
-            return f"--tokenizer-type {kind} --tokenizer-model {folder / name}"
+        if os.path.isfile(folder / name):
+            return TokenizerSettings(tokenizer_type=kind, tokenizer_model=str(folder / name))
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if vocab.is_file() and merges.is_file():
-        return f"--tokenizer-type GPT2BPETokenizer --vocab-file {vocab} --merge-file {merges}"
-    return ""
+    if os.path.isfile(vocab) and os.path.isfile(merges):
+        return TokenizerSettings(
+            tokenizer_type="GPT2BPETokenizer", vocab_file=str(vocab), merge_file=str(merges)
+        )
+    return None
+
+
+def flags_of(settings: TokenizerSettings) -> str:
+    """The flags that say so: type and files."""
+    names = ("tokenizer_type", *TYPES[settings.tokenizer])
+    return " ".join(f"--{name.replace('_', '-')} {getattr(settings, name)}" for name in names)
 
 
 def _copied(path: Path, tokenizer: Tokenizer) -> TokenizerFiles:

@@ -11,8 +11,11 @@ import hf_jobs
 import pytest
 import torch
 from pool import RankPool
+from runs import read_weights, run_in_pool, worst
 from safetensors import safe_open
 from torch import Tensor
+
+from megalite import pretrain
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,6 +33,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "linear": dict(
         num_key_value_heads=1,
         rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    ),
+    "yarn": dict(
+        num_key_value_heads=2,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
     ),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -158,3 +170,53 @@ def test_master_weights_are_exported(pool: RankPool, tmp_path: Path) -> None:
         assert torch.equal(value, before[name].float()) != moved
     config = json.loads((tmp_path / "auto/config.json").read_text())
     assert (config["dtype"], config["eos_token_id"]) == ("bfloat16", 256)
+
+
+RUN = (
+    "--tokenizer-type ByteTokenizer --seq-length 32 --global-batch-size 8 --micro-batch-size 2 "
+    "--steps 2 --lr 1e-3 --sample-length 0 --eval-steps 0"
+).split()
+
+
+def test_a_run_in_and_out(pool: RankPool, tmp_path: Path) -> None:
+    write_model(tmp_path / "in", torch.float32, **MODELS["tied"])
+    flags = ["--init-from", str(tmp_path / "in"), "--export-hf", str(tmp_path / "out"), *RUN]
+    run = run_in_pool(pool, [*flags, "--tp", "2"], 2, tmp_path / "runs")
+    assert f"exported to {tmp_path / 'out'}, a Hugging Face model" in run.stdout
+    exported = tensors(tmp_path / "out")
+    assert exported.keys() == run.weights.keys()
+    assert all(torch.equal(exported[name], run.weights[name]) for name in exported)
+    assert not list(tmp_path.glob("*.tmp-*"))
+    # One rank begins with the same weights: not with initial ones of its own.
+    flags[3] = str(tmp_path / "again")
+    alone = run_in_pool(pool, flags, 1, tmp_path / "runs")
+    assert worst(run.losses, alone.losses) < 1e-5
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not list(set(theirs.state_dict()) ^ {*exported, "lm_head.weight"})
+
+
+def test_a_damaged_model_ends_a_run_before_it_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "in", torch.float32)
+    path = sorted((tmp_path / "in").glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-1])
+    code = pretrain.main(["--init-from", str(tmp_path / "in"), "--device", "cpu", *RUN])
+    assert code == 3
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "megalite" in line]
+    assert line.startswith(f"megalite: {path} has ")
+
+
+def test_a_run_that_goes_on_reads_its_checkpoint(pool: RankPool, tmp_path: Path) -> None:
+    """Not the model that it once began with, whose files may have gone by then."""
+    write_model(tmp_path / "in", torch.float32)
+    flags = ["--init-from", str(tmp_path / "in"), "--save", str(tmp_path / "saved"), *RUN]
+    flags += ["--runs", str(tmp_path / "runs"), "--device", "cpu"]
+    assert pool.run(1, pretrain.main, [*flags, "--name", "a"])[0].value == 0
+    for path in (tmp_path / "in").glob("*.safetensors"):
+        path.unlink()
+    flags += ["--export-hf", str(tmp_path / "out"), "--export-dtype", "bf16"]
+    assert pool.run(1, pretrain.main, [*flags, "--name", "b"])[0].value == 0
+    saved, exported = read_weights(tmp_path / "saved"), tensors(tmp_path / "out")
+    assert saved.keys() == exported.keys()
+    assert all(torch.equal(saved[name].bfloat16(), exported[name]) for name in saved)

@@ -197,8 +197,9 @@ def test_all_that_is_refused_is_told_at_once(tmp_path: Path) -> None:
         ('{"model_type": "llama", "model_type": "llama"}', "has 'model_type' twice"),
         ("{}", "has no model_type"),
         ({"model_type": "llama"}, "has no num_attention_heads"),
-        ({**BASE, "hidden_size": -1}, "hidden_size -1 is no number above 0"),
+        ({**BASE, "hidden_size": -1}, "hidden_size -1 is no whole number from 1"),
         ({**BASE, "hidden_size": "64"}, 'hidden_size "64"'),
+        ({**BASE, "num_hidden_layers": 1 << 30}, "no whole number from 1 to 10000"),
         ({**BASE, "num_hidden_layers": True}, "num_hidden_layers true"),
         ({**BASE, "vocab_size": 1 << 50}, "vocab_size"),
         ({**BASE, "rms_norm_eps": float("nan")}, "rms_norm_eps"),
@@ -270,7 +271,7 @@ def test_a_saved_run_keeps_what_it_imported(tmp_path: Path) -> None:
 def test_what_is_wrong_is_told_with_the_flag(tmp_path: Path) -> None:
     (only,) = parse("--init-from", str(tmp_path / "nosuch"), "--num-layers", "4").problems
     assert only.startswith(f"--init-from {tmp_path / 'nosuch'}: ")
-    assert "No such file" in only
+    assert "nosuch has no config.json: give the folder of a Hugging Face model" in only
     write(tmp_path, {**BASE, "mlp_bias": True})
     (only,) = parse("--model", str(tmp_path)).problems
     assert only.startswith(f"--model {tmp_path}: ")

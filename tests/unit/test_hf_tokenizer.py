@@ -11,7 +11,7 @@ import pytest
 import vocabularies
 
 from megalite.tokenizer.choose import open_tokenizer
-from megalite.tokenizer.hf_files import TokenizerFiles, flags_of, hf_files
+from megalite.tokenizer.hf_files import TokenizerFiles, flags_of, hf_files, settings_of
 from megalite.tokenizer.settings import TokenizerSettings
 
 transformers = pytest.importorskip("transformers")
@@ -64,11 +64,10 @@ def test_a_sentencepiece_model_like_llamas(tmp_path: Path, kind: str, prefix: bo
     check(tmp_path / "hf", settings, TEXTS)
     assert (tmp_path / "hf/tokenizer.model").read_bytes() == path.read_bytes()
     # What was exported is what an import is told to take.
-    assert flags_of(tmp_path / "hf") == (
+    again = settings_of(tmp_path / "hf")
+    assert again is not None
+    assert flags_of(again) == (
         f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tmp_path}/hf/tokenizer.json"
-    )
-    again = TokenizerSettings(
-        tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "hf/tokenizer.json")
     )
     assert open_tokenizer(again).encode(TEXTS[-1]) == open_tokenizer(settings).encode(TEXTS[-1])
     assert open_tokenizer(again).eod == open_tokenizer(settings).eod
@@ -124,7 +123,9 @@ def test_gpt2s_files_go_along(tmp_path: Path) -> None:
     for text in TEXTS:
         assert theirs(text)["input_ids"] == ours.encode(text)
     folder = tmp_path / "hf"
-    assert flags_of(folder) == (
+    again = settings_of(folder)
+    assert again is not None
+    assert flags_of(again) == (
         f"--tokenizer-type GPT2BPETokenizer --vocab-file {folder}/vocab.json "
         f"--merge-file {folder}/merges.txt"
     )
@@ -135,4 +136,4 @@ def test_bytes_have_no_equal(tmp_path: Path) -> None:
     files = hf_files(settings, open_tokenizer(settings))
     assert (files.files, files.eos) == ({}, 256)
     assert files.told == "no tokenizer files: transformers has no equal of ByteTokenizer"
-    assert flags_of(tmp_path) == ""
+    assert settings_of(tmp_path) is None
