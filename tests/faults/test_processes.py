@@ -73,6 +73,10 @@ def of_session(session: int) -> list[int]:
     return found
 
 
+def children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
 def ranks_of(session: int) -> list[int]:
     """The ranks of our own launcher: forked from its server, they have connections and threads."""
     return [
@@ -181,9 +185,8 @@ def test_one_rank_in_this_process_stops_in_order_too(tmp_path: Path, stop: signa
 @pytest.mark.parametrize("flags", [(), ("--tp", "2")], ids=["alone", "tp 2"])
 def test_the_second_signal_stops_at_once(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """Case 7. A rank that is slow, so that the step under way lasts."""
-    env = {"MEGALITE_FAULT": "slow:step=3,seconds=100"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEGALITE_FAULT", env["MEGALITE_FAULT"])
+        patch.setenv("MEGALITE_FAULT", "slow:step=4,seconds=100")
         with running(tmp_path, *flags) as process:
             process.send_signal(signal.SIGINT)
             time.sleep(1.5)
@@ -213,10 +216,11 @@ def test_under_torchrun_a_killed_rank_leaves_nobody_waiting(tmp_path: Path) -> N
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
     with running(tmp_path, "--tp", "2", launcher=torchrun) as process:
         began = time.monotonic()
-        rank = next(p for p in ranks_of(process.pid) if p != process.pid)
-        os.kill(rank, signal.SIGKILL)
+        killed, left = map(int, children(process.pid))
+        os.kill(killed, signal.SIGKILL)
         end(process)
     assert process.returncode == 1
+    assert not Path(f"/proc/{left}").exists()
     assert time.monotonic() - began < 15.0
 
 
