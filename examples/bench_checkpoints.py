@@ -1,6 +1,6 @@
 """Saving and loading a training state beside torch.distributed.checkpoint, on one disk.
 
-    python examples/bench_checkpoints.py                          the preset 1b, on a GPU: about 14 GB
+    python examples/bench_checkpoints.py                          the preset 1b on a GPU: 15 GB
     python examples/bench_checkpoints.py --model tiny --folder /tmp/x
     python examples/bench_checkpoints.py --rounds 5 --csv checkpoints.csv
 
