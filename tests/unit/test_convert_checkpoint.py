@@ -253,7 +253,7 @@ def test_hostile_folders(tmp_path: Path, what: str) -> None:
     spoil(folder)
     with pytest.raises(DamagedError, match=said) as error:
         HuggingFaceFolder.open(folder, SHAPES)
-    assert error.value.exit_code == 3
+    assert error.value.code == 3
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
