@@ -1,4 +1,4 @@
-"""Saving and loading a training state beside torch.distributed.checkpoint, in one run, on one disk.
+"""Saving and loading a training state beside torch.distributed.checkpoint, on one disk.
 
     python examples/bench_checkpoints.py                          the preset 1b, on a GPU: about 14 GB
     python examples/bench_checkpoints.py --model tiny --folder /tmp/x
@@ -101,12 +101,14 @@ class Bench:
         self._rounds = 0
 
     def measure(self, rounds: int) -> dict[str, list[float]]:
-        """Seconds of each row, one a round; a first round, which pins memory, is left out."""
+        """Seconds of each row, one a round; of several the first, which pins memory, is left
+        out."""
         found: dict[str, list[float]] = {}
-        for number in range(rounds + 1):
+        for number in range(rounds + (rounds > 1)):
             for contestant in (self._copy, self._ours, self._dcp, self._dcp_async):
                 for name, seconds in contestant().items():
-                    if number:
+                    print(f"round {number}: {name} {seconds:.3f} s", file=sys.stderr, flush=True)
+                    if number or rounds == 1:
                         found.setdefault(name, []).append(seconds)
         return found
 

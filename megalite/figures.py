@@ -109,14 +109,16 @@ class Figures:
     def _record(self, step: int, reading: Reading | None) -> None:
         if reading is None:
             return
-        norm, self.loss, *others = reading.values
-        fp16 = self._config.train.precision == "fp16"
-        self.is_asked = self.is_asked or others[int(fp16)] > 0
+        values = list(reading.values)
+        votes = values.pop(3 if self._config.train.precision == "fp16" else 2)
+        self.is_asked = self.is_asked or votes > 0
+        norm, self.loss, *others = values
         self._timed.append((step, reading.seconds))
         if time.monotonic() - self._recorded > TIMES_S:
             self.record_times()
         if self._log is not None:
-            self._log.step(step, reading, learning_rate(self._config.train, step - 1))
+            rate = learning_rate(self._config.train, step - 1)
+            self._log.step(step, Reading(values, reading.seconds), rate)
         is_finite = math.isfinite(norm) and math.isfinite(self.loss)
         self._nonfinite = [] if is_finite else [*self._nonfinite, step]
         is_spike = bool(self._config.train.skip_spikes) and others[-1] > 0

@@ -239,7 +239,7 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         ),
         "--exit-interval": Refused("--train-iters ends a run"),
         "--exit-duration-in-mins": Refused("--train-iters ends a run"),
-        "--exit-signal-handler": Refused("SIGTERM stops all ranks at once"),
+        "--exit-signal-handler": Always("SIGTERM stops all ranks in order, after the same step"),
         "--log-throughput": Always("every line shows tokens/s, and MFU on a GPU"),
         "--tensorboard-dir": Refused(_LOGS),
         "--wandb-project": Refused(_LOGS),

@@ -156,7 +156,7 @@ class RunLog:
 
     def step(self, step: int, reading: Reading, lr: float) -> None:
         """Record optimizer step `step` (1 first); its reading is what `Trainer.train_step`
-        returns."""
+        returns, without the votes to stop."""
         grad_norm, loss, *others = reading.values
         seconds = max(reading.seconds, 1e-9)
         self._training_s += seconds
@@ -178,7 +178,6 @@ class RunLog:
             record["mfu"] = rate / self._peak
         if self._config.train.precision == "fp16":
             record["loss_scale"] = others.pop(0)
-        others.pop(0)  # votes to stop
         if self._config.train.skip_spikes and others.pop(0):
             record["spike"] = True
         if "spike" in record or not math.isfinite(grad_norm):

@@ -174,7 +174,7 @@ class Activity:
         # A collective that fails by itself first would fail without an explanation.
         ceiling_s = LIMIT_OF_WAIT * self.longest_wait_s
         start_s = self.start_limit_s or min(START_LIMIT_S, ceiling_s)
-        if self._is_later_step:
+        if self.is_later_step:
             if self.step_limit_s:
                 return self.step_limit_s
             median_s = statistics.median(self._durations)
@@ -187,10 +187,11 @@ class Activity:
         """The flag that sets the present limit."""
         if self._kind == "checkpoint":
             return "--save-timeout"
-        return "--step-timeout" if self._is_later_step else "--start-timeout"
+        return "--step-timeout" if self.is_later_step else "--start-timeout"
 
     @property
-    def _is_later_step(self) -> bool:
+    def is_later_step(self) -> bool:
+        """Whether this is a step, and not the first one."""
         return self._kind == "step" and bool(self._durations)
 
     def overdue_s(self) -> float:

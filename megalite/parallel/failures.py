@@ -17,8 +17,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from megalite.exit_codes import ExitCode
 from megalite.parallel.watchdog import Watchdog, last_words, steps_begun
 
-_TOLD: Mapping[ExitCode, str] = MappingProxyType(
+_TOLD: Mapping[int, str] = MappingProxyType(
     {
+        1: "",
         ExitCode.BAD_INPUT: "bad input",
         ExitCode.DAMAGED: "something is damaged",
         ExitCode.NOT_FINITE: "steps that are not finite",
@@ -27,7 +28,8 @@ _TOLD: Mapping[ExitCode, str] = MappingProxyType(
         ExitCode.STOPPED: "asked to stop",
     }
 )
-"""Exit codes of ranks that have said themselves what is wrong, with words for it."""
+"""Exit codes of ranks that have said themselves what is wrong, with words for it; 1 is a job's own,
+or Python's."""
 
 LOST_PEER_PATIENCE_S = 5.0
 """How long a rank whose peer vanished waits to be stopped before it reports that itself."""
@@ -111,7 +113,7 @@ def report_failure(error: ChildFailedError, board: dist.Store, size: int) -> End
     rank, failure = min(error.failures.items())
     code = failure.exitcode
     if code in _TOLD:
-        why = _TOLD[ExitCode(code)] or f"rank {rank} failed"
+        why = _TOLD[code] or f"rank {rank} failed"
     else:
         why = f"rank {rank} ended with exit code {code}"
         if code < 0:

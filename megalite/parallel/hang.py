@@ -45,6 +45,8 @@ class State:
         calls: its collectives by group.
         patient: it takes as long as it takes.
         heeds: it stops after a step if it is asked to.
+        shares: of its time in steps lately, by what it was doing; empty if it is too early to say.
+        host: its machine.
         ended: it has left its job.
     """
 
@@ -63,6 +65,8 @@ class State:
     calls: Mapping[str, Calls] = field(default_factory=dict)
     patient: bool = False
     heeds: bool = False
+    shares: Mapping[str, float] = field(default_factory=dict)
+    host: str = ""
     ended: bool = False
 
     def doings(self) -> tuple:

@@ -259,7 +259,8 @@ def _run_job(
     )
     groups = ParallelGroups.create(config, device, activity)
     folder = Path(config.run.runs) / config.run.name if config.run.name else None
-    watchdog.watch(groups.calls(), folder)
+    file = events_file(config) if config.run.name and world.rank == 0 else None
+    watchdog.watch(groups.calls(), folder, Events(file, world.attempt))
     activity.begin("start: building the model")
     talk = dist.PrefixStore("job", store.clone())  # type: ignore[attr-defined]
     faults = Faults.of(os.environ, world.rank, world.attempt)

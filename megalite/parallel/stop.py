@@ -86,15 +86,14 @@ class StopRequest:
         finally:
             self.is_heeded = False
             signal.set_wakeup_fd(before)
+            self.is_terminated()
             self._ears = None
             here.close()
             there.close()
 
     def is_terminated(self) -> bool:
-        """Whether SIGTERM came, also while the main thread waits in C and cannot take it.
-
-        For one other thread.
-        """
+        """Whether SIGTERM came while this was listening, also if the main thread waits in C and has
+        not taken it yet. From any thread."""
         ears = self._ears
         if ears is not None and not self._terminated:
             try:

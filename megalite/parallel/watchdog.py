@@ -17,14 +17,18 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from socket import gethostname
 
 import torch.distributed as dist
 
+from megalite.events import Events
 from megalite.exit_codes import ExitCode
 from megalite.parallel.activity import Activity, CallTrace
 from megalite.parallel.hang import Calls, State, explain
 from megalite.parallel.stop import StopRequest
+from megalite.parallel.stragglers import EVERY, Samples, Stragglers
 
 INTERVAL_S = 0.2
 SETS_PER_S = 500.0
@@ -72,6 +76,8 @@ class Watchdog:
         self._store, self._rank, self._size = store, rank, size
         self._activity, self._stop = activity, stop
         self._folder: Path | None = None
+        self._events = Events(None)
+        self._host, self._samples, self._stragglers = gethostname(), Samples(), Stragglers()
         self._interval_s = max(INTERVAL_S, size / SETS_PER_S)
         self._silence_s = max(SILENCE_S, 15 * self._interval_s)
         self._groups: Groups = {}
@@ -91,14 +97,15 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
 
-    def watch(self, groups: Groups, folder: Path | None) -> None:
+    def watch(self, groups: Groups, folder: Path | None, events: Events) -> None:
         """From now on say what this rank calls in its groups too.
 
         Args:
             groups: those.
             folder: of the run, for the stacks of a rank that hangs; None: there is none.
+            events: the record, for the ranks that are slow.
         """
-        self._folder = folder
+        self._folder, self._events = folder, events
         members = {name: ranks for name, (ranks, _) in groups.items()}
         self._store.set(f"groups/{self._rank}", json.dumps(members))
         self._groups = groups
@@ -192,6 +199,8 @@ class Watchdog:
                     os._exit(ExitCode.HUNG)
                 if self._stop.by is None and self._store.check([STOP]):
                     self._stop.ask(signal.Signals[self._store.get(STOP).decode()])
+                if self._rank == 0 and self._beat % EVERY == 0:
+                    self._name_stragglers()
                 overdue_s = self._activity.overdue_s()
                 if overdue_s > self._rank * TURN_S and self._nothing_moves():
                     self._give_up()
@@ -218,6 +227,9 @@ class Watchdog:
         # A host runs ahead of its GPU: what the GPU is in counts.
         place = activity if gpu is None else gpu
         calls = [(trace.called, trace.waiting) for _, trace in self._groups.values()]
+        if activity.is_later_step:
+            waits = place.peer >= 0 or any(waiting for _, waiting in calls)
+            self._samples.add(doing if gpu is None else str(gpu.doing), waits=waits)
         said = (activity.phase, doing, place.phase, place.position, *calls)
         if said != self._said:
             self._said, self._changed = said, now
@@ -240,8 +252,15 @@ class Watchdog:
             },
             patient=activity.patient,
             heeds=self._stop.is_heeded,
+            shares=self._samples.shares(),
+            host=self._host,
             ended=ended,
         )
+
+    def _name_stragglers(self) -> None:
+        for found in self._stragglers.compare(read_states(self._store, self._size)):
+            print(f"megalite: {found}", file=sys.stderr, flush=True)
+            self._events.write("slow", **asdict(found))
 
     def _nothing_moves(self) -> bool:
         """Whether no rank has anything that takes as long as it takes, or has changed lately.

@@ -117,6 +117,7 @@ NO_TORCH = [
     "megalite.parallel.environment",
     "megalite.parallel.hang",
     "megalite.parallel.stop",
+    "megalite.parallel.stragglers",
     "megalite.parallel.topology",
     "megalite.planning.block_costs",
     "megalite.planning.choice",

@@ -68,9 +68,8 @@ def test_training_waits_for_nothing_but_copies(tmp_path: Path) -> None:
 
 def test_what_a_gpu_saved_a_cpu_loads(tmp_path: Path) -> None:
     run(tmp_path, tmp_path / "ck", "--precision", "bf16")
-    command = pretrain_command(*FLAGS[:-1], "--runs", str(tmp_path), "--name", "cpu")
+    command = pretrain_command(*FLAGS, "--runs", str(tmp_path), "--name", "cpu")
     words = [word if word != "cuda" else "cpu" for word in command]
-    words = [word for word in words if word != "--deterministic"]
     words += ["--load", str(tmp_path / "ck"), "--allow-change", "steps", "--steps", "9"]
     result = launch([*words, "--precision", "bf16", "--save", str(tmp_path / "on")], timeout=240)
     assert result.returncode == 0, result.stderr

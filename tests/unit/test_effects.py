@@ -7,6 +7,7 @@ from commands import parse, run, violations
 
 from megalite.config import resolve
 from megalite.effects import notes
+from megalite.parallel.environment import World
 
 WITHOUT_EFFECT = {
     "--rope-scaling-factor 4": "without --rope-scaling",
@@ -172,3 +173,12 @@ def test_other_problems_come_first() -> None:
     # Those that do not depend on what is wrong are told with it.
     found = violations("--lr-decay-style", "WDS", "--rope-scaling-factor", "5", "--tp", "0")
     assert len(found) == 3 and "--rope-scaling-factor 5 has no effect" in found[-1]
+
+
+def test_a_launcher_starts_its_ranks_again_itself() -> None:
+    world = World(0, 2, "", "127.0.0.1", 29500, "", "torchrun")
+    assert violations("--tp", "2", "--max-restarts", "3", ranks=world) == [
+        "--max-restarts 3 has no effect under torchrun, which starts the ranks; leave it out, and "
+        "have that start them again"
+    ]
+    run("--tp", "2", "--max-restarts", "3")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from runs import launch
+
+from megalite.parallel.stop import AGAIN_S, StopRequest
 
 PATH = os.pathsep.join(filter(None, sys.path))
 
@@ -89,3 +92,51 @@ def test_signals_that_a_parent_told_us_to_ignore_stay_ignored(tmp_path: Path) ->
         [sys.executable, str(tmp_path / "program.py")], env={"PYTHONPATH": PATH}, timeout=60
     )
     assert (result.returncode, result.stderr) == (7, "")
+
+
+def sent(stop: signal.Signals) -> None:
+    os.kill(os.getpid(), stop)
+    time.sleep(0.01)
+
+
+def test_while_a_run_listens_a_signal_is_a_request() -> None:
+    request, before = StopRequest(), signal.getsignal(signal.SIGTERM)
+    with request.listening():
+        assert (request.by, request.is_heeded, request.is_terminated()) == (None, True, False)
+        sent(signal.SIGUSR1)
+        assert request.by is signal.SIGUSR1 and not request.is_terminated()
+        sent(signal.SIGTERM)
+        assert request.by is signal.SIGUSR1, "the first one"
+    assert not request.is_heeded and signal.getsignal(signal.SIGTERM) is before
+    assert request.is_terminated(), "also afterwards"
+
+
+def test_the_second_signal_does_what_it_did_before() -> None:
+    class StoppedError(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise StoppedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    request = StopRequest()
+    try:
+        with request.listening():
+            sent(signal.SIGTERM)
+            sent(signal.SIGTERM)  # passed on by a launcher, a moment later
+            request._since -= AGAIN_S
+            with pytest.raises(StoppedError):
+                sent(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_that_a_parent_ignores_asks_nobody() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request = StopRequest()
+    try:
+        with request.listening():
+            sent(signal.SIGINT)
+            assert request.by is None
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from megalite.events import Events
 from megalite.exit_codes import ExitCode
 from megalite.parallel import watchdog
 from megalite.parallel.activity import Activity
@@ -132,6 +135,38 @@ def test_what_moves_while_it_is_explained_goes_on(world: World) -> None:
         assert world.store.add("explaining", 0) == 0
 
 
+def test_stacks_of_a_rank_that_hangs_are_kept(world: World, tmp_path: Path) -> None:
+    for dog in world.dogs():
+        dog.watch({}, tmp_path, Events(None))
+        dog._dump_stacks()
+    stacks = [(tmp_path / f"stacks/rank-{rank}.txt").read_text() for rank in (0, 1)]
+    assert all("test_stacks_of_a_rank_that_hangs_are_kept" in stack for stack in stacks)
+
+
+def test_a_wish_of_the_launcher_reaches_the_rank(world: World) -> None:
+    first, _ = world.dogs()
+    with first:
+        assert first._stop.by is None
+        world.store.set(watchdog.STOP, "SIGTERM")
+        until = time.monotonic() + 5.0
+        while first._stop.by is None and time.monotonic() < until:
+            time.sleep(0.01)
+    assert first._stop.by is signal.SIGTERM
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_terminated_rank_ends_once_another_has_gone(
+    world: World, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    first, second = world.dogs()
+    world.activities[0].begin("step 9", allowance_s=1000.0)
+    second._publish()
+    monkeypatch.setattr(first._stop, "is_terminated", lambda: ended)
+    with first:
+        time.sleep(1.5)
+    assert world.ended == ([ExitCode.HUNG] if ended else [])
+
+
 class Suspended(threading.Event):
     """Whoever waits for it sleeps with its process."""
 
@@ -154,7 +189,7 @@ def test_members_of_groups_are_told_once(world: World) -> None:
 
     first, _ = world.dogs()
     trace = CallTrace()
-    first.watch({"tensor": ((0, 1), trace)}, None)
+    first.watch({"tensor": ((0, 1), trace)}, None, Events(None))
     trace.call("all_reduce")
     first._publish()
     states = read_states(world.store, 2)
