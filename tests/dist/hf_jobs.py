@@ -12,6 +12,7 @@ from megalite.checkpoint.hugging_face import export_hf, exported_parts, init_fro
 from megalite.checkpoint.parts import DTYPE_NAMES
 from megalite.hf_config import read_hf_config
 from megalite.layers.dtypes import DTYPES
+from megalite.sampling import next_token_logits
 from megalite.tokenizer.hf_files import TokenizerFiles
 from megalite.trainer import Trainer
 
@@ -44,7 +45,7 @@ def into_and_out(
             wait_for_all=lambda: trainer.groups.wait_for_all(trainer.device),
             most_bytes=30_000,
         )
-    return trainer.next_token_logits(PROMPT)
+    return next_token_logits(trainer, PROMPT)
 
 
 def export_trained(source: Path, target: Path, values: dict[str, object]) -> str:
