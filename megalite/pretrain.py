@@ -199,8 +199,7 @@ def _train(
         print(chosen, end="", flush=True)
     trainer = Trainer(config, samples, rank.groups, rank.device, costs, rank.stop, rank.faults)
     events = Events(events_file(config) if first else None, rank.attempt)
-    device = {"device": rank.device.type, "why": device_line, "ranks": config.world_size}
-    events.write("start", step=0, steps=config.train.steps, **device, **environment())
+    events.write("start", step=0, device=device_line, **environment())
     record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log:
         with rank.stop.listening():

@@ -248,8 +248,8 @@ class Trainer:
             events: likewise, of what happens; None: no record.
 
         Raises:
-            RunError: on all ranks alike: too many steps in a row were not finite, or replicas
-                differ.
+            RunError: too many steps in a row were not finite, on all ranks alike; or this rank's
+                replicas differ.
         """
         train = self.config.train
         figures = Figures(self.config, self.device, log, events or Events(None))

@@ -89,8 +89,10 @@ def events(folder: Path, name: str = "") -> list[Event]:
 
 
 def test_a_killed_rank_is_named_and_all_start_again(tmp_path: Path) -> None:
-    """Case 1; a fault fires in the first start alone."""
-    result = run(tmp_path, "kill:rank=1,step=3", "--tp", "2", "--max-restarts", "2")
+    """Case 1; a fault fires in the first start alone. Ranks say five times a second where they are,
+    so this one stays in its last step for long enough to have said it."""
+    fault = "slow:rank=1,step=3,seconds=0.6;kill:rank=1,step=3"
+    result = run(tmp_path, fault, "--tp", "2", "--max-restarts", "2")
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     said = [line for line in result.stderr.splitlines() if line.startswith("megalite: ")]
