@@ -22,7 +22,7 @@ from megalite import cli, report
 from megalite.check import check
 from megalite.check_memory import host_memory
 from megalite.config import Config, resolve_device
-from megalite.config_file import to_toml
+from megalite.config_file import read_saved, to_toml
 from megalite.effects import notes
 from megalite.errors import ConfigError
 from megalite.events import Events, environment, events_file, goodput, read_events
@@ -32,7 +32,7 @@ from megalite.parallel.environment import World
 from megalite.pipeline.text import plan_text
 from megalite.planning.choice import choose_by_estimate, has_choice, without_choice
 from megalite.program import Program, checked
-from megalite.resume import find
+from megalite.resume import changes, find
 from megalite.resume import problems as not_the_same
 from megalite.run_plan import is_file, plan_facts, run_plan
 
@@ -138,18 +138,16 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     told = notes(resolve_device(config, device), command.given)
     data = record_of(mixture, tokenizer.fingerprint)
     job = partial(_train, mixture=mixture, data=data, facts=facts, device_line=why, told=told)
-    claim = partial(_claim_folder, goes_on=bool(config.checkpoint.save and found.candidates))
     starts = {"start": [str(candidate.folder) for candidate in found.candidates]}
     told_to_all = {**facts, **plan_facts(config), **starts}
-    return Prepared(resolve_device(config, device), job, told_to_all, claim)
+    return Prepared(resolve_device(config, device), job, told_to_all, _claim_folder)
 
 
-def _claim_folder(config: Config, *, goes_on: bool) -> Config:
+def _claim_folder(config: Config) -> Config:
     """Create the run's folder and give the configuration its name.
 
-    Args:
-        config: the run.
-        goes_on: it goes on from a checkpoint, so the folder of its name may be there.
+    A folder that is there is taken again by the run that it is of: one with its checkpoints in the
+    same place.
 
     Raises:
         ConfigError: the folder exists, or cannot be made.
@@ -166,7 +164,7 @@ def _claim_folder(config: Config, *, goes_on: bool) -> Config:
                 folder.mkdir()
                 return config.derive(name=name)
             except FileExistsError:
-                if config.run.name and goes_on:
+                if config.run.name and _is_of(folder, config):
                     return config
                 if config.run.name:
                     raise ConfigError(_taken(name, folder)) from None
@@ -174,6 +172,15 @@ def _claim_folder(config: Config, *, goes_on: bool) -> Config:
                 name = f"{base}-{attempt}"
     except OSError as error:
         raise ConfigError(f"--runs {config.run.runs}: {folder}: {error.strerror}") from None
+
+
+def _is_of(folder: Path, config: Config) -> bool:
+    """Whether a folder is of an earlier start of this run."""
+    try:
+        earlier = read_saved(folder / "config.json")
+    except ConfigError:
+        return False
+    return bool(config.checkpoint.save) and earlier.checkpoint.save == config.checkpoint.save
 
 
 def _taken(name: str, folder: Path) -> str:
@@ -231,8 +238,9 @@ def _train(
     else:
         init_from(config, trainer.flat, trainer.optimizer, groups)
     events = Events(events_file(config) if first else None, rank.attempt)
-    device = {"device": rank.device.type, "why": device_line, "ranks": config.world_size}
-    events.write("start", step=first_step, steps=config.train.steps, **device, **environment())
+    changed = {} if start is None else changes(config, start)
+    where = {"device": device_line, "from": str(start.folder) if start else "", "changed": changed}
+    events.write("start", step=first_step, **where, **environment())
     saving = partial(Saves, config=config, facts=facts, groups=groups, device=rank.device)
     record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
     with fastest_attention(rank.device), record as log, ExitStack() as held:

@@ -254,8 +254,8 @@ class Trainer:
             saves: checkpoints on the way, and one at the end; None: none.
 
         Raises:
-            RunError: on all ranks alike: too many steps in a row were not finite, or replicas
-                differ.
+            RunError: too many steps in a row were not finite, on all ranks alike; or this rank's
+                replicas differ.
             SaveError: checkpoints can't be written.
         """
         train = self.config.train
@@ -291,6 +291,7 @@ class Trainer:
             if saves is not None:
                 saves.look()
                 if stops or is_last or saves.is_due(step):
+                    figures.record_times()
                     self._save(step, saves)
             if stops:
                 self._finish(saves)

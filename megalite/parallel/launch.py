@@ -118,13 +118,9 @@ def launch(prepared: Prepared) -> int:
     config = prepared.config
     events = Events(events_file(config) if config.run.name else None)
     restarts = config.supervision.max_restarts
-    if config.world_size == 1 and not restarts:
-        ending = Ending(_run_alone(prepared))
-        if ending.code not in (ExitCode.DONE, ExitCode.STOPPED):
-            events.write("stop", why="a failure", code=ending.code)
-        return ending.code
+    start = _launch_ranks if config.world_size > 1 or restarts else _run_alone
     try:
-        return supervise(partial(_launch_ranks, prepared), restarts, config.world_size, events)
+        return supervise(partial(start, prepared), restarts, config.world_size, events)
     except (SignalException, KeyboardInterrupt) as stop:
         ignore_stops()
         forkserver.kill_all()
@@ -325,8 +321,12 @@ def _agreed(
     return replace(prepared, config=named)
 
 
-def _run_alone(prepared: Prepared) -> int:
-    """The only rank, in this process."""
+def _run_alone(prepared: Prepared, _attempt: int, _asking: Asking) -> Ending:
+    """The only rank, in this process, which hears signals itself."""
+    return Ending(_code_alone(prepared), "a failure")
+
+
+def _code_alone(prepared: Prepared) -> int:
     machine = own_machine(prepared.config)
     try:
         device = rank_device(prepared.config, machine)

@@ -88,7 +88,7 @@ class Stragglers:
         if len(times) < len(states) or not all(times.values()):
             return []
         computes = {rank: 1.0 - shares.get(WAITING, 0.0) for rank, shares in times.items()}
-        median = statistics.median(computes.values())
+        median = statistics.median_low(computes.values())  # of two ranks the other one's
         found = []
         for state in filter(None, states):
             share = computes[state.rank]
