@@ -251,8 +251,8 @@ def _train(
             path = Path(config.checkpoint.save)
             saves = saving(path, store=store, events=events, faults=rank.faults, tell=tell)
             held.callback(saves.close)
-            if start is not None and start.folder.parent == path:
-                saves.started_at(start.step)
+            if start is not None:
+                saves.goes_on(start, path)
         with rank.stop.listening():
             result = trainer.fit(log, events, first_step, saves)
         if result.stopped:

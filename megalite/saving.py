@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 import megalite
-from megalite.checkpoint.directory import Lock
+from megalite.checkpoint.directory import Directory, Lock
+from megalite.checkpoint.parts import Part
 from megalite.checkpoint.reader import Checkpoint
 from megalite.checkpoint.saver import Retention, Saved, Saver
 from megalite.checkpoint.state import saved_parts
@@ -77,7 +78,7 @@ class Saves:
         self._events, self._tell, self._weights_only = events or Events(None), tell, weights_only
         self._interval = options.save_interval
         self._facts = facts_of(config, facts)
-        self._saved_step, self._num_bytes = -1, 0
+        self._saved_step, self._shift = -1, 0
         self._lock = _locked(path, config, groups.world_rank, store)
         self.saver = Saver(
             path,
@@ -114,13 +115,30 @@ class Saves:
         if self._config.train.offload_optimizer and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # states are on their way to the host
         sizes, length = self._config.batch_sizes, self._config.model.seq_length
-        samples = sizes.consumed(step)
-        parts = list(saved_parts(flat, None if self._weights_only else optimizer, self._groups))
+        samples = sizes.consumed(step) + self._shift
+        parts = self._parts(flat, optimizer)
         return self.saver.start(step, parts, self._facts, samples, samples * length)
 
-    def started_at(self, step: int) -> None:
-        """The run goes on from a checkpoint of its own after so many steps."""
-        self._saved_step = step
+    def reserve(self, flat: FlatParameters, optimizer: Optimizer) -> None:
+        """Take the memory for saves between steps, so that the first one does not wait for it."""
+        if self._interval and self._device.type == "cuda":
+            self.saver.reserve(self._parts(flat, optimizer))
+
+    def _parts(self, flat: FlatParameters, optimizer: Optimizer) -> list[Part]:
+        return list(saved_parts(flat, None if self._weights_only else optimizer, self._groups))
+
+    def goes_on(self, start: Candidate, path: Path) -> None:
+        """The run has started from a checkpoint.
+
+        Args:
+            start: that one.
+            path: of the folder of this run's own checkpoints.
+        """
+        if start.anew:
+            return
+        self._shift = start.manifest.samples - self._config.batch_sizes.consumed(start.step)
+        if start.folder.parent == path:
+            self._saved_step = start.step
 
     def look(self) -> None:
         """Tell of a save that has ended; waits for nothing."""
@@ -243,6 +261,7 @@ def _locked(path: Path, config: Config, rank: int, store: dist.Store) -> Lock | 
     if rank == 0:
         try:
             lock = Lock(path, config.run.name)
+            Directory(path).sweep()
         except ConfigError as error:
             problems = error.violations
     agree(dist.PrefixStore("lock", store), rank, size, {}, problems)

@@ -260,6 +260,8 @@ class Trainer:
         """
         train = self.config.train
         figures = Figures(self.config, self.device, log, events or Events(None))
+        if saves is not None:
+            saves.reserve(self.flat, self.optimizer)
         valid_loss = None
         traced = [first_step + step for step in traced_steps(self.config.run.trace_steps)]
         measured = [first_step + step for step in MEASURED_STEPS if self.groups.pp.size > 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from megalite.checkpoint.manifest import (
 )
 from megalite.checkpoint.parts import DTYPE_NAMES, Part
 from megalite.checkpoint.regions import overlap, whole
-from megalite.checkpoint.tensor_file import Entry, Piece, digest
+from megalite.checkpoint.tensor_file import PIECE_BYTES, Entry, Piece, digest
 from megalite.errors import DamagedError
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -143,22 +144,31 @@ class Checkpoint:
                 open_file(self.folder, file).pieces(), file.digests, strict=True
             )
         ]
+        room = threading.local()  # each thread reads into the same memory again and again
         with ThreadPoolExecutor(threads()) as pool:
-            found = pool.map(lambda item: self._is_right(*item), pieces)
+            found = pool.map(lambda item: self._is_right(room, *item), pieces)
             return [
                 Damage(file.name, piece)
                 for (file, piece, _), right in zip(pieces, found, strict=True)
                 if not right
             ]
 
-    def _is_right(self, file: StoredFile, piece: Piece, expected: str) -> bool:
+    def _is_right(
+        self, room: threading.local, file: StoredFile, piece: Piece, expected: str
+    ) -> bool:
         path = self.folder / file.name
+        if not hasattr(room, "bytes"):
+            room.bytes = memoryview(bytearray(PIECE_BYTES))
+        data = room.bytes[: piece.num_bytes]
+        if len(data) < piece.num_bytes:  # a header may be longer
+            data = memoryview(bytearray(piece.num_bytes))
         try:
             with open(path, "rb") as opened:
-                data = os.pread(opened.fileno(), piece.num_bytes, piece.at)
+                opened.seek(piece.at)
+                count = opened.readinto(data)
         except OSError as error:
             raise DamagedError(f"{path} can't be read: {error.strerror}") from None
-        return digest(data) == expected
+        return count == piece.num_bytes and digest(data) == expected
 
     def _values(self, file: int, name: str) -> Tensor:
         """A slice's values as its file has them, flat; its pages are read when they are used."""

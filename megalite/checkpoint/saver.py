@@ -122,6 +122,10 @@ class Saver:
         self._saves = self._failures = 0
         self._under_way: _UnderWay | None = None
 
+    def reserve(self, parts: Sequence[Part]) -> None:
+        """Take the memory that saving these will need, before the first save has to wait for it."""
+        self._staging.reserve(layout_of(parts, self._rank).num_bytes)
+
     def start(
         self, step: int, parts: Sequence[Part], facts: Mapping[str, Any], samples: int, tokens: int
     ) -> torch.cuda.Event | None:
