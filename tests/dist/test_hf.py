@@ -168,6 +168,7 @@ def test_master_weights_are_exported(pool: RankPool, tmp_path: Path) -> None:
         assert torch.equal(value.bfloat16(), halves[name])
         moved = name != "model.norm.weight"
         assert torch.equal(value, before[name].float()) != moved
+        assert (value - before[name].float()).abs().max() < 5 * values["lr"]  # not anything else's
     config = json.loads((tmp_path / "auto/config.json").read_text())
     assert (config["dtype"], config["eos_token_id"]) == ("bfloat16", 256)
 
@@ -183,11 +184,12 @@ def test_a_run_in_and_out(pool: RankPool, tmp_path: Path) -> None:
     flags = ["--init-from", str(tmp_path / "in"), "--export-hf", str(tmp_path / "out"), *RUN]
     run = run_in_pool(pool, [*flags, "--tp", "2"], 2, tmp_path / "runs")
     assert f"exported to {tmp_path / 'out'}, a Hugging Face model" in run.stdout
-    exported = tensors(tmp_path / "out")
-    assert exported.keys() == run.weights.keys()
+    before, exported = tensors(tmp_path / "in"), tensors(tmp_path / "out")
+    assert before.keys() == exported.keys() == run.weights.keys()
+    # Two steps from what was imported, not from initial weights of its own.
+    assert all((exported[name] - before[name]).abs().max() < 1e-2 for name in before)
     assert all(torch.equal(exported[name], run.weights[name]) for name in exported)
     assert not list(tmp_path.glob("*.tmp-*"))
-    # One rank begins with the same weights: not with initial ones of its own.
     flags[3] = str(tmp_path / "again")
     alone = run_in_pool(pool, flags, 1, tmp_path / "runs")
     assert worst(run.losses, alone.losses) < 1e-5
