@@ -52,7 +52,8 @@ class Events:
         self._path, self._attempt = path, attempt
 
     def write(self, event: str, **facts: Any) -> None:
-        """Add a line, which has been handed to the system when this returns.
+        """Add a line, which has been handed to the system when this returns; if the disk takes
+        none, say so.
 
         Args:
             event: its name.
@@ -61,11 +62,15 @@ class Events:
         if self._path is None:
             return
         line = {"time": round(time.time(), 3), "event": event, "attempt": self._attempt, **facts}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "ab") as file:
-            # A process that was killed may have left half a line.
-            begins = "" if file.tell() == 0 or _ends_a_line(self._path) else "\n"
-            file.write((begins + json.dumps(line) + "\n").encode())
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "ab") as file:
+                # A process that was killed may have left half a line.
+                begins = "" if file.tell() == 0 or _ends_a_line(self._path) else "\n"
+                file.write((begins + json.dumps(line) + "\n").encode())
+        except OSError as error:
+            # A full disk must not end a run whose next save may find room.
+            print(f"megalite: {self._path}: {error.strerror}: no {event}", file=sys.stderr)
 
 
 def events_file(config: Config) -> Path:

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from pool import RankPool
-from runs import SMALL, read_run
+from runs import SMALL, read_run, read_weights
 
 from megalite import pretrain
-from megalite.checkpoint.weights import load_whole_weights
 from megalite.events import read_events
 from megalite.exit_codes import ExitCode
 from megalite.injected import flip_a_bit
@@ -55,7 +54,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(
     codes, told, hit = run(pool, tmp_path, f"nan:rank={rank},step=4", world, f"{layout} --steps 4")
     assert codes == {0}
     assert f"*** MEGALITE_FAULT injects faults: rank {rank} computes gradients that are NaN" in told
-    before, after = (load_whole_weights(folder / "weights") for folder in (calm, hit))
+    before, after = (read_weights(folder / "weights") for folder in (calm, hit))
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     *_, last = map(json.loads, (hit / "metrics.jsonl").read_text().splitlines())
     assert (last["step"], last["skipped"], last["grad_norm"]) == (4, True, "nan")
