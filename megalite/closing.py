@@ -119,18 +119,20 @@ def closing(
         lines.append(known)
     if measured:
         lines.append(measured)
-    written = ["metrics.jsonl", "events.jsonl", "config.json", "data.json"]
+    save = trainer.config.checkpoint.save
+    written = ["metrics.jsonl", "config.json", "data.json"]
+    if not save:
+        written.append("events.jsonl")
     if is_file(trainer.config.parallel.schedule):
         written.append("plan.txt")
     lines.append("")
-    save = trainer.config.checkpoint.save
     if trainer.config.run.save_weights and not save:
         written.append("weights/")
     if trainer.config.run.trace_steps:
         written.append("trace/")
     lines.append(f"written to {folder}: {', '.join(written)}")
     if save:
-        lines.append(f"checkpoints in {save}; the same command goes on from the newest")
+        lines.append(f"checkpoints and events.jsonl in {save}; the same command goes on from them")
     lines.append("next:")
     if trainer.config.run.trace_steps:
         lines.append(f"  {_python()} tools/draw_schedule.py --trace {folder}")

@@ -130,8 +130,9 @@ RUN += ["--attention-dropout", "0.1", "--sample-length", "0", "--device", "cpu"]
 def train(
     pool: RankPool, folder: Path, save: Path, *flags: str, code: int = 0, run: list[str] = RUN
 ) -> list[Outcome]:
-    """A run by the public entry point; its name is that of its checkpoints' folder."""
-    argv = [*run, *flags, "--runs", str(folder), "--name", save.name, "--save", str(save)]
+    """A run by the public entry point, named after its checkpoints' folder."""
+    argv = [*run, *flags, "--runs", str(folder), "--name", f"{save.name}-run"]
+    argv += ["--save", str(save)]
     layout = {flag: int(value) for flag, value in pairwise(argv) if flag in AXES}
     outcomes = pool.run(math.prod(layout.values()), pretrain.main, argv)
     assert [outcome.value for outcome in outcomes] == [code] * len(outcomes), outcomes
@@ -182,7 +183,7 @@ def test_a_run_that_goes_on_has_the_bits_of_one_that_never_stopped(
     shutil.copytree(Directory(calm).folder(3), Directory(broken).folder(3))
     (said, *_) = train(pool, tmp_path, broken, *words)
     assert f"going on from {broken}/step-00000003: step 3" in said.stdout
-    want, got = losses(tmp_path / "calm"), losses(tmp_path / "broken")
+    want, got = losses(tmp_path / "calm-run"), losses(tmp_path / "broken-run")
     assert set(want) == {*range(1, 7)} and set(got) == {4, 5, 6}
     assert got == {step: want[step] for step in got}
     check_same(contents(Directory(calm).folder(6)), contents(Directory(broken).folder(6)))
@@ -204,7 +205,7 @@ def test_another_layout_goes_on_with_the_same_samples(
     train(pool, tmp_path, calm, *then.split(), *words)
     shutil.copytree(Directory(calm).folder(3), Directory(broken).folder(3))
     train(pool, tmp_path, broken, *now.split(), *words)
-    want, got = losses(tmp_path / "calm"), losses(tmp_path / "broken")
+    want, got = losses(tmp_path / "calm-run"), losses(tmp_path / "broken-run")
     for step in (4, 5, 6):
         assert abs(got[step] - want[step]) <= 1e-11 * want[step]
 

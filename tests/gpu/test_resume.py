@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import SMALL, launch, pretrain_command
+from safetensors.torch import load_file
 
 from megalite.checkpoint.directory import Directory
 from megalite.checkpoint.reader import Checkpoint
@@ -19,7 +20,7 @@ LAYOUTS = ["--dp 1", "--tp 2", "--pp 2", "--dp 2 --zero 3"]
 
 
 def run(folder: Path, save: Path, *flags: str) -> str:
-    command = pretrain_command(*FLAGS, *flags, "--runs", str(folder), "--name", save.name)
+    command = pretrain_command(*FLAGS, *flags, "--runs", str(folder), "--name", f"{save.name}-run")
     result = launch([*command, "--save", str(save)], timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -46,7 +47,7 @@ def test_going_on_changes_no_bit(tmp_path: Path, layout: str, precision: str) ->
     run(tmp_path, calm, *flags)
     shutil.copytree(Directory(calm).folder(4), Directory(broken).folder(4))
     assert "step 4" in run(tmp_path, broken, *flags)
-    want, got = losses(calm.parent / "calm"), losses(broken.parent / "broken")
+    want, got = losses(tmp_path / "calm-run"), losses(tmp_path / "broken-run")
     assert got == {step: want[step] for step in (5, 6, 7, 8)}
     theirs, ours = contents(Directory(calm).folder(8)), contents(Directory(broken).folder(8))
     assert theirs.keys() == ours.keys()
@@ -74,3 +75,18 @@ def test_what_a_gpu_saved_a_cpu_loads(tmp_path: Path) -> None:
     result = launch([*words, "--precision", "bf16", "--save", str(tmp_path / "on")], timeout=240)
     assert result.returncode == 0, result.stderr
     assert "step 8" in result.stdout and "step 9/9" in result.stdout
+
+
+def test_a_hugging_face_model_out_and_in(tmp_path: Path) -> None:
+    out, again = tmp_path / "hf", tmp_path / "again"
+    run(tmp_path, tmp_path / "ck", "--precision", "bf16", "--export-hf", str(out))
+    saved, exported = contents(Directory(tmp_path / "ck").folder(8)), {}
+    for path in out.glob("*.safetensors"):
+        exported |= load_file(path)
+    assert exported and all(torch.equal(saved[name], values) for name, values in exported.items())
+    still = ["--precision", "bf16", "--lr", "1e-30", "--min-lr", "0", "--init-from", str(out)]
+    run(tmp_path, tmp_path / "on", *still, "--export-hf", str(again))
+    for path in again.glob("*.safetensors"):
+        for name, values in load_file(path).items():
+            assert torch.equal(exported.pop(name), values), name
+    assert not exported
