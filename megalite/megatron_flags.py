@@ -233,7 +233,9 @@ MEGATRON_FLAGS: Mapping[str, MegatronFlag] = MappingProxyType(
         # Checkpoints, logs
         "--ckpt-format": Refused(_CHECKPOINTS),
         "--auto-detect-ckpt-format": Refused(_CHECKPOINTS),
-        "--use-checkpoint-args": Refused("give the config.json of its run with --config"),
+        "--use-checkpoint-args": Refused(
+            "a checkpoint knows its run; take its config.json as a configuration file"
+        ),
         "--no-load-rng": Refused(
             "random numbers follow from --seed and the step; there is no state of theirs"
         ),

@@ -117,6 +117,9 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     if device == "cuda":
         known = resolve_device(config, device)
         problems += host_memory(known, machine.local_size, free_host_bytes())
+    folder = Path(config.run.runs) / config.run.name
+    if config.run.name and folder.exists() and not _is_of(folder, config):
+        problems.append(_taken(config.run.name, folder))
     try:
         tokenizer = open_tokenizer(config.data, config.model.vocab_size)
         mixture = prepare_mixture(config.data, tokenizer)

@@ -232,8 +232,8 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
         found = {entry.name: entry for entry in layout.entries}
         for name in expected.keys() | found.keys():
             if name not in found or name not in expected:
-                where = folder / (NAME if name in found else file.name)
-                raise DamagedError(f"{name!r} is not in {where}")
+                has = "has" if name in found else "lacks"
+                raise DamagedError(f"{folder / file.name} {has} {name!r}; the manifest differs")
             dtype, region, shape = expected[name]
             if found[name].dtype != dtype or found[name].shape != file_shape(region, shape):
                 raise DamagedError(

@@ -46,7 +46,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 PAIRS = list(product(LAYOUTS, LAYOUTS))
-SAMPLE = [(a, b) for i, (a, b) in enumerate(PAIRS) if a != b and i % 5 == 2]
+SAMPLE = [(a, b) for i, (a, b) in enumerate(PAIRS) if a != b and i % 12 == 2]
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,16 @@ def test_any_layout_s_state_is_any_other_s_bit_for_bit(
     ("values", "layout"),
     [
         (dict(optimizer="muon"), "tp2 dp2 zero2"),
-        (dict(precision="bf16-pure"), "dp4 zero3"),
         (dict(precision="fp16", skip_spikes=3.0, spike_window=4), "tp2 pp2"),
-        (dict(moments_dtype="bf16"), "pp2 interleaved"),
         (dict(freeze=("*embed_tokens*", "model.layers.1.*"), tie_embeddings=False), "dp4 zero3"),
-        (dict(freeze=("*embed_tokens*",), tie_embeddings=False), "tp2 pp2"),
-        (dict(precision="fp64"), "tp2 dp2 zero2"),
+        pytest.param(dict(precision="bf16-pure"), "dp4 zero3", marks=pytest.mark.full),
+        pytest.param(dict(moments_dtype="bf16"), "pp2 interleaved", marks=pytest.mark.full),
+        pytest.param(
+            dict(freeze=("*embed_tokens*",), tie_embeddings=False),
+            "tp2 pp2",
+            marks=pytest.mark.full,
+        ),
+        pytest.param(dict(precision="fp64"), "tp2 dp2 zero2", marks=pytest.mark.full),
     ],
     ids=str,
 )
@@ -148,15 +152,11 @@ def losses(folder: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in map(json.loads, lines) if "loss" in r}
 
 
-SAME = [
-    "--tp 2",
-    "--pp 2 --tie-embeddings",
-    "--dp 2 --zero 1",
-    "--dp 2 --zero 3",
-    "--tp 2 --pp 2 --dp 2",
-]
+SAME = ["--pp 2 --tie-embeddings", "--dp 2 --zero 3", "--tp 2 --pp 2 --dp 2"]
 MORE = [
     "",
+    "--tp 2",
+    "--dp 2 --zero 1",
     "--dp 2 --zero 0",
     "--dp 2 --zero 2",
     "--dp 2 --precision bf16",

@@ -129,6 +129,7 @@ def test_asked_to_stop_it_saves_and_goes_on(
     assert same(final(tmp_path), calm)
 
 
+@pytest.mark.full
 def test_a_full_disk_costs_a_save_and_no_more(
     tmp_path: Path, calm: dict[str, torch.Tensor]
 ) -> None:
@@ -188,7 +189,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     assert result.returncode == 0, "a dead run's lock is nobody's"
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(8, marks=pytest.mark.full)])
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.full)])
 def test_chaos(tmp_path: Path, calm: dict[str, torch.Tensor], kills: int) -> None:
     """Random ranks die in random steps and at random points of saves, again and again, with and
     without a restart by the launcher; the end has the calm run's bits."""
@@ -209,10 +210,11 @@ def test_chaos(tmp_path: Path, calm: dict[str, torch.Tensor], kills: int) -> Non
         assert result.returncode in (0, ExitCode.INTERNAL), result.stderr
     result = run(tmp_path, "", "--dp", "2", "--max-restarts", "1")
     assert result.returncode == 0, result.stderr
-    assert died >= 2
+    assert died >= min(2, kills)
     assert same(final(tmp_path), calm)
 
 
+@pytest.mark.full
 def test_one_bit_on_the_disk(tmp_path: Path, calm: dict[str, torch.Tensor]) -> None:
     """Cases 15 to 17: named, passed over, and put aside when its step is reached again."""
     run(tmp_path, "", "--dp", "2")

@@ -97,6 +97,7 @@ def test_an_alias_without_a_value_equals_our_flag(flag: str) -> None:
         ("--use-distributed-optimizer", "zero", 1),
         ("--use-torch-fsdp2", "zero", 3),
         ("--optimizer-cpu-offload", "offload_optimizer", True),
+        ("--deterministic-mode", "deterministic", True),
         ("--use-megatron-fsdp", "zero", 3),
         ("--bf16", "precision", "bf16"),
         ("--fp16", "precision", "fp16"),

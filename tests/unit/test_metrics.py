@@ -102,12 +102,13 @@ def test_spikes_are_counted_with_what_is_not_finite(
     for scale, precision in (([], "fp32"), ([8.0], "fp16")):
         steps = [(0.5, 0.0), (9.0, 1.0), (math.nan, 0.0), (0.5, 0.0)]
         config = settings(precision=precision, skip_spikes=6.0)
-        with RunLog(config, RANDOM, tmp_path, CPU) as log:
+        folder = tmp_path / precision
+        with RunLog(config, RANDOM, folder, CPU) as log:
             for step, (norm, spike) in enumerate(steps, start=1):
                 log.step(step, Reading([norm, 2.5, *scale, spike], 0.5), 1e-3)
-        assert [r["steps_skipped"] for r in records(tmp_path)] == [0, 1, 2, 2]
-        assert [r.get("spike", False) for r in records(tmp_path)] == [False, True, False, False]
-        assert [r.get("loss_scale") for r in records(tmp_path)] == [scale[0] if scale else None] * 4
+        assert [r["steps_skipped"] for r in records(folder)] == [0, 1, 2, 2]
+        assert [r.get("spike", False) for r in records(folder)] == [False, True, False, False]
+        assert [r.get("loss_scale") for r in records(folder)] == [scale[0] if scale else None] * 4
         lines = capsys.readouterr().out.splitlines()
         assert "skipped" not in lines[0]
         assert "  1 skipped  " in lines[1] and lines[1].endswith("  spike: step skipped")
@@ -129,7 +130,7 @@ def test_validations(tmp_path: Path, capsys: pytest.CaptureFixture, mixture: Mix
     assert records(tmp_path) == [want]
 
 
-def test_a_new_run_starts_a_new_record(tmp_path: Path) -> None:
+def test_a_run_that_goes_on_adds_to_its_record(tmp_path: Path) -> None:
     log = RunLog(settings(), RANDOM, tmp_path, CPU)
     with log:
         log.validation(1, 2.5)
@@ -138,7 +139,7 @@ def test_a_new_run_starts_a_new_record(tmp_path: Path) -> None:
         log.validation(2, 2.5)
     with RunLog(settings(), RANDOM, tmp_path, CPU) as log:
         log.validation(3, 2.5)
-    assert [record["step"] for record in records(tmp_path)] == [3]
+    assert [record["step"] for record in records(tmp_path)] == [1, 3]
 
 
 def test_without_tensorboard_only_the_record_is_written(tmp_path: Path) -> None:

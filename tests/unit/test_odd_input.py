@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import run, violations, word_violations
 
-from megalite import pretrain
+from megalite import closing, pretrain
 from megalite.check import check
 from megalite.config import Config, resolve
 from megalite.data import source
@@ -148,11 +148,11 @@ def test_limits_of_steps_stay_below_that_of_a_collective() -> None:
 
 
 def test_the_command_to_type_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(pretrain.sys, "executable", str(tmp_path / ".venv/bin/python"))
+    monkeypatch.setattr(closing.sys, "executable", str(tmp_path / ".venv/bin/python"))
     monkeypatch.chdir(tmp_path)
-    assert pretrain._python() == os.path.join(".venv", "bin", "python")
+    assert closing._python() == os.path.join(".venv", "bin", "python")
     monkeypatch.chdir("/")
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/python").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path / ".venv/bin"))
-    assert pretrain._python() == "python"
+    assert closing._python() == "python"

@@ -18,6 +18,7 @@ from pool import RankPool
 from runs import SMALL, run_in_pool
 
 from megalite import pretrain
+from megalite.closing import PROMPT_TOKENS
 from megalite.config import Config, resolve
 from megalite.config_data import DataConfig
 from megalite.data import texts as texts_module
@@ -384,7 +385,7 @@ def test_a_run_with_a_tokenizer(
     # The prompt is the text of the first validation tokens.
     mixture = prepare_mixture(config.data, tokenizer)
     _, valid, _ = open_samples(config, mixture)
-    prompt = tokenizer.decode(valid.read(0)[: pretrain.PROMPT_TOKENS].tolist())
+    prompt = tokenizer.decode(valid.read(0)[:PROMPT_TOKENS].tolist())
     assert f"sample, continuing {prompt!r}:" in done.stdout
     assert prompt.strip()[:10] in (files / "a.txt").read_text(encoding="utf-8")
     # Bits per byte are those of the text.
