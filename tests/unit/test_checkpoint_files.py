@@ -12,6 +12,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,28 @@ def test_pieces_are_of_one_tensor_and_no_longer_than_they_may_be() -> None:
     assert [piece.name for piece in pieces] == ["", *["a"] * 3, "b"]
     assert max(piece.num_bytes for piece in pieces) == PIECE_BYTES
     assert sum(piece.num_bytes for piece in pieces) == layout.num_bytes
+
+
+def test_no_file_is_opened_that_is_not_needed(tmp_path: Path) -> None:
+    """Two ranks' halves of a matrix; who wants rows of the first never opens the second's file."""
+    store, matrix = dist.HashStore(), torch.arange(24.0).view(6, 4)
+
+    def rank(number: int) -> None:
+        half = Region(3 * number, 0, 3, 4, 0, 12)
+        values = matrix[3 * number : 3 * number + 3].reshape(-1)
+        one = Saver(tmp_path, number, 2, store, CPU, 20.0)
+        one.start(1, [Part("w", (6, 4), half, values)], {}, 0, 0)
+        one.finish(is_last=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rank, range(2)))
+    checkpoint = Checkpoint.newest(tmp_path)
+    (checkpoint.folder / checkpoint.manifest.files[1].name).unlink()
+    part = Part("w", (6, 4), Region(1, 1, 2, 3, 0, 6), torch.empty(6))
+    checkpoint.read(part)
+    assert torch.equal(part.values.view(2, 3), matrix[1:3, 1:])
+    with pytest.raises(DamagedError, match="rank-00001"):
+        checkpoint.read(Part("w", (6, 4), Region(2, 0, 2, 4, 0, 8), torch.empty(8)))
 
 
 def flip(path: Path, bit: int) -> None:
