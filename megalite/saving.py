@@ -55,6 +55,9 @@ class Saves:
         tell: shows a line, on the rank that shows any.
         weights_only: without the optimizer's states.
 
+    Attributes:
+        in_background: training goes on while a checkpoint is written.
+
     Raises:
         ConfigError: another run writes there, not all ranks see the folder, or it can't be written.
     """
@@ -77,6 +80,7 @@ class Saves:
         self._config, self._groups, self._device = config, groups, device
         self._events, self._tell, self._weights_only = events or Events(None), tell, weights_only
         self._interval = options.save_interval
+        self.in_background = options.async_save
         self._facts = facts_of(config, facts)
         self._saved_step, self._shift = -1, 0
         self._lock = _locked(path, config, groups.world_rank, store)
@@ -86,10 +90,10 @@ class Saves:
             config.world_size,
             store,
             device,
-            limit_s(config, STATE_BYTES * whole_parameters(config)),
+            # Who waits too long for a rank is told by the watchdog, before this ends the wait.
+            2 * limit_s(config, STATE_BYTES * whole_parameters(config)) + LIMIT_S,
             Retention(options.keep_last, options.keep_every),
             faults,
-            in_background=options.async_save and not weights_only,
         )
 
     def is_due(self, step: int) -> bool:

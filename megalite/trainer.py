@@ -323,13 +323,15 @@ class Trainer:
         self._activity.begin("starting to save", "checkpoint", allowance_s=allowance_s)
         self.optimizer.validate()
         self._copied = saves.start(step, self.flat, self.optimizer)
+        if not saves.in_background:
+            self._finish(saves, is_last=False)
 
-    def _finish(self, saves: Saves | None) -> None:
-        """Wait for the last save, if there is one."""
+    def _finish(self, saves: Saves | None, *, is_last: bool = True) -> None:
+        """Wait for the save under way, if there is one."""
         if saves is not None:
             allowance_s = limit_s(self.config, 8 * self.flat.length * self.flat.dtype.itemsize)
             self._activity.begin("finishing a save", "checkpoint", allowance_s=allowance_s)
-            saves.finish(is_last=True)
+            saves.finish(is_last=is_last)
 
     def _compare_replicas(self, step: int) -> None:
         """See --check-replicas; an injected fault flips a bit just before.

@@ -93,7 +93,6 @@ class Saver:
         limit_s: how long ranks wait for each other's writing [s].
         retention: which ones stay.
         faults: to inject.
-        in_background: a thread writes; else training waits.
     """
 
     def __init__(
@@ -106,20 +105,18 @@ class Saver:
         limit_s: float,
         retention: Retention | None = None,
         faults: Faults | None = None,
-        *,
-        in_background: bool = True,
     ):
         self._directory = Directory(path)
         self._rank, self._size, self._store = rank, size, store
         self._limit = timedelta(seconds=limit_s)
         self._retention, self._faults = retention or Retention(), faults or Faults.none()
-        self._in_background = in_background
         self._staging = Staging(device)
         self._threads = max(1, threads() // max(1, min(size, os.cpu_count() or 1)))
         if rank == 0:
             store.set("run", uuid.uuid4().hex[:8])
         self._run_id = store.get("run").decode()
         self._saves = self._failures = 0
+        self._problem = ""
         self._under_way: _UnderWay | None = None
 
     def reserve(self, parts: Sequence[Part]) -> None:
@@ -158,9 +155,6 @@ class Saver:
         thread = threading.Thread(target=write, name="checkpoint")
         self._under_way = _UnderWay(step, told, thread, begun, time.monotonic() - begun)
         thread.start()
-        if not self._in_background:
-            thread.join()
-            self._under_way.stall_s = time.monotonic() - begun
         return copied
 
     @property
@@ -182,6 +176,8 @@ class Saver:
         """
         save, self._under_way = self._under_way, None
         if save is None:
+            if is_last and self._problem:
+                raise SaveError(f"the last save failed: {self._problem}")
             return None
         waited = time.monotonic()
         save.thread.join()
@@ -198,6 +194,7 @@ class Saver:
             seconds=now - save.begun,
             removed=tuple(verdict["removed"]),
         )
+        self._problem = saved.problem
         self._failures = self._failures + 1 if saved.problem else 0
         if saved.problem and (is_last or self._failures >= MOST_FAILURES):
             which = "the last save" if is_last else f"{self._failures} saves in a row"

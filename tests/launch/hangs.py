@@ -220,7 +220,7 @@ HANGS: dict[str, Hang] = {
         never_starts, 3, TP_PP, ("rank 3 never arrived", "start: building the model")
     ),
     "extra collective": Hang(extra_collective, 0, dict(dp=2, tp=2), ("ranks 0 and 2", "broadcast")),
-    "never saved": Hang(never_saved, 2, TP_PP, ("rank 2 never arrived", "saving weights")),
+    "never saved": Hang(never_saved, 2, TP_PP, ("rank 2 is behind all others", "starting to save")),
     "wrong order": Hang(
         wrong_order,
         0,
@@ -248,7 +248,11 @@ def hanging(rank: Rank, name: str) -> int:
         generate(trainer, [1, 2, 3], 4)
         from pathlib import Path
 
-        trainer.save(Path(rank.config.run.runs))
+        folder = Path(rank.config.run.runs) / "weights"
+        where = rank.groups, rank.store, rank.device
+        saves = Saves(folder, rank.config, {}, *where, weights_only=True)
+        trainer.save(saves)
+        saves.close()
     return 0
 
 
@@ -272,6 +276,7 @@ if __name__ == "__main__":
         mock_data=True,
         start_timeout=15.0,
         step_timeout=4.0,
+        save_timeout=8.0,
         runs=sys.argv[2],
     )
     hang = hangs.SLOW if sys.argv[1] == "slow" else hangs.HANGS[sys.argv[1]]
