@@ -18,12 +18,10 @@ from megalite.layers.dtypes import DTYPES
 from megalite.optim.flat import FlatParameters
 from megalite.optim.optimizer import Optimizer
 from megalite.parallel.groups import ParallelGroups
+from megalite.saving import limit_s
 from megalite.tensor_names import tensor_shapes
 from megalite.tokenizer.choose import open_tokenizer
 from megalite.tokenizer.hf_files import TokenizerFiles, hf_files
-
-SLOWEST_DISK_BYTES_PER_S = 5e6
-"""Slower than this, reading or writing is a hang."""
 
 
 def open_init_from(config: Config) -> HuggingFaceFolder | None:
@@ -46,7 +44,8 @@ def init_from(
     source = open_init_from(config)
     if source is None:
         return
-    groups.activity.begin("start: reading weights", allowance_s=_disk_allowance_s(flat))
+    allowance_s = limit_s(config, _num_bytes(flat))
+    groups.activity.begin("reading weights", "checkpoint", allowance_s=allowance_s)
     load_weights(flat, source)
     start_from_weights(flat, optimizer, source)
 
@@ -64,7 +63,8 @@ def export_hf(
     """
     if not config.checkpoint.export_hf:
         return ""
-    groups.activity.begin("exporting weights", allowance_s=_disk_allowance_s(flat))
+    allowance_s = limit_s(config, _num_bytes(flat))
+    groups.activity.begin("exporting weights", "checkpoint", allowance_s=allowance_s)
     optimizer.validate()
     flat.wait_for_parameters()
     asked = config.checkpoint.export_dtype
@@ -112,7 +112,7 @@ def tokenizer_files(config: Config) -> TokenizerFiles:
         return TokenizerFiles(told=f"no tokenizer files: {error.violations[0]}")
 
 
-def _disk_allowance_s(flat: FlatParameters) -> float:
-    """How long a slow disk may take for this rank's weights."""
+def _num_bytes(flat: FlatParameters) -> int:
+    """Of this rank's weights."""
     frozen_bytes = sum(parameter.nbytes for parameter, _ in flat.frozen)
-    return (flat.length * flat.dtype.itemsize + frozen_bytes) / SLOWEST_DISK_BYTES_PER_S
+    return flat.length * flat.dtype.itemsize + frozen_bytes
