@@ -24,7 +24,7 @@ from megalite.check_memory import host_memory
 from megalite.config import Config, resolve_device
 from megalite.config_file import read_saved, to_toml
 from megalite.effects import notes
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, RunError
 from megalite.events import Events, environment, events_file, goodput, read_events
 from megalite.exit_codes import ExitCode
 from megalite.faults import banner
@@ -131,7 +131,7 @@ def _prepare(command: cli.Command, world: World | None, machine: Machine) -> Pre
     if problems:
         raise ConfigError(problems)
     facts = {"data": mixture.fingerprint, "tokenizer": tokenizer.fingerprint}
-    found = find(config)
+    found = find(config, world.attempt if world is not None else 0)
     if found.candidates:
         problems = not_the_same(config, facts, found.candidates[0])
     else:
@@ -200,7 +200,7 @@ def _train(
     told: tuple[str, ...],
 ) -> int:
     """One rank's whole run: train, sample, save, say how it went; returns its exit code."""
-    from contextlib import ExitStack, nullcontext
+    from contextlib import ExitStack
 
     import torch.distributed as dist
 
@@ -214,50 +214,60 @@ def _train(
     from megalite.saving import Saves, nothing, start_point
     from megalite.trainer import Trainer
 
-    config = without_choice(rank.config)
+    config, groups = without_choice(rank.config), rank.groups
     folder = Path(config.run.runs) / config.run.name
-    first = rank.groups.world_rank == 0
+    first = groups.world_rank == 0
+    events = Events(events_file(config) if first else None, rank.attempt)
     samples = open_samples(config, mixture)
     costs, chosen = None, ""
     if has_choice(config):
-        config, costs, chosen = choose_by_measuring(config, rank.groups, rank.device, samples)
-    if first:
-        data.write(folder)
-        lines = filter(None, (mixture.describe(), samples[0].describe()))
-        _open_run(config, "\n".join(lines), rank.device, device_line, told, folder)
-        if injected := banner(os.environ, rank.attempt):
-            print(f"{injected}\n", file=sys.stderr, flush=True)
-        print(chosen, end="", flush=True)
-    groups = rank.groups
-    groups.activity.begin("start: looking for a checkpoint", patient=True)
-    tell = partial(print, flush=True) if first else nothing
-    start = start_point(config, groups.world_rank, rank.store, tell)
-    trainer = Trainer(config, samples, groups, rank.device, costs, rank.stop, rank.faults)
-    first_step = 0
-    if start is not None:
-        checkpoint, first_step = Checkpoint(start.folder, start.manifest), start.step
-        trainer.load(checkpoint, with_optimizer=start.with_optimizer, anew=start.anew)
-        tell(starts_from(start))
-    else:
-        init_from(config, trainer.flat, trainer.optimizer, groups)
-    events = Events(events_file(config) if first else None, rank.attempt)
-    changed = {} if start is None else changes(config, start)
-    where = {"device": device_line, "from": str(start.folder) if start else "", "changed": changed}
-    events.write("start", step=first_step, **where, **environment())
+        config, costs, chosen = choose_by_measuring(config, groups, rank.device, samples)
     saving = partial(Saves, config=config, facts=facts, groups=groups, device=rank.device)
-    record = RunLog(config, mixture, folder, rank.device) if first else nullcontext()
-    with fastest_attention(rank.device), record as log, ExitStack() as held:
+    with fastest_attention(rank.device), ExitStack() as held:
+        groups.activity.begin("start: taking the folder of checkpoints", patient=True)
         saves = None
         if config.checkpoint.save:
-            tell = log.say if log is not None else nothing
-            store = dist.PrefixStore("saves", rank.store)
-            path = Path(config.checkpoint.save)
-            saves = saving(path, store=store, events=events, faults=rank.faults, tell=tell)
+            # Before anything else: who writes there may be about to save a newer one.
+            store, path = dist.PrefixStore("saves", rank.store), Path(config.checkpoint.save)
+            saves = saving(path, store=store, events=events, faults=rank.faults)
             held.callback(saves.close)
+        if first:
+            data.write(folder)
+            lines = filter(None, (mixture.describe(), samples[0].describe()))
+            _open_run(config, "\n".join(lines), rank.device, device_line, told, folder)
+            if injected := banner(os.environ, rank.attempt):
+                print(f"{injected}\n", file=sys.stderr, flush=True)
+            print(chosen, end="", flush=True)
+        groups.activity.begin("start: looking for a checkpoint", patient=True)
+        tell = partial(print, flush=True) if first else nothing
+        start = start_point(config, groups.world_rank, rank.store, rank.attempt, tell)
+        groups.activity.begin("start: building the model")
+        trainer = Trainer(config, samples, groups, rank.device, costs, rank.stop, rank.faults)
+        first_step = 0
+        if start is not None:
+            checkpoint, first_step = Checkpoint(start.folder, start.manifest), start.step
+            trainer.load(checkpoint, with_optimizer=start.with_optimizer)
+            tell(starts_from(start))
+        else:
+            init_from(config, trainer.flat, trainer.optimizer, groups)
+        changed = {} if start is None else changes(config, start)
+        origin = "" if start is None else str(start.folder)
+        where = {"device": device_line, "from": origin, "changed": changed}
+        events.write("start", step=first_step, **where, **environment())
+        log = RunLog(config, mixture, folder, rank.device) if first else None
+        if log is not None:
+            held.enter_context(log)
+        if saves is not None:
+            saves.tell = log.say if log is not None else nothing
             if start is not None:
                 saves.goes_on(start, path)
-        with rank.stop.listening():
-            result = trainer.fit(log, events, first_step, saves)
+        try:
+            with rank.stop.listening():
+                result = trainer.fit(log, events, first_step, saves)
+        except RunError:
+            if saves is not None:
+                saves.finish()  # what was being written is good
+            raise
         if result.stopped:
             return stop(rank, result, events)
         measured = measured_memory(rank, trainer.config)
@@ -268,8 +278,7 @@ def _train(
             held.callback(weights.close)
             trainer.save(weights)
         exported = export_hf(config, trainer.flat, trainer.optimizer, groups)
-        if first:
-            assert log is not None
+        if log is not None:
             log.say(exported + closing(mixture, result, measured, sample, folder, trainer))
             events.write("end", step=result.steps)
             log.say(f"\n{goodput(read_events(events_file(config)))}")

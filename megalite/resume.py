@@ -37,6 +37,9 @@ _FOLLOWING = frozenset(
 )
 """Where they are derived they say nothing that others, which are compared, don't."""
 
+SAMPLES = frozenset({"seq_length", "global_batch_size", "rampup_batch_size"})
+"""Which samples a step has follows from them."""
+
 _FREE_GROUPS = frozenset({"parallel", "checkpoint", "supervision", "run"})
 _FREE = frozenset(
     {
@@ -86,8 +89,12 @@ class Found:
     damaged: tuple[str, ...]
 
 
-def find(config: Config) -> Found:
+def find(config: Config, attempt: int = 0) -> Found:
     """What the run starts from: none if from initial weights.
+
+    Args:
+        config: resolved.
+        attempt: how often the run has been started again; what --save holds then is its own.
 
     Raises:
         ConfigError: --load holds nothing, or --no-resume a folder that does hold something.
@@ -95,7 +102,7 @@ def find(config: Config) -> Found:
     """
     options = config.checkpoint
     if options.save and Directory(Path(options.save)).steps():
-        if not options.resume:
+        if not options.resume and not attempt:
             raise ConfigError(
                 f"--no-resume: --save {options.save} holds checkpoints; choose another folder, or "
                 "leave --no-resume out to go on from them"
@@ -134,10 +141,11 @@ def problems(config: Config, facts: Mapping[str, Any], candidate: Candidate) -> 
     allowed = set(_allowed(config))
     found = []
     for spec, old, new in differing:
-        if spec.name == "seq_length":
+        if spec.name in SAMPLES:
             found.append(
-                f"--seq-length was {old}, and is {new}: samples of another length are other "
-                "samples; --load DIR --finetune starts a new run from its weights"
+                f"{spec.flag} was {_text(old)}, and is {_text(new)}: restore it; with another one "
+                "the samples of every step would be others, so only --load DIR --finetune, which "
+                "starts a new run from the weights, takes it"
             )
         elif spec.name not in allowed:
             found.append(
@@ -163,11 +171,11 @@ def changes(config: Config, candidate: Candidate) -> dict[str, tuple[Any, Any]]:
 def unknown_changes(config: Config) -> Iterator[str]:
     """A sentence for each name of --allow-change that is none, or that can't be allowed."""
     free = {spec.name for spec in fields() if _is_free(spec)}.difference(FINGERPRINTS)
-    known = {spec.name for spec in fields()} - free - SHAPES - {"seq_length"} | {*FINGERPRINTS}
+    known = {spec.name for spec in fields()} - free - SHAPES - SAMPLES | {*FINGERPRINTS}
     for name in _allowed(config):
         if name in free:
             yield f"--allow-change {name}: it may change anyway; leave it out"
-        elif name in SHAPES or name == "seq_length":
+        elif name in SHAPES | SAMPLES:
             yield f"--allow-change {name}: no checkpoint fits another one"
         elif name not in known:
             yield f"--allow-change {name}: no such field{suggest(name, known)}"

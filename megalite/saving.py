@@ -14,7 +14,7 @@ import megalite
 from megalite.checkpoint.directory import Directory, Lock
 from megalite.checkpoint.parts import Part
 from megalite.checkpoint.reader import Checkpoint
-from megalite.checkpoint.saver import Retention, Saved, Saver
+from megalite.checkpoint.saver import Retention, Saved, SaveError, Saver
 from megalite.checkpoint.state import saved_parts
 from megalite.config import Config
 from megalite.errors import ConfigError, DamagedError
@@ -52,11 +52,11 @@ class Saves:
         device: of this rank.
         events: what happened to the run.
         faults: to inject.
-        tell: shows a line, on the rank that shows any.
         weights_only: without the optimizer's states.
 
     Attributes:
         in_background: training goes on while a checkpoint is written.
+        tell: shows a line, on the rank that shows any.
 
     Raises:
         ConfigError: another run writes there, not all ranks see the folder, or it can't be written.
@@ -73,16 +73,16 @@ class Saves:
         *,
         events: Events | None = None,
         faults: Faults | None = None,
-        tell: Tell = nothing,
         weights_only: bool = False,
     ):
         options = config.checkpoint
         self._config, self._groups, self._device = config, groups, device
-        self._events, self._tell, self._weights_only = events or Events(None), tell, weights_only
+        self._events, self._weights_only = events or Events(None), weights_only
+        self.tell: Tell = nothing
         self._interval = options.save_interval
         self.in_background = options.async_save
         self._facts = facts_of(config, facts)
-        self._saved_step, self._shift = -1, 0
+        self._saved_step = -1
         self._lock = _locked(path, config, groups.world_rank, store)
         self.saver = Saver(
             path,
@@ -115,11 +115,15 @@ class Saves:
         if step == self._saved_step:
             return None
         self.finish()
+        if self._lock is not None and self._lock.is_lost:
+            raise SaveError(
+                "another run has taken the folder of checkpoints, as this one stood still"
+            )
         self._saved_step = step
         if self._config.train.offload_optimizer and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # states are on their way to the host
         sizes, length = self._config.batch_sizes, self._config.model.seq_length
-        samples = sizes.consumed(step) + self._shift
+        samples = sizes.consumed(step)
         parts = self._parts(flat, optimizer)
         return self.saver.start(step, parts, self._facts, samples, samples * length)
 
@@ -138,10 +142,7 @@ class Saves:
             start: that one.
             path: of the folder of this run's own checkpoints.
         """
-        if start.anew:
-            return
-        self._shift = start.manifest.samples - self._config.batch_sizes.consumed(start.step)
-        if start.folder.parent == path:
+        if start.folder.parent == path and not start.anew:
             self._saved_step = start.step
 
     def look(self) -> None:
@@ -160,14 +161,15 @@ class Saves:
             return
         if saved.problem:
             self._saved_step = -1
-            self._tell(f"*** no checkpoint of step {saved.step}: {saved.problem}; training goes on")
+            self.tell(f"*** no checkpoint of step {saved.step}: {saved.problem}; training goes on")
             self._events.write("save failed", step=saved.step, why=saved.problem)
             return
         self._events.write("save", step=saved.step, seconds=saved.stall_s, bytes=saved.num_bytes)
-        self._tell(_words(saved))
+        self.tell(_words(saved))
 
     def close(self) -> None:
         """Let others write to the folder."""
+        self.saver.join()
         if self._lock is not None:
             self._lock.release()
 
@@ -186,7 +188,7 @@ def facts_of(config: Config, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def start_point(
-    config: Config, rank: int, store: dist.Store, tell: Tell = nothing
+    config: Config, rank: int, store: dist.Store, attempt: int = 0, tell: Tell = nothing
 ) -> Candidate | None:
     """The checkpoint that the run starts from, the same one on all ranks; None: initial weights.
 
@@ -197,7 +199,7 @@ def start_point(
         DamagedError: none can be used, or --no-fallback and the newest can't.
     """
     if rank == 0:
-        store.set("found", _found(config))
+        store.set("found", _found(config, attempt))
     said = store.get("found").decode()
     kind, *lines = said.splitlines()
     if kind == "damaged":
@@ -209,7 +211,8 @@ def start_point(
     for number, folder in enumerate(folders):
         wrong = _wrong(config, folder, rank, dist.PrefixStore(f"candidate/{number}", store))
         if not wrong:
-            return next(each for each in find(config).candidates if each.folder == folder)
+            found = find(config, attempt).candidates
+            return next(each for each in found if each.folder == folder)
         damaged += wrong
         for line in wrong:
             tell(f"*** passed over: {line}")
@@ -220,11 +223,11 @@ def start_point(
     return None
 
 
-def _found(config: Config) -> str:
+def _found(config: Config, attempt: int) -> str:
     """What rank 0 tells all: a word, then folders, best first, and `!` with what is wrong."""
     try:
-        found = find(config)
-    except DamagedError as error:
+        found = find(config, attempt)
+    except ConfigError as error:
         return "\n".join(["damaged", *error.violations])
     return "\n".join(
         [

@@ -215,20 +215,15 @@ class Trainer:
         total, tokens = totals.tolist()
         return total / max(1.0, tokens)
 
-    def load(
-        self, checkpoint: Checkpoint, *, with_optimizer: bool = True, anew: bool = False
-    ) -> None:
-        """Start from a checkpoint of any layout.
+    def load(self, checkpoint: Checkpoint, *, with_optimizer: bool = True) -> None:
+        """Start from a checkpoint of any layout; the data follow from the step alone.
 
         Args:
             checkpoint: of the same model.
             with_optimizer: take the optimizer's states too; else they stay as they are.
-            anew: steps and data begin anew.
         """
-        manifest = checkpoint.manifest
-        if not anew:
-            self.loader.go_on_from(manifest.step, manifest.samples)
-        allowance_s = limit_s(self.config, sum(file.num_bytes for file in manifest.files))
+        files = checkpoint.manifest.files
+        allowance_s = limit_s(self.config, sum(file.num_bytes for file in files))
         self._activity.begin("loading a checkpoint", "checkpoint", allowance_s=allowance_s)
         load_weights(self.flat, checkpoint)
         if with_optimizer:

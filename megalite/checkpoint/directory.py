@@ -78,26 +78,27 @@ class Directory:
         os.rename(temporary, final)
         _sync(self.path)
 
-    def prune(self, keep_last: int, keep_every: int) -> list[int]:
+    def prune(self, newest: int, keep_last: int, keep_every: int) -> list[int]:
         """Remove checkpoints, oldest first; returns their steps. The newest one, which has just
         been read back, always stays.
 
         Args:
+            newest: step of that one; what is of later steps is damaged, or of another run, and is
+                neither counted nor touched.
             keep_last: how many of the newest stay, 0: all.
             keep_every: those of steps that are multiples of it stay too, 0: none more.
         """
         if not keep_last:
             return []
-        old = [
-            step for step in sorted(self.steps()[keep_last:]) if not keep_every or step % keep_every
-        ]
-        for step in old:
+        old = [step for step in self.steps() if step <= newest][keep_last:]
+        gone_steps = [step for step in sorted(old) if not keep_every or step % keep_every]
+        for step in gone_steps:
             # Under another name first: half of a checkpoint must not look like one.
             gone = self.path / f"step-{step:08d}.tmp-removed"
             shutil.rmtree(gone, ignore_errors=True)
             os.rename(self.folder(step), gone)
             shutil.rmtree(gone, ignore_errors=True)
-        return old
+        return gone_steps
 
     def valid_steps(self) -> Iterator[tuple[int, str]]:
         """Each checkpoint, newest first, and what is wrong with its manifest, or with sizes or
@@ -123,13 +124,15 @@ class Lock:
 
     Raises:
         ConfigError: another run writes there, or the folder can't be written to.
+
+    Attributes:
+        is_lost: another run has taken the folder, as this one did not move for too long.
     """
 
     def __init__(self, path: Path, run_id: str):
         self._file = path / LOCK
-        self._said = json.dumps(
-            {"run": run_id, "host": socket.gethostname(), "pid": os.getpid(), "of": _boot()}
-        )
+        self._said = json.dumps({"run": run_id, "pid": os.getpid(), **_machine()})
+        self.is_lost = False
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._take()
@@ -198,22 +201,26 @@ class Lock:
         while not self._released.wait(BEAT_S):
             try:
                 os.utime(self._file)
+                self.is_lost = not self._is_ours()
             except OSError:
                 continue  # the disk may be back at the next one
 
 
 def _is_here(owner: dict[str, object]) -> bool:
-    """Whether the owner is a process of this machine, since it was started."""
-    return owner.get("host") == socket.gethostname() and owner.get("of") == _boot()
+    """Whether the owner's process number means something here: of this machine, since it was
+    started, and of this container."""
+    return all(owner.get(name) == value for name, value in _machine().items())
 
 
 def _is_gone(owner: dict[str, object]) -> bool:
     """Whether the owner was a process of this machine that is no more."""
-    pid = owner.get("pid")
-    if owner.get("host") != socket.gethostname() or not isinstance(pid, int):
+    here, pid = _machine(), owner.get("pid")
+    if owner.get("host") != here["host"] or not isinstance(pid, int):
         return False
-    if owner.get("of") != _boot():
+    if owner.get("boot") != here["boot"]:
         return True
+    if not _is_here(owner):
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -223,12 +230,15 @@ def _is_gone(owner: dict[str, object]) -> bool:
     return False
 
 
-def _boot() -> str:
-    """This machine since it was started, where that is known: process numbers begin again."""
+def _machine() -> dict[str, str]:
+    """This machine, since it was started, and the container: process numbers are of these."""
+    found = {"host": socket.gethostname(), "boot": "", "container": ""}
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        found["container"] = os.readlink("/proc/self/ns/pid")
     except OSError:
-        return ""
+        pass  # not on this system
+    return found
 
 
 def _sync(folder: Path) -> None:

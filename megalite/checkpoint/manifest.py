@@ -133,6 +133,9 @@ def read_manifest(folder: Path) -> Manifest:
     content = _content(path)
     try:
         files = tuple(_files(content["files"]))
+        for file in files:
+            open_file(folder, file)
+        _check_config(content.get("config", {"derived": []}))
         tensors = {name: _tensor(name, said) for name, said in content["tensors"].items()}
         step, samples, tokens = (_count(content[name]) for name in ("step", "samples", "tokens"))
         told = {"format", "version", "step", "samples", "tokens", "digest", "files", "tensors"}
@@ -215,8 +218,20 @@ def _check_tensors(manifest: Manifest) -> None:
     for name, tensor in manifest.tensors.items():
         if any(each.file >= len(names) for each in tensor.slices):
             raise ValueError(f"{name!r} lies in a file that is not listed")
+        if len({each.file for each in tensor.slices}) < len(tensor.slices):
+            raise ValueError(f"{name!r} lies in one file twice")
         if wrong := covers_once(tensor.shape, [each.region for each in tensor.slices]):
             raise ValueError(f"{name!r}: {wrong}")
+
+
+def _check_config(said: Any) -> None:
+    """What `Config.to_saved` gives: groups of fields, and names of those that were derived."""
+    groups = dict(said)
+    derived = groups.pop("derived", [])
+    if not isinstance(derived, list) or not all(isinstance(name, str) for name in derived):
+        raise ValueError("'config' names no derived fields")
+    if not all(isinstance(group, dict) for group in groups.values()):
+        raise ValueError("'config' is no configuration")
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
@@ -224,8 +239,6 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     held: list[dict[str, tuple[str, Region, tuple[int, ...]]]] = [{} for _ in manifest.files]
     for name, tensor in manifest.tensors.items():
         for each in tensor.slices:
-            if name in held[each.file]:
-                raise DamagedError(f"{folder / NAME}: {name!r} lies in one file twice")
             held[each.file][name] = tensor.dtype, each.region, tensor.shape
     for file, expected in zip(manifest.files, held, strict=True):
         layout = open_file(folder, file)

@@ -126,7 +126,7 @@ def overlap(source: Rectangle, target: Rectangle) -> Copy | None:
 def covers_once(shape: Sequence[int], regions: Sequence[Region]) -> str:
     """What is wrong with regions that ought to hold every element of a tensor once; empty: nothing.
 
-    Takes as long as there are regions, whatever the shape says.
+    How long it takes follows from the regions, whatever the shape says.
     """
     rows, columns = as_matrix(shape)
     for region in regions:

@@ -20,6 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,14 +36,19 @@ from megalite.checkpoint.reader import threads
 from megalite.checkpoint.regions import Region
 from megalite.checkpoint.tensor_file import Layout
 from megalite.checkpoint.writer import Staging, layout_of, read_back, write_file
+from megalite.errors import RunError
+from megalite.exit_codes import ExitCode
 from megalite.faults import Faults
 
 MOST_FAILURES = 3
 """In a row; then a run ends."""
 
 
-class SaveError(RuntimeError):
-    """Checkpoints can't be written."""
+class SaveError(RunError):
+    """Checkpoints can't be written, which starting again would not change."""
+
+    def __init__(self, message: str):
+        super().__init__(message, ExitCode.BAD_INPUT)
 
 
 @dataclass(frozen=True)
@@ -254,14 +260,25 @@ class Saver:
                 self._faults.at("before-rename", step)
                 self._directory.commit(step, self._run_id)
                 self._faults.at("after-rename", step)
-                keep = self._retention
-                removed = self._directory.prune(keep.keep_last, keep.keep_every)
+                removed = self._prune(step)
         except Exception as error:
             problem = _reason(error)
         if problem:
             shutil.rmtree(self._directory.temporary(step, self._run_id), ignore_errors=True)
         verdict = {"problem": problem, "bytes": num_bytes, "removed": removed}
         self._store.set(told + "verdict", json.dumps(verdict))
+
+    def _prune(self, step: int) -> list[int]:
+        """Remove what retention does not keep; a folder that can't be removed now stays."""
+        keep = self._retention
+        with suppress(OSError):
+            return self._directory.prune(step, keep.keep_last, keep.keep_every)
+        return []
+
+    def join(self) -> None:
+        """Return when no thread of this rank writes."""
+        if self._under_way is not None:
+            self._under_way.thread.join()
 
 
 @dataclass

@@ -153,14 +153,21 @@ def _entries(path: Path, text: bytes, first_byte: int) -> tuple[Entry, ...]:
         said = json.loads(text)
         said.pop("__metadata__", None)
         found = [
-            (*map(int, entry["data_offsets"]), name, str(entry["dtype"]), tuple(entry["shape"]))
+            (begin, end, name, entry["dtype"], tuple(entry["shape"]))
             for name, entry in said.items()
+            for begin, end in [entry["data_offsets"]]
         ]
+        if any(type(number) is not int for each in found for number in each[:2]):
+            raise ValueError("offsets are whole numbers")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DamagedError(f"{path}: its header is damaged") from None
     entries, at = [], 0
     for begin, end, name, dtype, shape in sorted(found, key=lambda entry: entry[:2]):
-        is_known = dtype in ITEM_BYTES and all(type(n) is int and n >= 0 for n in shape)
+        is_known = (
+            isinstance(dtype, str)
+            and dtype in ITEM_BYTES
+            and all(type(n) is int and n >= 0 for n in shape)
+        )
         if not is_known or begin != at or end - begin != prod(shape) * ITEM_BYTES[dtype]:
             raise DamagedError(f"{path}: its header says nothing right of {name!r}")
         entries.append(Entry(name, dtype, shape, first_byte + begin))

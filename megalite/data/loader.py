@@ -53,12 +53,6 @@ class Loader:
         # off inside torch, as a daemon is, would bring the process down.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._ahead: tuple[int, Future[StackedBatch]] | None = None
-        self._shift = 0
-
-    def go_on_from(self, step: int, samples: int) -> None:
-        """All steps before this one have taken so many samples, which is more or less than they
-        would have if the batch size has been changed since."""
-        self._shift = samples - self._config.batch_sizes.consumed(step)
 
     def train_batch(self, step: int) -> Batch:
         """The batch of optimizer step `step`, 0 first."""
@@ -79,7 +73,7 @@ class Loader:
         """The batch of a step in the host's memory: what the reader's thread does for it."""
         sizes = self._config.batch_sizes
         numbers = self._own_numbers(sizes.size(step))
-        samples = self._train.order(sizes.consumed(step) + self._shift + numbers)
+        samples = self._train.order(sizes.consumed(step) + numbers)
         return self._reader.read(self._train, samples, numbers)
 
     def validation_batches(self) -> Iterator[Batch]:

@@ -57,7 +57,7 @@ def test_restarts_lose_one_save_interval_at_most(
 ) -> None:
     """Cases 1 and 3: rank 1 dies in a step, and rank 0 with a save under way."""
     fault = "kill:rank=1,step=7"
-    result = run(tmp_path, fault, "--dp", "2", "--max-restarts", "2")
+    result = run(tmp_path, fault, "--dp", "2", "--max-restarts", "2", "--no-resume")
     assert result.returncode == 0, result.stderr
     assert same(final(tmp_path), calm)
     starts = [e for e in read_events(tmp_path / "ck/events.jsonl") if e["event"] == "start"]

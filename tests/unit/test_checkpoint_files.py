@@ -10,6 +10,7 @@ import pickle
 import random
 import signal
 import struct
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from megalite.errors import ConfigError, DamagedError
 from megalite.faults import Faults, parse
 
 CPU = torch.device("cpu")
+FACTS = {"config": {"derived": [], "model": {"num_layers": 1}}, "data": "x"}
 
 
 def state(step: int) -> dict[str, Tensor]:
@@ -59,7 +61,7 @@ def saver(path: Path, **options: Any) -> Saver:
 
 def save(path: Path, step: int, **options: Any) -> Path:
     one = saver(path, **options)
-    one.start(step, parts(state(step)), {"config": {"x": 1}}, 8 * step, 64 * step)
+    one.start(step, parts(state(step)), FACTS, 8 * step, 64 * step)
     saved = one.finish(is_last=True)
     assert saved is not None
     return saved.folder
@@ -81,7 +83,7 @@ def test_what_is_read_is_what_was_written_by_safetensors_own_reader_too(tmp_path
     assert same(contents(checkpoint), state(5))
     assert same(load_file(folder / "rank-00000.safetensors"), state(5))
     assert checkpoint.manifest.step == 5 and checkpoint.manifest.samples == 40
-    assert checkpoint.manifest.facts == {"config": {"x": 1}}
+    assert checkpoint.manifest.facts == FACTS
     assert not checkpoint.damages()
 
 
@@ -154,6 +156,23 @@ def test_every_flipped_bit_is_found_and_named(tmp_path: Path, count: int) -> Non
     assert not Checkpoint.open(folder).damages()
 
 
+def test_every_flipped_bit_of_a_header_is_found(tmp_path: Path) -> None:
+    """One makes `[0,16]` the single number `[0.16]`."""
+    folder = save(tmp_path, 1)
+    path = folder / "rank-00000.safetensors"
+    data = path.read_bytes()
+    end = data.index(b"}}") + 2
+    for bit in range(8 * end):
+        harmed = bytearray(data)
+        harmed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(harmed)
+        try:
+            found = [str(damage) for damage in Checkpoint.open(folder).damages()]
+        except DamagedError as error:
+            found = error.violations
+        assert len(found) == 1 and path.name in found[0], (bit, found)
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the manifest and make its digest right again, as an attacker would."""
     path = folder / NAME
@@ -182,7 +201,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda b: b["tensors"]["w"].update(
             slices=[first_slice(b) | {"stop": 600}, first_slice(b) | {"start": 599, "stop": 1199}]
         ),
-        "overlap",
+        "in one file twice",
     ),
     "gap": (lambda b: first_slice(b).update(stop=1199), "hold 1199 of 1200"),
     "no such file": (lambda b: first_slice(b).update(file=1), "not listed"),
@@ -193,6 +212,9 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "wrong size": (lambda b: b["files"][0].update(bytes=10), "bytes"),
     "wrong digest": (lambda b: b["files"][0].update(digest="00" * 32), "not that of its pieces"),
     "other version": (lambda b: b.update(version=99), "version 99"),
+    "config": (lambda b: b.update(config=["x"]), "damaged"),
+    "config of texts": (lambda b: b.update(config={"model": "x"}), "is no configuration"),
+    "derived": (lambda b: b.update(config={"derived": [[1]]}), "names no derived fields"),
     "no tensors": (lambda b: b.pop("tensors"), "'tensors' is missing"),
     "tensors are a list": (lambda b: b.update(tensors=[1]), "damaged"),
     "deep": (lambda b: b.update(files=[[[[]]]]), "damaged"),
@@ -431,6 +453,16 @@ def test_which_ones_stay(tmp_path: Path, retention: Retention, left: list[int]) 
     assert Directory(tmp_path).steps() == left
 
 
+def test_a_damaged_newer_one_costs_no_good_one(tmp_path: Path) -> None:
+    """The run fell back behind it: it is neither counted nor removed."""
+    for step in (900, 1000):
+        save(tmp_path, step)
+    flip(Directory(tmp_path).folder(1000) / "rank-00000.safetensors", 8 * 5000)
+    save(tmp_path, 950, retention=Retention(keep_last=1))
+    assert Directory(tmp_path).steps() == [1000, 950]
+    assert not Checkpoint.open(Directory(tmp_path).folder(950)).damages()
+
+
 def test_one_that_reads_back_wrong_removes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,11 +496,46 @@ def test_a_dead_run_s_lock_is_nobody_s(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 5
 
 
+def test_a_lock_of_another_container_says_nothing_of_processes_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process number is nobody's in this one, and it lives."""
+    first = Lock(tmp_path, "first")
+    owner = json.loads((tmp_path / LOCK).read_text())
+    (tmp_path / LOCK).write_text(json.dumps(owner | {"pid": 2**22 + 1, "container": "pid:[1]"}))
+    beats = threading.Thread(target=touch, args=(tmp_path / LOCK, 4.0))
+    beats.start()
+    with pytest.raises(ConfigError, match="the run first writes there"):
+        Lock(tmp_path, "second")
+    beats.join()
+    first.release()
+
+
+def touch(path: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        os.utime(path)
+        time.sleep(0.05)
+
+
+def test_who_lost_a_lock_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megalite.checkpoint.directory.BEAT_S", 0.05)
+    lock = Lock(tmp_path, "first")
+    assert not lock.is_lost
+    (tmp_path / LOCK).write_text(json.dumps({"run": "thief"}))
+    deadline = time.monotonic() + 5
+    while not lock.is_lost:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    lock.release()
+    assert (tmp_path / LOCK).exists(), "it is the other's"
+
+
 def test_another_machine_s_lock_is_taken_once_it_stands_still(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megalite.checkpoint.directory.STALE_S", 2.0)
-    other = {"run": "far", "host": "elsewhere", "pid": 1, "of": "x"}
+    other = {"run": "far", "host": "elsewhere", "pid": 1, "boot": "x", "container": "y"}
     (tmp_path / LOCK).write_text(json.dumps(other))
     Lock(tmp_path, "ours").release()
     monkeypatch.setattr("megalite.checkpoint.directory.STALE_S", 60.0)
