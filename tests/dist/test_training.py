@@ -84,7 +84,7 @@ def test_dropout_does_not_depend_on_layout_or_recompute(
     assert worst(one.losses, without.losses) > 1e-4, "dropout has an effect"
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", [pytest.param("selective", marks=pytest.mark.full), "full"])
 def test_recompute_changes_nothing(pool: RankPool, tmp_path: Path, recompute: str) -> None:
     for layout in (["--tp", "2", "--pp", "2"], []):
         world = 4 if layout else 1

@@ -61,10 +61,10 @@ def equals(run: Run, other: Run, precision: str = "fp32") -> None:
     ("layout", "precision"),
     [
         ("--tp 2 --pp 2", "fp32"),
-        ("--dp 2 --tp 2", "fp64"),
         *(
             pytest.param(*rest, marks=pytest.mark.full)
             for rest in (
+                ("--dp 2 --tp 2", "fp64"),
                 ("--tp 2 --pp 2", "fp64"),
                 ("--dp 2 --tp 2", "fp32"),
                 ("--pp 4", "fp32"),
