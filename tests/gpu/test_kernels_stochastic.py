@@ -48,7 +48,7 @@ def test_the_kernel_draws_the_numbers_of_the_definition(
     buffers = state(which, size)
     buffers[1] = buffers[1].to(gradient)
     scale = torch.tensor(0.37, device="cuda")
-    # On the CPU: torch's function on a GPU rounds 1 - beta^step to fp32 where it is near 0.
+    # On the CPU: torch's own function on a GPU differs from the kernel by more than this bound.
     definition = stepped([x.cpu() for x in buffers], reference.adamw_, scale=scale.cpu())
     results = stepped(buffers, scale=scale), [x.cuda() for x in definition]
     for ours, theirs, terms in zip(*results, magnitudes(buffers, scale), strict=True):
