@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import megalite
-from megalite.checkpoint.directory import Directory, Lock
+from megalite.checkpoint.directory import LOCK, Directory, Lock
 from megalite.checkpoint.parts import Part
 from megalite.checkpoint.reader import Checkpoint
 from megalite.checkpoint.saver import Retention, Saved, SaveError, Saver
@@ -83,7 +83,7 @@ class Saves:
         self.in_background = options.async_save
         self._facts = facts_of(config, facts)
         self._saved_step = -1
-        self._lock = _locked(path, config, groups.world_rank, store)
+        self._lock = _taken(path, config, groups.world_rank, store, shared=not weights_only)
         self.saver = Saver(
             path,
             groups.world_rank,
@@ -262,17 +262,24 @@ def limit_s(config: Config, num_bytes: float) -> float:
     return config.supervision.save_timeout or LIMIT_S + num_bytes / SLOWEST_DISK_BYTES_PER_S
 
 
-def _locked(path: Path, config: Config, rank: int, store: dist.Store) -> Lock | None:
-    """Rank 0's lock; all ranks see the folder afterwards."""
+def _taken(
+    path: Path, config: Config, rank: int, store: dist.Store, *, shared: bool
+) -> Lock | None:
+    """Rank 0's lock of a folder that other runs may want too; all ranks see the folder
+    afterwards."""
     lock, problems, size = None, list[str](), config.world_size
     if rank == 0:
         try:
-            lock = Lock(path, config.run.name)
-            Directory(path).sweep()
+            path.mkdir(parents=True, exist_ok=True)
+            if shared:
+                lock = Lock(path, config.run.name)
+                Directory(path).sweep()
+        except OSError as error:
+            problems = [f"{path}: {error.strerror}"]
         except ConfigError as error:
             problems = error.violations
     agree(dist.PrefixStore("lock", store), rank, size, {}, problems)
-    if not (path / "lock").exists():
+    if not (path / LOCK if shared else path).exists():
         problems = [f"{path} is not the same folder on all machines; give one that they share"]
     agree(dist.PrefixStore("folder", store), rank, size, {}, problems)
     return lock
