@@ -132,14 +132,14 @@ def test_a_hang_is_explained_with_stacks_and_all_start_again(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("stop", "to"),
     [
-        (signal.SIGTERM, "launcher"),
+        (signal.SIGTERM, "one rank"),
         *(
             pytest.param(stop, to, marks=pytest.mark.full)
             for stop, to in [
+                (signal.SIGTERM, "launcher"),
                 (signal.SIGINT, "group"),
                 (signal.SIGUSR1, "launcher"),
                 (signal.SIGTERM, "group"),
-                (signal.SIGTERM, "one rank"),
                 (signal.SIGUSR1, "one rank"),
             ]
         ),
