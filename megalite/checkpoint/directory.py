@@ -72,11 +72,11 @@ class Directory:
         aside under another name, not removed.
         """
         temporary, final = self.temporary(step, run_id), self.folder(step)
-        _sync(temporary)
+        sync_folder(temporary)
         if final.exists():
             os.rename(final, self.path / f"{final.name}.damaged-{run_id}")
         os.rename(temporary, final)
-        _sync(self.path)
+        sync_folder(self.path)
 
     def prune(self, newest: int, keep_last: int, keep_every: int) -> list[int]:
         """Remove checkpoints, oldest first; returns their steps. The newest one, which has just
@@ -241,7 +241,7 @@ def _machine() -> dict[str, str]:
     return found
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Put a folder's names on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

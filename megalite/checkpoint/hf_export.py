@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from megalite.checkpoint.directory import sync_folder
 from megalite.checkpoint.hf_folder import INDEX
 from megalite.checkpoint.parts import Part
 from megalite.checkpoint.whole_files import MOST_BYTES, WholeFiles
@@ -75,9 +76,9 @@ def write_hf(
         if is_first:
             for name, content in _small_files(model, files, dtype, tokenizer).items():
                 _write_small(temporary / name, content)
-            _sync(temporary)
+            sync_folder(temporary)
             os.rename(temporary, folder)
-            _sync(folder.parent)
+            sync_folder(folder.parent)
         wait_for_all()
     except OSError as error:
         raise DataError(
@@ -112,12 +113,3 @@ def _write_small(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Put a folder's names on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ from torch import Tensor
 from megalite.checkpoint.manifest import file_shape
 from megalite.checkpoint.parts import Part
 from megalite.checkpoint.tensor_file import Layout, Piece, digest, lay_out
+from megalite.errors import ConfigError
 
 
 class Staging:
@@ -31,7 +32,11 @@ class Staging:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def reserve(self, num_bytes: int) -> None:
-        """Make room for a file of this size, at least."""
+        """Make room for a file of this size, at least.
+
+        Raises:
+            ConfigError: there is not so much memory that can be pinned.
+        """
         if len(self._buffer) >= num_bytes:
             return
         self._unpin()
@@ -40,7 +45,11 @@ class Staging:
         if self._copies is not None:
             runtime = torch.cuda.cudart()
             error = runtime.cudaHostRegister(self._buffer.data_ptr(), num_bytes, 0)
-            assert int(error) == 0, f"{num_bytes} bytes can't be pinned: {error}"
+            if int(error):
+                raise ConfigError(
+                    f"--save: {num_bytes / 2**30:.1f} GiB of the host's memory can't be pinned "
+                    f"({error}); raise the limit (ulimit -l), or give the run more memory"
+                )
 
     def take(self, parts: Sequence[Part], layout: Layout) -> torch.cuda.Event | None:
         """Copy the values of parts to where their file has them.
