@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from megalite.exit_codes import ExitCode
 from megalite.figures import Result
 from megalite.metrics import peak_memory_bytes
 from megalite.parallel.launch import Rank
+from megalite.parallel.step_times import table
 from megalite.resume import Candidate
 from megalite.run_plan import is_file
 from megalite.sampling import generate
@@ -37,8 +39,37 @@ def starts_from(start: Candidate) -> str:
     return f"going on from {start.folder}: step {manifest.step}, {manifest.tokens} tokens{states}\n"
 
 
+def step_times(rank: Rank, events: Events) -> str:
+    """Where the time of each rank's steps went; all ranks call it.
+
+    Returns:
+        On world rank 0 a table, also recorded as `times`; empty if too little was seen. Nothing on
+        the others.
+    """
+    groups, activity = rank.groups, rank.groups.activity
+    topology, size = groups.topology, groups.topology.world_size
+    if size == 1:
+        return ""
+    rank.store.set(f"times/{groups.world_rank}", json.dumps(activity.samples.ever()))
+    if groups.world_rank > 0:
+        return ""
+    places = [topology.coordinates(other) for other in range(size)]
+    shares = {
+        f"{other} (tp {at.tp}, pp {at.pp}, dp {at.dp})": json.loads(
+            rank.store.get(f"times/{other}")
+        )
+        for other, at in enumerate(places)
+    }
+    told = table(shares, activity.step_s)
+    if told:
+        events.write("times", step_s=round(activity.step_s, 6), ranks=list(shares.values()))
+        told = f"where the time of a step goes [ms of {1e3 * activity.step_s:.1f}]\n{told}"
+    return told
+
+
 def stop(rank: Rank, result: Result, events: Events) -> int:
     """The end of a run that was asked to stop, once nothing is left to write but that."""
+    times = step_times(rank, events)
     by = rank.stop.by.name if rank.stop.by else "a signal to another rank"
     events.write("stop", step=result.steps, why=by, code=ExitCode.STOPPED)
     if rank.groups.world_rank == 0:
@@ -50,7 +81,8 @@ def stop(rank: Rank, result: Result, events: Events) -> int:
             if saved
             else "nothing is saved without --save: the run would begin anew"
         )
-        print(goodput(read_events(events_file(rank.config))), flush=True)
+        print("\n".join(filter(None, (times, str(goodput(read_events(events_file(rank.config))))))))
+        sys.stdout.flush()
     # The first rank to leave with a code of its own has the launcher end the others.
     rank.groups.activity.begin("the end")
     rank.groups.wait_for_all(rank.device)

@@ -9,6 +9,7 @@ by its launcher) and most have `step`, how many steps are done:
     save     a checkpoint after `step`; training stood still for `seconds`
     skipped  a step changed nothing: `why`
     slow     a rank computes longer than the others: `rank`, `phase`
+    times    where the time of each rank's steps went, at the end: `step_s`, shares by phase
     restart  the launcher starts all ranks again: `why`, `code`
     stop     the run ends before its last step: `why`, `code`
     end      the run is done

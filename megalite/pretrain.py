@@ -206,7 +206,14 @@ def _train(
 
     from megalite.checkpoint.hugging_face import export_hf, init_from
     from megalite.checkpoint.reader import Checkpoint
-    from megalite.closing import closing, measured_memory, sample_text, starts_from, stop
+    from megalite.closing import (
+        closing,
+        measured_memory,
+        sample_text,
+        starts_from,
+        step_times,
+        stop,
+    )
     from megalite.data.splits import open_samples
     from megalite.layers.sdpa import fastest_attention
     from megalite.metrics import RunLog
@@ -270,6 +277,7 @@ def _train(
             raise
         if result.stopped:
             return stop(rank, result, events)
+        times = step_times(rank, events)
         measured = measured_memory(rank, trainer.config)
         sample = sample_text(trainer)
         if saves is None and config.run.save_weights:
@@ -281,7 +289,8 @@ def _train(
         if log is not None:
             log.say(exported + closing(mixture, result, measured, sample, folder, trainer))
             events.write("end", step=result.steps)
-            log.say(f"\n{goodput(read_events(events_file(config)))}")
+            spent = str(goodput(read_events(events_file(config))))
+            log.say("\n" + "\n\n".join(filter(None, (times, spent))))
     return ExitCode.DONE
 
 

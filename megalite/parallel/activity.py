@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from megalite.parallel.step_times import Samples
+
 START_LIMIT_S = 300.0
 LIMIT_OF_WAIT = 0.9
 """Limits that nobody gave stay below this share of the longest wait in a collective."""
@@ -100,6 +102,7 @@ class Activity:
         peer: world rank at that message's other end; -1 without one.
         sends: where in the program of each rank each message is sent; see `hang.explain`.
         progress: of this rank's GPU, if it has one and somebody reads this.
+        samples: what it was seen doing in its steps, if somebody looks.
     """
 
     start_limit_s: float = 0.0
@@ -117,6 +120,7 @@ class Activity:
     peer: int = -1
     sends: Callable[[], dict[tuple[int, str], int]] = dict
     progress: Progress | None = None
+    samples: Samples = field(default_factory=Samples)
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_STEPS))
     _marks: deque[Mark] = field(default_factory=lambda: deque(maxlen=REMEMBERED_MARKS))
     _kind: Kind = "start"
@@ -177,8 +181,7 @@ class Activity:
         if self.is_later_step:
             if self.step_limit_s:
                 return self.step_limit_s
-            median_s = statistics.median(self._durations)
-            return min(max(LATER_STEP_LIMIT_S, MEDIANS * median_s), ceiling_s)
+            return min(max(LATER_STEP_LIMIT_S, MEDIANS * self.step_s), ceiling_s)
         if self._kind == "checkpoint" and self.save_limit_s:
             return self.save_limit_s
         return max(start_s, self.step_limit_s) + self.allowance_s
@@ -188,6 +191,11 @@ class Activity:
         if self._kind == "checkpoint":
             return "--save-timeout"
         return "--step-timeout" if self.is_later_step else "--start-timeout"
+
+    @property
+    def step_s(self) -> float:
+        """Median time of the last steps [s]; 0 before the first one has ended."""
+        return statistics.median(self._durations) if self._durations else 0.0
 
     @property
     def is_later_step(self) -> bool:

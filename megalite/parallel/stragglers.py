@@ -1,21 +1,18 @@
-"""Which rank is slower than the others? From what ranks are seen doing, a few times a second.
+"""Which rank is slower than the others? From what ranks were seen doing lately.
 
 Ranks go in step, so a slow one makes all others wait and their steps take equally long. What tells
-it apart is how much of the time it does not wait. That is sampled by the watchdog's thread, which
-costs the rank's own thread nothing. No torch import.
+it apart is how much of the time it does not wait (`megalite.parallel.step_times`). No torch import.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megalite.parallel.hang import State
-
-SAMPLES = 50
-"""Of a rank, that are looked at: of the last ten seconds, in worlds of up to a hundred ranks."""
+from megalite.parallel.step_times import WAITING, Shares
 
 EVERY = 10
 """After so many samples ranks are compared again."""
@@ -25,25 +22,6 @@ IN_A_ROW = 3
 
 FACTOR, LEAST = 1.5, 0.2
 """It computes for so many times as long as the median rank, and for so much more of all time."""
-
-WAITING = "waiting for others"
-
-
-class Samples:
-    """What one rank was seen doing in its steps lately."""
-
-    def __init__(self) -> None:
-        self._seen: deque[str] = deque(maxlen=SAMPLES)
-
-    def add(self, doing: str, *, waits: bool) -> None:
-        """One more: `stage 0, micro-batch 1, forward` counts as `forward`."""
-        self._seen.append(WAITING if waits else doing.rpartition(", ")[2] or "other work")
-
-    def shares(self) -> dict[str, float]:
-        """Share of the time in each phase; empty until there are enough samples."""
-        if len(self._seen) < SAMPLES:
-            return {}
-        return {phase: n / SAMPLES for phase, n in Counter(self._seen).most_common()}
 
 
 @dataclass(frozen=True)
@@ -102,6 +80,6 @@ class Stragglers:
         return found
 
 
-def _most(shares: Mapping[str, float]) -> str:
+def _most(shares: Shares) -> str:
     """The phase, other than waiting, that takes the most."""
     return max((share, phase) for phase, share in shares.items() if phase != WAITING)[1]

@@ -27,8 +27,9 @@ from megalite.events import Events
 from megalite.exit_codes import ExitCode
 from megalite.parallel.activity import Activity, CallTrace
 from megalite.parallel.hang import Calls, State, explain
+from megalite.parallel.step_times import table
 from megalite.parallel.stop import StopRequest
-from megalite.parallel.stragglers import EVERY, Samples, Stragglers
+from megalite.parallel.stragglers import EVERY, Stragglers
 
 INTERVAL_S = 0.2
 SETS_PER_S = 500.0
@@ -77,7 +78,7 @@ class Watchdog:
         self._activity, self._stop = activity, stop
         self._folder: Path | None = None
         self._events = Events(None)
-        self._host, self._samples, self._stragglers = gethostname(), Samples(), Stragglers()
+        self._host, self._stragglers = gethostname(), Stragglers()
         self._interval_s = max(INTERVAL_S, size / SETS_PER_S)
         self._silence_s = max(SILENCE_S, 15 * self._interval_s)
         self._groups: Groups = {}
@@ -229,7 +230,7 @@ class Watchdog:
         calls = [(trace.called, trace.waiting) for _, trace in self._groups.values()]
         if activity.is_later_step:
             waits = place.peer >= 0 or any(waiting for _, waiting in calls)
-            self._samples.add(doing if gpu is None else str(gpu.doing), waits=waits)
+            activity.samples.add(doing if gpu is None else str(gpu.doing), waits=waits)
         said = (activity.phase, doing, place.phase, place.position, *calls)
         if said != self._said:
             self._said, self._changed = said, now
@@ -252,15 +253,21 @@ class Watchdog:
             },
             patient=activity.patient,
             heeds=self._stop.is_heeded,
-            shares=self._samples.shares(),
+            shares=activity.samples.lately(),
             host=self._host,
             ended=ended,
         )
 
     def _name_stragglers(self) -> None:
-        for found in self._stragglers.compare(read_states(self._store, self._size)):
-            print(f"megalite: {found}", file=sys.stderr, flush=True)
-            self._events.write("slow", **asdict(found))
+        states = read_states(self._store, self._size)
+        found = self._stragglers.compare(states)
+        for straggler in found:
+            print(f"megalite: {straggler}", file=sys.stderr, flush=True)
+            self._events.write("slow", **asdict(straggler))
+        if found:
+            shares = {f"{s.rank} on {s.host}": s.shares for s in states if s is not None}
+            told = table(shares, self._activity.step_s)
+            print(f"of a step [ms], lately:\n{told}", file=sys.stderr, flush=True)
 
     def _nothing_moves(self) -> bool:
         """Whether no rank has anything that takes as long as it takes, or has changed lately.

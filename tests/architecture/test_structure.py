@@ -116,6 +116,7 @@ NO_TORCH = [
     "megalite.parallel.activity",
     "megalite.parallel.environment",
     "megalite.parallel.hang",
+    "megalite.parallel.step_times",
     "megalite.parallel.stop",
     "megalite.parallel.stragglers",
     "megalite.parallel.topology",

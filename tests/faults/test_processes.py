@@ -290,13 +290,24 @@ def test_a_slow_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         while "keeps others waiting" not in told:
             told = process.stderr.readline()
             assert process.poll() is None, "it ended before"
+        lately = [process.stderr.readline() for _ in range(4)]
         process.send_signal(signal.SIGINT)
-        end(process)
+        stdout, _ = end(process)
     assert process.returncode == ExitCode.STOPPED
     assert re.match(r"megalite: rank 1 on \S+ keeps others waiting: it computes \d+%", told)
     assert told.rstrip().endswith("most of it in: reading samples")
     (slow,) = events(tmp_path, "slow")
     assert (slow["rank"], slow["phase"]) == (1, "reading samples")
+    assert lately[0] == "of a step [ms], lately:\n"
+    assert [re.match(r"rank|\d on \S+", line)[0][:5] for line in lately[1:]] == [
+        "rank",
+        "0 on ",
+        "1 on ",
+    ]
+    (times,) = events(tmp_path, "times")
+    own, others = (each.get("reading samples", 0.0) for each in reversed(times["ranks"]))
+    assert own > 0.5 > others
+    assert re.search(r"^1 \(tp 1, pp 0, dp 0\) .*\d$", stdout, re.MULTILINE)
 
 
 def test_a_wrong_fault_is_told_before_anything_starts(tmp_path: Path) -> None:

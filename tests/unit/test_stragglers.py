@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megalite.parallel.hang import State
-from megalite.parallel.stragglers import IN_A_ROW, SAMPLES, WAITING, Samples, Stragglers
+from megalite.parallel.step_times import WAITING
+from megalite.parallel.stragglers import IN_A_ROW, Stragglers
 
 
 def state(rank: int, computes: float) -> State:
@@ -14,18 +15,6 @@ def state(rank: int, computes: float) -> State:
 def named(stragglers: Stragglers, *computes: float) -> list[int]:
     found = stragglers.compare([state(rank, share) for rank, share in enumerate(computes)])
     return [straggler.rank for straggler in found]
-
-
-def test_shares_of_what_was_seen() -> None:
-    samples = Samples()
-    for _ in range(SAMPLES - 1):
-        samples.add("stage 0, micro-batch 3, backward", waits=False)
-        assert samples.shares() == {}
-    for _ in range(SAMPLES // 2):
-        samples.add("stage 0, micro-batch 1, forward", waits=True)
-    shares = samples.shares()
-    assert shares == {"backward": 0.5, WAITING: 0.5}
-    assert State.from_json(State(0, 1, "", "", 0.0, shares=shares).to_json()).shares == shares
 
 
 def test_a_slow_rank_is_named_once_until_it_has_caught_up() -> None:
