@@ -23,8 +23,6 @@ Each row is printed and appended to the CSV as soon as it is measured.
 from __future__ import annotations
 
 import argparse
-import datetime
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from kernel_bench import cases_loss, cases_rows, goals, rivals, table, vocab_parallel
 from kernel_bench.op import Op
+from surroundings import surroundings
 
 if TYPE_CHECKING:
     from kernel_bench.rivals import Rival
@@ -262,7 +261,7 @@ def measure_cases(cases: Sequence[Case], names: Sequence[str], options: argparse
     for name, why in absent.items():
         print(f"absent: {name}: {why}")
     versions = {rival.name: rival.version for rival in here}
-    where = surroundings(options.commit or commit())
+    where = first_columns(options.commit)
     recorder = Recorder(options.csv, where, versions)
     check_csv(options.csv, where)
     print(", ".join(f"{name} {value}" for name, value in where.items()))
@@ -316,27 +315,13 @@ def check_csv(path: Path, where: dict[str, str]) -> None:
         raise UsageError(f"--csv: {error}") from None
 
 
-def surroundings(of_commit: str) -> dict[str, str]:
-    """Date, commit, card and versions."""
+def first_columns(of_commit: str | None) -> dict[str, str]:
+    """Of the CSV: date, commit, card and versions."""
     import triton
 
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "commit": of_commit,
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-
-
-def commit() -> str:
-    """Of the checkout that this file is in; "unknown" if there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
+    where = surroundings(of_commit, torch.cuda.get_device_name())
+    versions = {"torch": where["torch"], "triton": triton.__version__}
+    return {"date": where["date"], "commit": where["commit"], "card": where["device"], **versions}
 
 
 def draw(csv: Path, picture: Path) -> None:

@@ -27,8 +27,6 @@ executor  The executor's own host time for a computation, without stages and aut
 from __future__ import annotations
 
 import argparse
-import datetime
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -40,6 +38,7 @@ from typing import TYPE_CHECKING
 from schedule_bench import rows
 from schedule_bench.case import ALONE, FIRST_TIMED, RECORDED, Case
 from schedule_bench.goals import BUBBLE, EXECUTOR, PRESET, judge
+from surroundings import devices, surroundings
 
 from megalite import cli
 from megalite.check import check
@@ -131,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
     for op in chosen:
         cases = [Case.parse(text) for text in options.cases or OPS[op].cases]
         config = configuration(options.flags or OPS[op].flags, options.pp, options.steps, cases)
-        table = rows.Table(options.csv, surroundings(options, op, config))
+        table = rows.Table(options.csv, first_columns(options, op, config))
         code = max(code, measure(op, cases, config, table))
         found += table.rows()
         if code > 1:
@@ -216,30 +215,11 @@ def prepared(op: str, cases: Sequence[Case], config: Config, table: rows.Table) 
     return Prepared(config, job, {})
 
 
-def surroundings(options: argparse.Namespace, op: str, config: Config) -> dict[str, str]:
-    """The first columns of the CSV."""
-    import torch
-
-    on_gpu = config.parallel.device == "cuda"
-    device = torch.cuda.get_device_name(0) if on_gpu else "CPU"
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "commit": options.commit or commit(),
-        "device": f"{options.pp} x {device}",
-        "torch": torch.__version__,
-        "flags": options.flags or OPS[op].flags,
-        "timed_steps": str(options.steps),
-    }
-
-
-def commit() -> str:
-    """Of the checkout that this file is in; "unknown" if there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
+def first_columns(options: argparse.Namespace, op: str, config: Config) -> dict[str, str]:
+    """Of the CSV."""
+    where = surroundings(options.commit, devices(config.parallel.device, options.pp))
+    flags = options.flags or OPS[op].flags
+    return {**where, "flags": flags, "timed_steps": str(options.steps)}
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ timed ones is profiled for the two columns of communication.
 from __future__ import annotations
 
 import argparse
-import datetime
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from sharding_bench.cases import CASES, WARM_UPS
+from surroundings import devices, surroundings
 
 from megalite import cli
 from megalite.config import resolve_device
@@ -87,35 +86,14 @@ def run(options: argparse.Namespace) -> int:
         steps=options.steps,
         mixture=prepare_mixture(config.data),
         path=options.csv,
-        where=surroundings(options, device),
+        where={
+            **surroundings(options.commit, devices(device, options.dp)),
+            "flags": options.flags,
+            "timed_steps": str(options.steps),
+        },
     )
     with tempfile.TemporaryDirectory(prefix="bench-sharding-") as runs:
         return launch(Prepared(config.replace(runs=runs), job, {}))
-
-
-def surroundings(options: argparse.Namespace, device: str) -> dict[str, str]:
-    """The first columns of the CSV."""
-    import torch
-
-    name = torch.cuda.get_device_name(0) if device == "cuda" else "CPU"
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
-        "commit": options.commit or commit(),
-        "device": f"{options.dp} x {name}",
-        "torch": torch.__version__,
-        "flags": options.flags,
-        "timed_steps": str(options.steps),
-    }
-
-
-def commit() -> str:
-    """Of the checkout that this file is in; "unknown" if there is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":

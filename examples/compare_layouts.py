@@ -5,11 +5,8 @@
     python examples/compare_layouts.py --share-gpu
     python examples/compare_layouts.py --layouts MEGALITE_KERNELS=torch --steps 100
 
-The yardstick is the difference between two one-rank runs that compute the same mathematics but sum
-the micro-batches in opposite order: the largest over a few such pairs, because on a GPU no two runs
-are alike and one pair is a matter of luck. A layout passes if its largest relative loss difference
-to the first one-rank run is at most twice the yardstick, and if the differences have no sign: their
-mean is within two standard errors of zero, or not larger than the yardstick's own.
+What noise is, `loss_noise.py` says: what one rank's runs differ by when they sum micro-batches in
+opposite order.
 
 A word NAME=VALUE of a layout is set in its environment: so kernels are held against plain torch.
 
@@ -20,18 +17,12 @@ own as far as NCCL knows, and talk over loopback: the same program, for correctn
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import socket
-import statistics
-import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+from loss_noise import FailedRunError, Yardstick, describe, losses
 from settings import words_and_settings
 
 DEFAULT_FLAGS = (
@@ -53,28 +44,32 @@ def main() -> int:
     options = parser.parse_args()
     flags = [*options.flags.split(), "--steps", str(options.steps), "--no-save-weights"]
     print(f"flags: {' '.join(flags)}")
-    forward, backward = one_rank_losses(flags, options.draws)
-    reference = forward[0]
+    try:
+        return compare(flags, options)
+    except FailedRunError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def compare(flags: list[str], options: argparse.Namespace) -> int:
+    """Run and print.
+
+    Raises:
+        FailedRunError: a run failed.
+    """
+    yardstick = Yardstick(*one_rank_losses(flags, options.draws))
+    reference = yardstick.reference
     print(f"one rank: loss {reference[0]:.4f} -> {reference[-1]:.4f}", flush=True)
-    pairs = [differences(b, f) for f in forward for b in backward]
-    for pair in pairs:
+    for pair in yardstick.pairs:
         print(f"{'micro-batches reversed':<24s} {describe(pair)}", flush=True)
-    largest = max(max(map(abs, pair)) for pair in pairs)
-    offset = max(abs(statistics.mean(pair)) for pair in pairs)
     failures = 0
     for layout in options.layouts:
         more, settings = words_and_settings(layout)
         ranks = sharing_ranks(layout) if options.share_gpu else [{}]
         ranks = [{**rank, **settings} for rank in ranks]
-        found = differences(losses([*flags, *more], ranks), reference)
-        signless = abs(statistics.mean(found)) <= max(2 * standard_error(found), offset)
-        ratio = max(map(abs, found)) / largest if largest else float("inf")
-        good = signless and (ratio <= 2 or not any(found))
-        failures += not good
-        verdict = "within noise" if good else "MORE THAN NOISE"
-        print(
-            f"{layout:<24s} {describe(found)}, {ratio:.2f} x the yardstick: {verdict}", flush=True
-        )
+        verdict = yardstick.judge(losses([*flags, *more], ranks))
+        failures += not verdict.is_noise
+        print(f"{layout:<24s} {verdict.text}", flush=True)
     return min(1, failures)
 
 
@@ -118,43 +113,6 @@ def sharing_ranks(layout: str) -> list[dict[str, str]]:
         }
         for rank in range(world_size)
     ]
-
-
-def losses(flags: Sequence[str], processes: Sequence[Mapping[str, str]] = ({},)) -> list[float]:
-    """The training losses of one run, of one process for each of these environments."""
-    with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, "-m", "megalite.pretrain", *flags, "--runs", runs, "--name", "c"]
-        started = [
-            subprocess.Popen(
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, **environment},
-            )
-            for environment in processes
-        ]
-        errors = [process.communicate()[1] for process in started]
-        if any(process.returncode for process in started):
-            sys.exit(f"{' '.join(command)}\n{''.join(errors)}")
-        lines = (Path(runs) / "c" / "metrics.jsonl").read_text().splitlines()
-    return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
-
-
-def differences(ours: list[float], reference: list[float]) -> list[float]:
-    """Relative, by step."""
-    return [a / b - 1 for a, b in zip(ours, reference, strict=True)]
-
-
-def standard_error(values: list[float]) -> float:
-    """Of the mean."""
-    return statistics.stdev(values) / len(values) ** 0.5
-
-
-def describe(values: list[float]) -> str:
-    """Largest and mean with its standard error."""
-    mean, error = statistics.mean(values), standard_error(values)
-    return f"largest {max(map(abs, values)):.2e}, mean {mean:+.1e} ± {error:.1e}"
 
 
 if __name__ == "__main__":

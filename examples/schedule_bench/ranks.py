@@ -1,103 +1,33 @@
-"""One start of the ranks of a layout, which train under one schedule after the other.
-
-Each case is a run as `megalite.pretrain` makes it, without its files: `Trainer.fit` with a log that
-keeps times. Steps 1 to 3 warm up, and by 2 and 3 messages and weight gradients are placed anew;
-4 and 5 are recorded; 6 settles; the rest are timed.
-"""
+"""One start of the ranks of a layout, which train under one schedule after the other."""
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from statistics import fmean, median
-from typing import Any, cast
+from collections.abc import Sequence
+from statistics import median
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megalite.config import Config
 from megalite.data.loader import Loader
 from megalite.data.mixture import Mixture
 from megalite.data.splits import open_samples
-from megalite.estimate import rank_estimates
 from megalite.layers.dtypes import weights_dtype
-from megalite.layers.sdpa import fastest_attention
-from megalite.metrics import Reading, RunLog, peak_memory_bytes
-from megalite.parallel.group import AxisGroup
 from megalite.parallel.groups import ParallelGroups
 from megalite.parallel.launch import Rank
 from megalite.parallel.pipeline import Message, PipelineGroup
 from megalite.pipeline.costs import Costs
-from megalite.pipeline.trace_file import read_trace
 from megalite.planning.choice import table
 from megalite.planning.measure import measure_costs
 from megalite.planning.shared import choose_on_first_rank, memory_limit
 from megalite.run_plan import AUTO
-from megalite.trainer import Trainer
 from schedule_bench import executor
-from schedule_bench.case import ALONE, FIRST_TIMED, Case
-from schedule_bench.figures import figures
+from schedule_bench.case import ALONE, Case
+from schedule_bench.measure import TimedCalls, train
 from schedule_bench.rows import Row, Table
 
 CALLS = 200
 """Messages each way whose host time is measured by themselves."""
-
-
-class StepLog:
-    """In place of a run's record: times and losses of its steps."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[int, float] = {}
-        self.loss = float("nan")
-
-    def step(self, step: int, reading: Reading, _lr: float) -> None:
-        """Keep what was read."""
-        self.seconds[step], self.loss = reading.seconds, reading.values[1]
-
-    def timed(self) -> list[float]:
-        """Of the steps after the recorded ones [s]."""
-        return [seconds for step, seconds in self.seconds.items() if step >= FIRST_TIMED]
-
-
-class TimedCalls:
-    """Host times of a pipeline axis's sends and receives, while it is held."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    @contextmanager
-    def of(self, pp: PipelineGroup) -> Iterator[None]:
-        """Every `start` is timed."""
-        start = pp.start
-
-        def timed(message: Message) -> dist.Work:
-            began = time.perf_counter()
-            work = start(message)
-            self.seconds.append(time.perf_counter() - began)
-            return work
-
-        vars(pp)["start"] = timed
-        try:
-            yield
-        finally:
-            del vars(pp)["start"]
-
-
-class TimedTrainer(Trainer):
-    """A trainer that times the messages of its steps, not those sent to be measured."""
-
-    def __init__(self, *parts: Any):
-        super().__init__(*parts)
-        self.calls = TimedCalls()
-
-    def accumulate(self, step: int) -> Tensor:
-        """As a trainer does."""
-        with self.calls.of(self.groups.pp):
-            return super().accumulate(step)
 
 
 def measure_cases(
@@ -125,37 +55,18 @@ def measure_cases(
 def _measure(rank: Rank, op: str, case: Case, mixture: Mixture, name: str) -> Row:
     """Train under a schedule; every rank gets the row."""
     config = case.of(rank.config).replace(name=name)
-    groups, device = rank.groups, rank.device
     costs, note = None, ""
     if config.parallel.schedule == AUTO:
-        config, costs, note = _chosen(config, groups, device, mixture)
-    _forget(device)
-    log = StepLog()
-    samples = open_samples(config, mixture)
-    trainer = TimedTrainer(config, samples, groups, device, costs)
-    with fastest_attention(device):
-        trainer.fit(cast("RunLog", log))
-    seconds = trainer.calls.seconds
-    used = peak_memory_bytes(device)
-    trainer.flat.release()
-    del trainer
-    _forget(device)
-    groups.wait_for_all(device)
-    # One machine: the first rank's folder is everybody's.
-    trace = read_trace(Path(config.run.runs) / name)
-    steps = [fmean(times) for times in zip(*_of_ranks(groups.pp, log.timed(), device), strict=True)]
-    step_s = median(steps)
-    peaks = [peak for (peak,) in _of_ranks(groups.pp, [float(used)], device)]
-    most = max(range(len(peaks)), key=peaks.__getitem__)
-    shown = figures(trace)
-    per_step = len(seconds) / config.train.steps
+        config, costs, note = _chosen(config, rank.groups, rank.device, mixture)
+    found = train(Rank(config, rank.groups, rank.device), mixture, costs)
+    shown = found.figures
     return Row(
         op=op,
         case=str(case),
         ranks=config.parallel.pp,
         micro_batches=config.num_micro_batches,
-        step_ms=1e3 * step_s,
-        spread=(max(steps) - min(steps)) / step_s,
+        step_ms=1e3 * found.step_s,
+        spread=found.spread,
         recorded_ms=1e3 * shown.recorded_s,
         predicted_ms=1e3 * shown.predicted_s,
         bubble=shown.bubble,
@@ -165,12 +76,12 @@ def _measure(rank: Rank, op: str, case: Case, mixture: Mixture, name: str) -> Ro
         waiting=shown.waiting,
         exposed=shown.exposed,
         stage_ms=1e3 * shown.stage_s,
-        call_us=1e6 * median(seconds) if seconds else None,
-        calls=per_step,
-        memory_gib=peaks[most] / 2**30,
-        estimate_gib=rank_estimates(config)[most].total / 2**30,
-        tokens_per_s=config.tokens_per_step / step_s / config.world_size,
-        loss=log.loss,
+        call_us=1e6 * median(found.calls_s) if found.calls_s else None,
+        calls=len(found.calls_s) / config.train.steps,
+        memory_gib=found.peak_bytes / 2**30,
+        estimate_gib=found.estimate_bytes / 2**30,
+        tokens_per_s=config.tokens_per_step / found.step_s / config.world_size,
+        loss=found.loss,
         note=f"{note}; {shown.stage_times}" if note else shown.stage_times,
     )
 
@@ -189,21 +100,6 @@ def _chosen(
         print(table(choices, best, "ms", 1e3), flush=True)
     parallel = best.config.parallel
     return best.config, best.costs, f"chose {parallel.schedule}/{parallel.chunks}"
-
-
-def _forget(device: torch.device) -> None:
-    """Free what the case before left, and count memory anew."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _of_ranks(group: AxisGroup, values: Sequence[float], device: torch.device) -> list[list[float]]:
-    """The values of every rank of the group, on all of them."""
-    found = torch.zeros(group.size, len(values), dtype=torch.float64, device=device)
-    found[group.rank] = torch.tensor(values, dtype=torch.float64)
-    return group.all_reduce(found).tolist()
 
 
 def measure_executor(rank: Rank, *, op: str, cases: Sequence[Case], count: int, rows: Table) -> int:

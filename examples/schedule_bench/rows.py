@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel_bench.table import append, check_columns, read
+from row_table import RowTable, cell, share
 
 MEASURED, FAILED = "ok", "failed"
 
@@ -67,57 +66,11 @@ class Row:
         return self.step_ms / self.predicted_ms
 
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Row))
-WORDS = ("op", "case", "status", "note")
-COUNTS = ("ranks", "micro_batches")
-
-
-class Table:
-    """The rows of one CSV.
-
-    Args:
-        path: of the CSV.
-        where: first columns: date, commit, device, versions, flags.
-
-    Raises:
-        ValueError, OSError: the file is not one of this program's, or cannot be written.
-    """
+class Table(RowTable[Row]):
+    """The rows of one CSV; see `RowTable`."""
 
     def __init__(self, path: Path, where: Mapping[str, str]):
-        self._path, self._where = path, dict(where)
-        if path.exists() and path.stat().st_size:
-            check_columns(path, [*where, *FIELDS])
-        with path.open("a", encoding="utf-8"):
-            pass
-
-    def add(self, row: Row) -> None:
-        """Append a row and print it."""
-        values = {name: _plain(getattr(row, name)) for name in FIELDS}
-        append(self._path, [self._where | values])
-        print(show(row), flush=True)
-
-    def rows(self) -> list[Row]:
-        """Those measured here and thus: all first columns but the date are equal."""
-        found = read(self._path)
-        same = [name for name in self._where if name != "date"]
-        return [_row(each) for each in found if all(each[n] == self._where[n] for n in same)]
-
-
-def _row(values: Mapping[str, str]) -> Row:
-    """The row of a CSV's line."""
-    read_as = dict.fromkeys(FIELDS, float) | dict.fromkeys(WORDS, str) | dict.fromkeys(COUNTS, int)
-    return Row(
-        **{
-            name: read_as[name](values[name]) if values[name] or name in WORDS else None
-            for name in FIELDS
-        }
-    )
-
-
-def _plain(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        super().__init__(path, where, Row, show)
 
 
 HEAD = (
@@ -144,30 +97,22 @@ def show(row: Row) -> str:
             f"{row.stages_us:.1f} us"
         )
     if row.step_ms is None:
-        return f"{row.case:<20s} {_cell(row.call_us, 6, 1)} us a send or receive call on the host"
+        return f"{row.case:<20s} {cell(row.call_us, 6, 1)} us a send or receive call on the host"
     shares = (row.bubble, row.span_bubble, row.bubble_of_1f1b, row.cap, row.waiting, row.exposed)
     cells = [
-        _cell(row.step_ms, 9, 2),
-        _share(row.spread),
-        _cell(row.ratio, 6, 3),
-        *map(_share, shares),
-        _cell(row.stage_ms, 8, 2),
-        _cell(row.call_us, 7, 1),
-        _cell(row.memory_gib, 6, 1),
-        _cell(row.estimate_gib, 6, 1),
-        _cell(row.tokens_per_s, 10, 0),
-        _cell(row.loss, 8, 4),
+        cell(row.step_ms, 9, 2),
+        share(row.spread),
+        cell(row.ratio, 6, 3),
+        *map(share, shares),
+        cell(row.stage_ms, 8, 2),
+        cell(row.call_us, 7, 1),
+        cell(row.memory_gib, 6, 1),
+        cell(row.estimate_gib, 6, 1),
+        cell(row.tokens_per_s, 10, 0),
+        cell(row.loss, 8, 4),
     ]
     note = f"  {row.note}" if row.note else ""
     return f"{row.case:<20s} {' '.join(cells)}{note}"
-
-
-def _cell(value: float | None, width: int, digits: int) -> str:
-    return f"{'' if value is None else f'{value:.{digits}f}':>{width}s}"
-
-
-def _share(value: float | None) -> str:
-    return f"{'' if value is None else f'{value:.1%}':>6s}"
 
 
 def measured(rows: Iterable[Row], op: str) -> dict[str, Row]:

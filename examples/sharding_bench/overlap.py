@@ -12,8 +12,9 @@ Interval = tuple[float, float]
 
 
 def communication_ms(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Time of a step in which NCCL's kernels run, and in which no other kernel does [ms].
+    """Time of a step in which NCCL's collectives run, and in which no other kernel does [ms].
 
+    Messages of a pipeline are left out: their kernels run while they wait for others' computing.
     Zeros on a CPU.
     """
     if device.type != "cuda":
@@ -25,7 +26,7 @@ def communication_ms(step: Callable[[], object], device: torch.device) -> tuple[
     ours: list[Interval] = []
     others: list[Interval] = []
     for event in recorded.events():
-        if event.device_type == DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA and "SendRecv" not in event.name:
             kind = ours if "nccl" in event.name.lower() else others
             kind.append((event.time_range.start, event.time_range.end))
     both = length(union([*ours, *others]))

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import bench_schedules
 from kernel_bench import table as kernel_table
+from row_table import row_of
 from schedule_bench import executor, goals, rows
 from schedule_bench.case import ALONE, Case
 from schedule_bench.figures import figures
@@ -327,7 +328,7 @@ def test_the_command_on_two_ranks(tmp_path: Path) -> None:
     csv = tmp_path / "a.csv"
     bench(csv, "--cases", ALONE, "zb-v")
     told = bench(csv, "--cases", ALONE, "zb-v", "1f1b@1.5,2.5")
-    found = [rows._row(each) for each in kernel_table.read(csv)]
+    found = [row_of(Row, each) for each in kernel_table.read(csv)]
     assert [each.case for each in found] == [ALONE, "zb-v", "1f1b@1.5,2.5"]
     assert all(each.case in told for each in found)
     assert "1f1b, half layers: >= 92% of one rank" in told

@@ -1,0 +1,80 @@
+"""Losses of all layouts and of one rank: `python -m megalite.pretrain`, once for each. No torch
+import."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from loss_noise import FailedRunError, Yardstick, losses
+from row_table import RowTable
+
+from eight_gpus.rows import FAILED, LOSSES, Row, measured
+
+FORWARD = tuple(f"one rank{again}" for again in ("", ", again"))
+BACKWARD = tuple(f"{case}, reversed" for case in FORWARD)
+REVERSED = "--reverse-micro-batches"
+
+
+def one_rank_cases() -> tuple[tuple[str, str], ...]:
+    """Those that are run side by side, if there are two GPUs."""
+    return tuple(zip(FORWARD, BACKWARD, strict=True))
+
+
+def measure_one_rank(
+    table: RowTable[Row], cases: Iterable[str], flags: str, *, note: str, side_by_side: bool
+) -> bool:
+    """Rows of one-rank cases; whether all went well.
+
+    Args:
+        table: to add them to.
+        cases: of one pair.
+        flags: of all runs.
+        note: on the rows.
+        side_by_side: each case has a GPU of its own.
+    """
+    cases = list(cases)
+    places = [{"CUDA_VISIBLE_DEVICES": str(i)} if side_by_side else {} for i in range(len(cases))]
+    orders = [f"{flags} {REVERSED}" if case in BACKWARD else flags for case in cases]
+    with ThreadPoolExecutor(len(cases) if side_by_side else 1) as pool:
+        rows = pool.map(run, cases, orders, places, [note] * len(cases))
+        return add_all(table, rows)
+
+
+def measure_layout(table: RowTable[Row], case: str, flags: str) -> bool:
+    """The row of a layout; whether it went well."""
+    return add_all(table, [run(case, f"{flags} {case}")])
+
+
+def add_all(table: RowTable[Row], rows: Iterable[Row]) -> bool:
+    """Add rows as they come; whether all went well."""
+    good = True
+    for row in rows:
+        table.add(row)
+        good = good and row.status != FAILED
+    return good
+
+
+def run(case: str, flags: str, place: Mapping[str, str] | None = None, note: str = "") -> Row:
+    """Train once."""
+    try:
+        found = losses(flags.split(), [place or {}])
+    except FailedRunError as error:
+        print(error, file=sys.stderr, flush=True)
+        return Row(LOSSES, case, status=FAILED, note=str(error).strip().splitlines()[-1])
+    return Row(LOSSES, case, losses=" ".join(map(repr, found)), note=note)
+
+
+def judge(rows: Sequence[Row]) -> Iterator[tuple[str, str, bool]]:
+    """Of each layout with losses: its flags, a verdict in words, whether it agrees."""
+    found = measured(rows, LOSSES)
+    forward = [found[case].by_step() for case in FORWARD if case in found]
+    backward = [found[case].by_step() for case in BACKWARD if case in found]
+    if not forward or not backward:
+        return
+    yardstick = Yardstick(forward, backward)
+    for case, row in found.items():
+        if case not in FORWARD + BACKWARD:
+            verdict = yardstick.judge(row.by_step())
+            yield case, verdict.text, verdict.is_noise

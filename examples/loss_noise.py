@@ -1,0 +1,101 @@
+"""Is one run's loss another's, up to the noise of its precision?
+
+The yardstick is the difference between two one-rank runs that compute the same mathematics but sum
+the micro-batches in opposite order: the largest over a few such pairs, because on a GPU no two runs
+are alike and one pair is a matter of luck. A run passes if its largest relative loss difference to
+the first one-rank run is at most twice the yardstick, and if the differences have no sign: their
+mean is within two standard errors of zero, or not larger than the yardstick's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class FailedRunError(Exception):
+    """A run ended with another code than 0; the text is its command and what it said."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On one run.
+
+    Attributes:
+        text: its differences, in words, and whether they are noise.
+        is_noise: whether they are.
+    """
+
+    text: str
+    is_noise: bool
+
+
+class Yardstick:
+    """What noise is.
+
+    Args:
+        forward, backward: losses of one-rank runs in each order of the micro-batches, by step.
+    """
+
+    def __init__(self, forward: Sequence[Sequence[float]], backward: Sequence[Sequence[float]]):
+        self.reference = forward[0]
+        self.pairs = [differences(b, f) for f in forward for b in backward]
+        self._largest = max(max(map(abs, pair)) for pair in self.pairs)
+        self._offset = max(abs(statistics.mean(pair)) for pair in self.pairs)
+
+    def judge(self, losses: Sequence[float]) -> Verdict:
+        """A run with the same samples in the same steps."""
+        found = differences(losses, self.reference)
+        signless = abs(statistics.mean(found)) <= max(2 * standard_error(found), self._offset)
+        ratio = max(map(abs, found)) / self._largest if self._largest else float("inf")
+        is_noise = signless and (ratio <= 2 or not any(found))
+        told = "within noise" if is_noise else "MORE THAN NOISE"
+        return Verdict(f"{describe(found)}, {ratio:.2f} x the yardstick: {told}", is_noise)
+
+
+def losses(flags: Sequence[str], processes: Sequence[Mapping[str, str]] = ({},)) -> list[float]:
+    """The training losses of one run, of one process for each of these environments.
+
+    Raises:
+        FailedRunError: it failed.
+    """
+    with tempfile.TemporaryDirectory() as runs:
+        command = [sys.executable, "-m", "megalite.pretrain", *flags, "--runs", runs, "--name", "c"]
+        started = [
+            subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **environment},
+            )
+            for environment in processes
+        ]
+        errors = [process.communicate()[1] for process in started]
+        if any(process.returncode for process in started):
+            raise FailedRunError(f"{' '.join(command)}\n{''.join(errors)}")
+        lines = (Path(runs) / "c" / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
+
+
+def differences(ours: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Relative, by step."""
+    return [a / b - 1 for a, b in zip(ours, reference, strict=True)]
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean."""
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+def describe(values: Sequence[float]) -> str:
+    """Largest and mean with its standard error."""
+    mean, error = statistics.mean(values), standard_error(values)
+    return f"largest {max(map(abs, values)):.2e}, mean {mean:+.1e} ± {error:.1e}"
