@@ -17,7 +17,9 @@ losses    20 steps on real text at sequence 512: the loss of every layout beside
           `loss_noise.py` says: what one-rank runs differ by that sum micro-batches in opposite
           order; two of each.
 
-Other models and layouts, two GPUs or none:
+With `--share-gpu` all ranks of the loss pass run on one GPU, each as the only rank of a machine of
+its own as far as NCCL knows: the same program, for correctness. Other models and layouts, on two
+GPUs or none:
 
     python examples/bench_eight_gpus.py --flags "--model tiny --micro-batch-size 1 \
 --global-batch-size 32" --speed-flags "--mock-data" --loss-flags "" --layouts "--tp 4 --pp 2"
@@ -46,6 +48,7 @@ from eight_gpus.layouts import (
 from eight_gpus.rows import FAILED, HEAD, LEGEND, LOSSES, SPEED, Row, measured, show
 from row_table import RowTable
 from schedule_bench.case import FIRST_TIMED, RECORDED
+from settings import sharing_ranks
 from surroundings import devices, surroundings
 
 from megalite.config import Config, resolve_device
@@ -63,6 +66,7 @@ class Bench:
         losses: flags of all runs of the loss pass.
         one_rank: those that one rank needs beside them.
         gpus: of this machine; 0: the ranks compute on its CPU.
+        share: all ranks of the loss pass on the first GPU.
         table: with what is there already.
     """
 
@@ -70,6 +74,7 @@ class Bench:
     losses: str
     one_rank: str
     gpus: int
+    share: bool
     table: RowTable[Row]
 
 
@@ -113,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--loss-flags", default="--seq-length 512 --lr-decay-steps 1000")
     made.add_argument("--steps", type=int, default=5, help="timed steps")
     made.add_argument("--loss-steps", type=int, default=20)
+    made.add_argument("--share-gpu", action="store_true", help="see above; with --op losses")
     made.add_argument("--gpu-memory", type=float, metavar="GIB", help="if not this GPU's")
     made.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
     made.add_argument("--csv", type=Path, default=Path("bench_eight_gpus.csv"), help="appended to")
@@ -142,6 +148,8 @@ def configurations(options: argparse.Namespace) -> dict[str, Config]:
     """
     if options.steps < 1 or options.loss_steps < 2:
         raise ValueError("--steps is at least 1, --loss-steps at least 2")
+    if options.share_gpu and options.op != LOSSES:
+        raise ValueError("--share-gpu goes with --op losses: ranks that share a GPU are slow")
     length = f"--steps {FIRST_TIMED - 1 + options.steps} --trace-steps {RECORDED}"
     found, problems = {}, []
     for layout in options.layouts:
@@ -187,7 +195,7 @@ def prepared(options: argparse.Namespace) -> Bench:
     runs, problems, kinds = {}, list[str](), set()
     for layout, config in asked.items():
         try:
-            machine = own_machine(config)
+            machine = own_machine(config.replace(tp=1, pp=1, dp=1) if options.share_gpu else config)
             device, _ = choose_device(config, machine)
             resolved = resolve_device(config, device)
             require_kernels(device, [resolved.train.precision], machine)
@@ -203,13 +211,16 @@ def prepared(options: argparse.Namespace) -> Bench:
     alone = resolve_device(configuration(flags), "cuda" if gpus else "cpu")
     one_rank = "--offload-optimizer" if gpus and peak_bytes(alone) > usable else ""
     ranks = max(config.world_size for config in runs.values())
+    device = devices("cuda" if gpus else "cpu", 1 if options.share_gpu else ranks)
     where = {
-        **surroundings(options.commit, devices("cuda" if gpus else "cpu", ranks)),
+        **surroundings(options.commit, device),
         "flags": f"{options.flags} {options.speed_flags}",
         "loss_flags": flags,
         "timed_steps": str(options.steps),
     }
-    return Bench(runs, flags, one_rank, gpus, RowTable(options.csv, where, Row, show))
+    return Bench(
+        runs, flags, one_rank, gpus, options.share_gpu, RowTable(options.csv, where, Row, show)
+    )
 
 
 def measure_speed(bench: Bench) -> int:
@@ -258,7 +269,8 @@ def measure_losses(bench: Bench) -> int:
             )
     for layout in bench.runs:
         if layout not in there:
-            good &= agreement.measure_layout(bench.table, layout, flags)
+            ranks = sharing_ranks(layout) if bench.share else [{}]
+            good &= agreement.measure_layout(bench.table, layout, flags, ranks)
     return 0 if good else 1
 
 

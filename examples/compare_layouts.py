@@ -17,13 +17,11 @@ own as far as NCCL knows, and talk over loopback: the same program, for correctn
 from __future__ import annotations
 
 import argparse
-import math
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from loss_noise import FailedRunError, Yardstick, describe, losses
-from settings import words_and_settings
+from settings import sharing_ranks, words_and_settings
 
 DEFAULT_FLAGS = (
     "--model 1b --global-batch-size 8 --lr-decay-steps 1000 --eval-steps 0 --sample-length 0"
@@ -91,28 +89,6 @@ def gpu_count() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def sharing_ranks(layout: str) -> list[dict[str, str]]:
-    """What each rank finds in its environment if all ranks of the layout share one GPU."""
-    words, _ = words_and_settings(layout)
-    sizes = dict(zip(words[::2], words[1::2], strict=False))
-    world_size = math.prod(int(sizes.get(axis, 1)) for axis in ("--tp", "--pp", "--dp"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [
-        {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "GROUP_RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "NCCL_HOSTID": f"machine-{rank}",
-            "NCCL_SOCKET_IFNAME": "lo",
-        }
-        for rank in range(world_size)
-    ]
 
 
 if __name__ == "__main__":

@@ -35,16 +35,25 @@ def measure_one_rank(
         side_by_side: each case has a GPU of its own.
     """
     cases = list(cases)
-    places = [{"CUDA_VISIBLE_DEVICES": str(i)} if side_by_side else {} for i in range(len(cases))]
+    places = [[{"CUDA_VISIBLE_DEVICES": str(i)} if side_by_side else {}] for i in range(len(cases))]
     orders = [f"{flags} {REVERSED}" if case in BACKWARD else flags for case in cases]
     with ThreadPoolExecutor(len(cases) if side_by_side else 1) as pool:
         rows = pool.map(run, cases, orders, places, [note] * len(cases))
         return add_all(table, rows)
 
 
-def measure_layout(table: RowTable[Row], case: str, flags: str) -> bool:
-    """The row of a layout; whether it went well."""
-    return add_all(table, [run(case, f"{flags} {case}")])
+def measure_layout(
+    table: RowTable[Row], case: str, flags: str, ranks: Sequence[Mapping[str, str]]
+) -> bool:
+    """The row of a layout; whether it went well.
+
+    Args:
+        table: to add it to.
+        case: the layout's flags.
+        flags: of all runs.
+        ranks: environments of the processes to start.
+    """
+    return add_all(table, [run(case, f"{flags} {case}", ranks)])
 
 
 def add_all(table: RowTable[Row], rows: Iterable[Row]) -> bool:
@@ -56,10 +65,10 @@ def add_all(table: RowTable[Row], rows: Iterable[Row]) -> bool:
     return good
 
 
-def run(case: str, flags: str, place: Mapping[str, str] | None = None, note: str = "") -> Row:
-    """Train once."""
+def run(case: str, flags: str, processes: Sequence[Mapping[str, str]], note: str = "") -> Row:
+    """Train once; see `loss_noise.losses`."""
     try:
-        found = losses(flags.split(), [place or {}])
+        found = losses(flags.split(), processes)
     except FailedRunError as error:
         print(error, file=sys.stderr, flush=True)
         return Row(LOSSES, case, status=FAILED, note=str(error).strip().splitlines()[-1])

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare_layouts import sharing_ranks
 from runs import SMALL, Run, launch, pretrain_command, read_run, worst
+from settings import sharing_ranks
 
 FLAGS = [*SMALL, "--steps", "20", "--lr-warmup-steps", "5", "--device", "cuda"]
 BOUNDS = {"fp32": (1e-5, 1e-4, 1e-5), "fp64": (1e-11, 1e-10, 1e-11)}

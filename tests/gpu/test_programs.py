@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare_layouts import sharing_ranks
 from hangs import HANGS
 from runs import launch
+from settings import sharing_ranks
 
 from megalite.config import Config, resolve, resolve_device
 from megalite.layers import norm

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from runs import SMALL, launch, pretrain_command
 from safetensors.torch import load_file
+from settings import sharing_ranks
 
 from megalite.checkpoint.directory import Directory
 from megalite.checkpoint.reader import Checkpoint
@@ -19,11 +21,17 @@ FLAGS += ["--hidden-dropout", "0.1", "--hidden-size", "256", "--num-attention-he
 LAYOUTS = ["--dp 1", "--tp 2", "--pp 2", "--dp 2 --zero 3"]
 
 
-def run(folder: Path, save: Path, *flags: str) -> str:
-    command = pretrain_command(*FLAGS, *flags, "--runs", str(folder), "--name", f"{save.name}-run")
-    result = launch([*command, "--save", str(save)], timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def run(folder: Path, save: Path, *flags: str, layout: str = "--dp 1") -> str:
+    """On GPUs of the ranks' own, or all on one; what the first rank printed."""
+    command = pretrain_command(*FLAGS, *flags, *layout.split(), "--save", str(save))
+    command += ["--runs", str(folder), "--name", f"{save.name}-run"]
+    together = layout != "--dp 1" and torch.cuda.device_count() < 2
+    processes = sharing_ranks(layout) if together else [{}]
+    with ThreadPoolExecutor(len(processes)) as pool:
+        results = list(pool.map(lambda env: launch(command, env=env, timeout=240), processes))
+    assert [result.returncode for result in results] == [0] * len(results), results
+    assert layout == "--dp 1" or "NCCL" in results[0].stdout
+    return results[0].stdout
 
 
 def contents(folder: Path) -> dict[str, torch.Tensor]:
@@ -40,13 +48,20 @@ def losses(folder: Path) -> dict[int, float]:
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "bf16 --moments-dtype bf16", "fp32"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_going_on_changes_no_bit(tmp_path: Path, layout: str, precision: str) -> None:
-    if layout != "--dp 1" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    flags = [*layout.split(), "--precision", *precision.split()]
+    goes_on_alike(tmp_path, layout, "--precision", *precision.split())
+
+
+def test_eight_ranks_go_on_alike(tmp_path: Path) -> None:
+    if torch.cuda.device_count() in range(2, 8):
+        pytest.skip("needs one GPU, or eight")
+    goes_on_alike(tmp_path, "--tp 2 --pp 2 --dp 2", "--precision", "bf16")
+
+
+def goes_on_alike(tmp_path: Path, layout: str, *flags: str) -> None:
     calm, broken = tmp_path / "calm", tmp_path / "broken"
-    run(tmp_path, calm, *flags)
+    run(tmp_path, calm, *flags, layout=layout)
     shutil.copytree(Directory(calm).folder(4), Directory(broken).folder(4))
-    assert "step 4" in run(tmp_path, broken, *flags)
+    assert "step 4" in run(tmp_path, broken, *flags, layout=layout)
     want, got = losses(tmp_path / "calm-run"), losses(tmp_path / "broken-run")
     assert got == {step: want[step] for step in (5, 6, 7, 8)}
     theirs, ours = contents(Directory(calm).folder(8)), contents(Directory(broken).folder(8))
