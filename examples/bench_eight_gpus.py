@@ -21,8 +21,7 @@ With `--share-gpu` all ranks of the loss pass run on one GPU, each as the only r
 its own as far as NCCL knows: the same program, for correctness. Other models and layouts, on two
 GPUs or none:
 
-    python examples/bench_eight_gpus.py --flags "--model tiny --micro-batch-size 1 \
---global-batch-size 32" --speed-flags "--mock-data" --loss-flags "" --layouts "--tp 4 --pp 2"
+    python examples/bench_eight_gpus.py --flags "--model 1b" --layouts "--tp 2" "--pp 2" "--dp 2"
 """
 
 from __future__ import annotations

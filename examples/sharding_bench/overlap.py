@@ -20,7 +20,7 @@ def communication_ms(step: Callable[[], object], device: torch.device) -> tuple[
     if device.type != "cuda":
         step()
         return 0.0, 0.0
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
         step()
         torch.cuda.synchronize(device)
     ours: list[Interval] = []

@@ -148,6 +148,9 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], str]] = {
 }
 
 
+SLOW = ("size of the slice", "copies are not told", "shards in another order")
+
+
 def verify_job(config: Config, fault: str, precision: str) -> Verdict:
     groups = world_groups(config)
     with pytest.MonkeyPatch.context() as patch, small_buckets():
@@ -161,7 +164,9 @@ def verdict(pool: RankPool, flags: str, fault: str = "", precision: str = "fp64"
     return pool.run(config.world_size, verify_job, config, fault, precision)[0].value
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, marks=[pytest.mark.full] * (f in SLOW)) for f in FAULTS]
+)
 def test_verify_finds_a_planted_fault(pool: RankPool, fault: str) -> None:
     """In fp64, and most of them in fp32 too: the bound of what is amplified stays below a step."""
     flags = FAULTS[fault][1]

@@ -117,7 +117,6 @@ FAULTS = {
 PLAIN = dict(pp=2, schedule="zb-h1")
 LAYOUTS: list[dict[str, Any]] = [
     PLAIN,
-    dict(pp=2, tp=2, precision="bf16"),
     dict(pp=2, dp=2, zero=0, schedule="zb-h1", precision="fp64"),
     dict(pp=2, precision="bf16", moments_dtype="bf16"),
     dict(pp=2, precision="bf16-pure"),
@@ -128,6 +127,7 @@ LAYOUTS: list[dict[str, Any]] = [
     ),
 ]
 MORE: list[dict[str, Any]] = [
+    dict(pp=2, tp=2, precision="bf16"),
     dict(pp=2, precision="bf16"),
     dict(pp=2, precision="fp64"),
     dict(pp=4, schedule="zb-h2", precision="bf16"),

@@ -121,9 +121,9 @@ LAYOUTS: list[dict[str, Any]] = [
     dict(dp=2, pp=2, tie_embeddings=True, schedule="zb-h1"),
     dict(dp=2, tp=2, num_kv_heads=1),
     dict(dp=2, lr_scale=("*.q_proj.*=3", "*.down_proj.*=0.3"), weight_decay_for=("*norm*=0.2",)),
-    dict(dp=2, tp=2, num_kv_heads=1, optimizer="muon", precision="bf16"),
 ]
 MORE: list[dict[str, Any]] = [
+    dict(dp=2, tp=2, num_kv_heads=1, optimizer="muon", precision="bf16"),
     dict(dp=4, pp=2, tie_embeddings=True, optimizer="muon"),
     dict(dp=4),
     dict(dp=2, freeze=("model.embed_tokens.*", "*.mlp.*", "model.norm.*"), precision="bf16"),

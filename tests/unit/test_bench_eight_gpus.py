@@ -1,0 +1,222 @@
+"""The benchmark for eight GPUs, but for its GPUs: rows, goals, what fits, going on, the command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import launch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import bench_eight_gpus as bench
+from eight_gpus import agreement, goals
+from eight_gpus.agreement import BACKWARD, FORWARD, REVERSED
+from eight_gpus.layouts import FLAGSHIP, LAYOUTS, fitted, peak_bytes
+from eight_gpus.rows import FAILED, HEAD, LOSSES, SPEED, Row, show
+from kernel_bench.table import read
+from loss_noise import FailedRunError, Yardstick
+from row_table import RowTable, row_of
+
+from megalite.config import resolve_device
+
+EXAMPLES = Path(bench.__file__).parent
+TINY = (
+    "--model tiny --num-layers 16 --num-attention-heads 8 --num-kv-heads 8 --seq-length 32 "
+    "--micro-batch-size 1 --global-batch-size 32"
+)
+
+
+def options(*words: str) -> Any:
+    return bench.parser().parse_args(words)
+
+
+# --- what is measured ---
+
+
+def test_the_layouts_are_of_eight_gpus_with_the_same_samples() -> None:
+    found = bench.configurations(options())
+    assert tuple(found) == LAYOUTS and LAYOUTS[0] == FLAGSHIP == "--tp 4 --pp 2"
+    for config in found.values():
+        assert config.world_size == 8 and config.model.seq_length == 8192
+        assert config.train.global_batch_size == 32
+        assert config.parallel.pp == 1 or config.num_micro_batches >= 4 * config.parallel.pp
+
+
+def test_what_does_not_fit_computes_activations_again() -> None:
+    config = resolve_device(bench.configurations(options())["--dp 8 --zero 1"], "cuda")
+    need = peak_bytes(config)
+    assert fitted(config, need) == config
+    again = fitted(config, need - 1)
+    assert again == config.replace(recompute="full") and peak_bytes(again) < need
+    told = bench.plan(options("--gpu-memory", "70"))
+    rows = {line[:30].strip(): line.split()[-1] for line in told.splitlines()[1:]}
+    assert rows == dict.fromkeys(LAYOUTS, "none") | {
+        "--dp 8 --zero 1": "full",
+        "--pp 8 --schedule interleaved": "full",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["--steps", "0"], ["--steps is at least 1"]),
+        (["--share-gpu"], ["--share-gpu goes with --op losses"]),
+        (["--layouts", "--tp 3", "--zp 2"], ["layout --tp 3: ", "layout --zp 2: "]),
+        (
+            ["--layouts", "--pp 8", "--flags", "--model llama3-8b --global-batch-size 16"],
+            ["layout --pp 8: --global-batch-size 16: 16 micro-batches", "need 32 here"],
+        ),
+        (["--flags", TINY, "--csv", "/nowhere/a.csv"], ["/nowhere/a.csv"]),
+    ],
+)
+def test_bad_input_is_told_before_anything_runs(words, messages, capsys) -> None:
+    assert bench.main(words) == 2
+    told = capsys.readouterr().err
+    assert all(message in told for message in messages), told
+
+
+# --- rows and goals ---
+
+
+def row(case: str = FLAGSHIP, **values: Any) -> Row:
+    return Row(**{"op": SPEED, "case": case, "recompute": "none", **values})
+
+
+def test_cells_stand_under_their_heads() -> None:
+    shares = dict.fromkeys(("spread", "mfu", "planned_bubble", "bubble"), 0.05)
+    names = "step_ms predicted_ms tokens_per_s messages_ms comm_ms comm_exposed_ms peak_gib"
+    shown = show(row(**shares, **dict.fromkeys([*names.split(), "estimate_gib"], 9.0)))
+    heads = "tok/s/GPU,MFU,step ms,spread,/ sim,plan,bubble,msgs ms,comm ms,exposed,GiB,est."
+    for head in heads.split(","):
+        end = HEAD.index(f" {head}") + 1 + len(head)
+        assert shown[end - 1] != " " and shown[end] == " ", head
+    assert "failed: why" in show(row(status=FAILED, note="why"))
+
+
+def verdicts(*given: Row) -> dict[str, bool]:
+    return {verdict.goal: verdict.met for verdict in goals.judge(given)}
+
+
+def test_goals_of_speed_and_memory() -> None:
+    times = dict(step_ms=109.0, predicted_ms=100.0, peak_gib=50.0, estimate_gib=56.0)
+    found = verdicts(
+        row(mfu=0.45, **times),
+        row("--tp 8", mfu=0.519, **times | dict(step_ms=111.0, estimate_gib=54.0)),
+        row("--pp 8", status=FAILED),
+    )
+    assert found == {
+        "--tp 4 --pp 2: MFU >= 45%": True,
+        "best layout: MFU >= 52%": False,
+        "--tp 4 --pp 2: step within 10% of the simulator's": True,
+        "--tp 4 --pp 2: memory within 10% of the prediction": False,
+        "--tp 8: step within 10% of the simulator's": False,
+        "--tp 8: memory within 10% of the prediction": True,
+    }
+    assert list(verdicts(row(**times))) == ["--tp 4 --pp 2: step within 10% of the simulator's"]
+
+
+def losses(case: str, *values: float) -> Row:
+    return Row(LOSSES, case, losses=" ".join(map(repr, values)))
+
+
+def test_losses_are_held_against_noise() -> None:
+    one = [losses(case, 4.0, 2.0, 1.0) for case in FORWARD]
+    other = [losses(case, 4.0, 2.002, 0.999) for case in BACKWARD]
+    good, bad = losses("--tp 8", 4.0, 1.9981, 1.001), losses("--dp 8", 4.0, 2.005, 1.0)
+    assert verdicts(*one, *other, good, bad) == {
+        "--tp 8: losses are one rank's": True,
+        "--dp 8: losses are one rank's": False,
+    }
+    assert verdicts(*one, good) == {}, "nothing to measure noise by"
+
+
+def test_differences_with_a_sign_are_no_noise() -> None:
+    yardstick = Yardstick([[1.0] * 4], [[1.001, 0.999, 1.001, 0.999]])
+    assert yardstick.judge([1.0015, 0.9985, 1.0015, 0.9985]).is_noise
+    drift = yardstick.judge([1.001, 1.0012, 1.0008, 1.001])
+    assert not drift.is_noise and "MORE THAN NOISE" in drift.text
+
+
+# --- going on ---
+
+
+def test_what_has_a_good_row_is_not_measured_again(tmp_path, monkeypatch, capsys) -> None:
+    started: list[str] = []
+
+    def start(layout: str, _config: object, table: RowTable[Row]) -> int:
+        started.append(layout)
+        if layout == "--tp 2" and started.count(layout) == 1:
+            return 1
+        table.add(row(layout, step_ms=1.0))
+        return 0
+
+    monkeypatch.setattr(bench, "start", start)
+    words = ["--op", "speed", "--flags", TINY, "--csv", str(tmp_path / "a.csv"), "--commit", "abc"]
+    layouts = ["--layouts", "--pp 2", "--tp 2", "--dp 2"]
+    assert bench.main([*words, *layouts]) == 1
+    assert "--tp 2                         failed: the ranks ended" in capsys.readouterr().out
+    assert bench.main([*words, *layouts]) == 0
+    assert started == ["--pp 2", "--tp 2", "--dp 2", "--tp 2"]
+    assert bench.main([*words[:-1], "def", *layouts]) == 0, "other code is another figure"
+    assert len(started) == 7
+
+
+def test_losses_go_on_too(tmp_path, monkeypatch, capsys) -> None:
+    ran: list[str] = []
+
+    def run(flags: list[str], _processes: object) -> list[float]:
+        ran.append(" ".join(flags))
+        if "--tp" in flags and len(ran) < 6:
+            raise FailedRunError("the command\nwhy it failed")
+        return [2.0, 1.001 if REVERSED in flags else 1.0]
+
+    monkeypatch.setattr(agreement, "losses", run)
+    words = ["--op", "losses", "--flags", TINY, "--csv", str(tmp_path / "a.csv"), "--commit", "abc"]
+    words += ["--layouts", "--tp 2"]
+    assert bench.main(words) == 1
+    assert [REVERSED in flags for flags in ran] == [False, True, False, True, False]
+    assert "failed: why it failed" in capsys.readouterr().out
+    assert bench.main(words) == 0
+    assert len(ran) == 6 and ran[-1].endswith("--tp 2") and "--loss" not in ran[-1]
+    assert "met     --tp 2: losses are one rank's" in capsys.readouterr().out
+
+
+# --- the command ---
+
+
+def command(csv: Path, *words: str) -> str:
+    given = ["--flags", TINY, "--loss-flags", "--lr 1e-3", "--csv", str(csv), "--commit", "abc"]
+    given += ["--speed-flags=--mock-data", *words]
+    done = launch(
+        [sys.executable, str(EXAMPLES / "bench_eight_gpus.py"), *given],
+        env={"OMP_NUM_THREADS": "1"},
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_command_on_two_ranks(tmp_path: Path) -> None:
+    csv = tmp_path / "a.csv"
+    command(csv, "--op", "speed", "--layouts", "--pp 2 --schedule zb-v", "--steps", "2")
+    (found,) = [row_of(Row, each) for each in read(csv)]
+    assert (found.ranks, found.micro_batches, found.recompute) == (2, 32, "none")
+    assert found.step_ms > 0 and found.mfu is None and 0 < found.planned_bubble < found.bubble < 1
+    assert found.tokens_per_s == pytest.approx(32 * 32 / found.step_ms * 1e3 / 2, rel=1e-5)
+
+
+@pytest.mark.full
+def test_every_layout_on_eight_ranks(tmp_path: Path) -> None:
+    """In fp32 layouts differ by less than the order of sums does in bf16: the bound is plain."""
+    csv = tmp_path / "a.csv"
+    command(csv, "--steps", "2", "--loss-steps", "6")
+    found = [row_of(Row, each) for each in read(csv)]
+    speed = {each.case: each for each in found if each.op == SPEED}
+    assert tuple(speed) == LAYOUTS and all(each.ranks == 8 for each in speed.values())
+    trained = {each.case: each.by_step() for each in found if each.op == LOSSES}
+    assert set(trained) == {*FORWARD, *BACKWARD, *LAYOUTS}
+    for case, by_step in trained.items():
+        assert by_step == pytest.approx(trained[FORWARD[0]], rel=1e-5), case
