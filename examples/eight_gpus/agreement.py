@@ -15,11 +15,11 @@ from eight_gpus.rows import FAILED, LOSSES, Row, measured
 FORWARD = tuple(f"one rank{again}" for again in ("", ", again"))
 BACKWARD = tuple(f"{case}, reversed" for case in FORWARD)
 REVERSED = "--reverse-micro-batches"
-
-
-def one_rank_cases() -> tuple[tuple[str, str], ...]:
-    """Those that are run side by side, if there are two GPUs."""
-    return tuple(zip(FORWARD, BACKWARD, strict=True))
+ROUNDED = tuple(f"{case}, plain torch" for case in FORWARD)
+"""No kernel of ours, so that activations are rounded in other places; on a CPU there is none."""
+PLAIN = {"MEGALITE_KERNELS": "torch"}
+ONE_RANK = (FORWARD, BACKWARD, ROUNDED)
+"""Pairs that are run side by side, if there are two GPUs."""
 
 
 def measure_one_rank(
@@ -35,7 +35,13 @@ def measure_one_rank(
         side_by_side: each case has a GPU of its own.
     """
     cases = list(cases)
-    places = [[{"CUDA_VISIBLE_DEVICES": str(i)} if side_by_side else {}] for i in range(len(cases))]
+    places = [
+        [
+            ({"CUDA_VISIBLE_DEVICES": str(number)} if side_by_side else {})
+            | (PLAIN if case in ROUNDED else {})
+        ]
+        for number, case in enumerate(cases)
+    ]
     orders = [f"{flags} {REVERSED}" if case in BACKWARD else flags for case in cases]
     with ThreadPoolExecutor(len(cases) if side_by_side else 1) as pool:
         rows = pool.map(run, cases, orders, places, [note] * len(cases))
@@ -80,10 +86,11 @@ def judge(rows: Sequence[Row]) -> Iterator[tuple[str, str, bool]]:
     found = measured(rows, LOSSES)
     forward = [found[case].by_step() for case in FORWARD if case in found]
     backward = [found[case].by_step() for case in BACKWARD if case in found]
+    rounded = [found[case].by_step() for case in ROUNDED if case in found]
     if not forward or not backward:
         return
-    yardstick = Yardstick(forward, backward)
+    yardstick = Yardstick(forward, backward, rounded)
     for case, row in found.items():
-        if case not in FORWARD + BACKWARD:
+        if case not in FORWARD + BACKWARD + ROUNDED:
             verdict = yardstick.judge(row.by_step())
             yield case, verdict.text, verdict.is_noise
