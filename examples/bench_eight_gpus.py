@@ -15,7 +15,7 @@ speed     3 steps to warm up, 2 recorded, 1 to settle, 5 timed; then one under t
 losses    20 steps on real text at sequence 512: the loss of every layout beside one rank's, whose
           optimizer states stay in the host's memory if they don't fit. What noise is,
           `loss_noise.py` says: what one-rank runs differ by that sum micro-batches in opposite
-          order, or round elsewhere; two of each.
+          order, two of each; and one in fp32.
 
 With `--share-gpu` all ranks of the loss pass run on one GPU, each as the only rank of a machine of
 its own as far as NCCL knows: the same program, for correctness. Other models and layouts, on two
@@ -259,8 +259,8 @@ def measure_losses(bench: Bench) -> int:
     for row in there.values():
         print(show(row), flush=True)
     flags = f"{bench.losses} {ALWAYS}"
-    for pair in agreement.ONE_RANK:
-        if missing := [case for case in pair if case not in there]:
+    for group in agreement.ONE_RANK:
+        if missing := [case for case in group if case not in there]:
             alone = f"{flags} {bench.one_rank}"
             side_by_side = bench.gpus > 1
             good &= agreement.measure_one_rank(

@@ -7,8 +7,9 @@ the first one-rank run is at most twice the yardstick, and if the differences ha
 mean is within two standard errors of zero, or not larger than the yardstick's own.
 
 The order of micro-batches changes sums of gradients alone. Over a few steps that is less than what
-any other rounding of activations does, as tensor parallel ranks round their parts of a product:
-there one-rank runs with other kernels are a second yardstick, and the larger one counts.
+rounding in the forward does, and tensor parallel ranks round their parts of a product, not the
+whole: their gradients are as near to fp32's as one rank's, but as far from one rank's. There the
+distance of one rank's run to the same run in fp32 is a second yardstick, and the larger one counts.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ class Yardstick:
 
     Args:
         forward, backward: losses of one-rank runs in each order of the micro-batches, by step.
-        rounded: of one-rank runs that round their activations in other places.
+        exact: of one-rank runs in fp32, if the others are in less.
     """
 
     def __init__(
         self,
         forward: Sequence[Sequence[float]],
         backward: Sequence[Sequence[float]],
-        rounded: Sequence[Sequence[float]] = (),
+        exact: Sequence[Sequence[float]] = (),
     ):
         self.reference = forward[0]
         self.pairs = [differences(b, f) for f in forward for b in backward]
-        self.rounded = [differences(r, f) for f in forward for r in rounded]
-        self._by_order, self._by_rounding = _largest(self.pairs), _largest(self.rounded)
-        self._offset = max(abs(statistics.mean(pair)) for pair in self.pairs + self.rounded)
+        self.exact = [differences(e, f) for f in forward for e in exact]
+        self._by_order, self._by_rounding = _largest(self.pairs), _largest(self.exact)
+        self._offset = max(abs(statistics.mean(pair)) for pair in self.pairs + self.exact)
 
     def judge(self, losses: Sequence[float]) -> Verdict:
         """A run with the same samples in the same steps."""
@@ -68,8 +69,8 @@ class Yardstick:
         largest, noise = _largest([found]), max(self._by_order, self._by_rounding)
         is_noise = signless and largest <= 2 * noise
         told = f"{describe(found)}, {_ratio(largest, self._by_order)} x the yardstick"
-        if self.rounded:
-            told += f", {_ratio(largest, self._by_rounding)} x that of rounding"
+        if self.exact:
+            told += f", {_ratio(largest, self._by_rounding)} x fp32's distance"
         return Verdict(f"{told}: {'within noise' if is_noise else 'MORE THAN NOISE'}", is_noise)
 
 

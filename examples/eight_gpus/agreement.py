@@ -15,11 +15,9 @@ from eight_gpus.rows import FAILED, LOSSES, Row, measured
 FORWARD = tuple(f"one rank{again}" for again in ("", ", again"))
 BACKWARD = tuple(f"{case}, reversed" for case in FORWARD)
 REVERSED = "--reverse-micro-batches"
-ROUNDED = tuple(f"{case}, plain torch" for case in FORWARD)
-"""No kernel of ours, so that activations are rounded in other places; on a CPU there is none."""
-PLAIN = {"MEGALITE_KERNELS": "torch"}
-ONE_RANK = (FORWARD, BACKWARD, ROUNDED)
-"""Pairs that are run side by side, if there are two GPUs."""
+TRUTH = ("one rank, fp32",)
+ONE_RANK = (FORWARD, BACKWARD, TRUTH)
+"""Those of a group are run side by side, if there are GPUs enough."""
 
 
 def measure_one_rank(
@@ -29,23 +27,24 @@ def measure_one_rank(
 
     Args:
         table: to add them to.
-        cases: of one pair.
+        cases: of one group.
         flags: of all runs.
         note: on the rows.
         side_by_side: each case has a GPU of its own.
     """
     cases = list(cases)
-    places = [
-        [
-            ({"CUDA_VISIBLE_DEVICES": str(number)} if side_by_side else {})
-            | (PLAIN if case in ROUNDED else {})
-        ]
-        for number, case in enumerate(cases)
-    ]
-    orders = [f"{flags} {REVERSED}" if case in BACKWARD else flags for case in cases]
+    places = [[{"CUDA_VISIBLE_DEVICES": str(i)} if side_by_side else {}] for i in range(len(cases))]
+    all_flags = [f"{flags} {_more(case)}" for case in cases]
     with ThreadPoolExecutor(len(cases) if side_by_side else 1) as pool:
-        rows = pool.map(run, cases, orders, places, [note] * len(cases))
+        rows = pool.map(run, cases, all_flags, places, [note] * len(cases))
         return add_all(table, rows)
+
+
+def _more(case: str) -> str:
+    """Flags of a one-rank case."""
+    if case in TRUTH:
+        return "--precision fp32"
+    return REVERSED if case in BACKWARD else ""
 
 
 def measure_layout(
@@ -86,11 +85,11 @@ def judge(rows: Sequence[Row]) -> Iterator[tuple[str, str, bool]]:
     found = measured(rows, LOSSES)
     forward = [found[case].by_step() for case in FORWARD if case in found]
     backward = [found[case].by_step() for case in BACKWARD if case in found]
-    rounded = [found[case].by_step() for case in ROUNDED if case in found]
+    rounded = [found[case].by_step() for case in TRUTH if case in found]
     if not forward or not backward:
         return
     yardstick = Yardstick(forward, backward, rounded)
     for case, row in found.items():
-        if case not in FORWARD + BACKWARD + ROUNDED:
+        if case not in FORWARD + BACKWARD + TRUTH:
             verdict = yardstick.judge(row.by_step())
             yield case, verdict.text, verdict.is_noise

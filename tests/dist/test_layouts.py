@@ -52,7 +52,7 @@ MODEL = (
 ).split()
 """257 tokens of vocabulary: no tp divides it."""
 
-STEPS, SAMPLE_STEPS = 20, 5
+STEPS, SAMPLE_STEPS = 20, 6
 """Of the full tier and of the quick one: warm-up, the skipped step and decay are in both."""
 
 

@@ -135,8 +135,14 @@ def test_a_rank_that_is_killed_is_named() -> None:
 @pytest.mark.parametrize(
     ("job", "words", "code"),
     [
-        ("no_device", "AssertionError: choose_device counted the GPUs", ExitCode.INTERNAL),
-        ("cannot_arrive", "LookupError: planted before the rank's own code", 1),
+        pytest.param(
+            *("no_device", "AssertionError: choose_device counted the GPUs", ExitCode.INTERNAL),
+            marks=pytest.mark.full,
+        ),
+        pytest.param(
+            *("cannot_arrive", "LookupError: planted before the rank's own code", 1),
+            marks=pytest.mark.full,
+        ),
         ("leaves_early", "megalite: rank 1 ended with exit code 7", ExitCode.INTERNAL),
     ],
 )

@@ -16,8 +16,6 @@ from runs import launch
 from test_faults import processes_of_session, wait_until_session_is_empty
 
 SCRIPT = Path(__file__).parent / "hangs.py"
-SAMPLE = ("exits early",)
-"""Of ranks that do not send, that are gone, that are late; one asleep is started by hand below."""
 
 
 def check(name: str, folder: Path, *launcher: str) -> None:
@@ -60,18 +58,14 @@ def read_until_named(process: subprocess.Popen[str], words: tuple[str, ...]) -> 
     return lines
 
 
-@pytest.mark.parametrize("name", SAMPLE)
-def test_hang_sample(tmp_path: Path, name: str) -> None:
-    check(name, tmp_path)
-
-
 def test_what_is_only_slow_goes_on(tmp_path: Path) -> None:
     result = launch([sys.executable, str(SCRIPT), "slow", str(tmp_path)])
     assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_a_hang_of_ranks_started_by_hand(tmp_path: Path) -> None:
-    """Nobody stops the others; the store goes with rank 0."""
+    """Nobody stops the others; the store goes with rank 0. `faults/test_processes.py` has a hang
+    of ranks that a launcher started."""
     world = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, str(SCRIPT), "asleep in forward", str(tmp_path)]
     with ThreadPoolExecutor(4) as ranks:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import bench_eight_gpus as bench
 from eight_gpus import agreement, goals
-from eight_gpus.agreement import BACKWARD, FORWARD, REVERSED, ROUNDED
+from eight_gpus.agreement import BACKWARD, FORWARD, REVERSED, TRUTH
 from eight_gpus.layouts import FLAGSHIP, LAYOUTS, fitted, peak_bytes
 from eight_gpus.rows import FAILED, HEAD, LOSSES, SPEED, Row, show
 from kernel_bench.table import read
@@ -145,7 +145,7 @@ def test_the_larger_noise_counts() -> None:
     forward, backward = [[1.0] * 4], [[1.001, 0.999, 1.001, 0.999]]
     assert not Yardstick(forward, backward).judge(ours).is_noise
     told = Yardstick(forward, backward, [[1.002, 0.998, 1.002, 0.998]]).judge(ours)
-    assert told.is_noise and "3.00 x the yardstick, 1.50 x that of rounding" in told.text
+    assert told.is_noise and "3.00 x the yardstick, 1.50 x fp32's distance" in told.text
     assert "inf x the yardstick" in Yardstick(forward, forward).judge(ours).text
 
 
@@ -175,12 +175,10 @@ def test_what_has_a_good_row_is_not_measured_again(tmp_path, monkeypatch, capsys
 
 def test_losses_go_on_too(tmp_path, monkeypatch, capsys) -> None:
     ran: list[str] = []
-    kernels: list[str] = []
 
-    def run(flags: list[str], processes: list[dict[str, str]]) -> list[float]:
+    def run(flags: list[str], _processes: object) -> list[float]:
         ran.append(" ".join(flags))
-        kernels.append(processes[0].get("MEGALITE_KERNELS", ""))
-        if "--tp" in flags and len(ran) < 8:
+        if "--tp" in flags and len(ran) < 7:
             raise FailedRunError("the command\nwhy it failed")
         return [2.0, 1.001 if REVERSED in flags else 1.0]
 
@@ -188,11 +186,11 @@ def test_losses_go_on_too(tmp_path, monkeypatch, capsys) -> None:
     words = ["--op", "losses", "--flags", TINY, "--csv", str(tmp_path / "a.csv"), "--commit", "abc"]
     words += ["--layouts", "--tp 2"]
     assert bench.main(words) == 1
-    assert [REVERSED in flags for flags in ran] == [*[False] * 2, *[True] * 2, *[False] * 3]
-    assert kernels == [*[""] * 4, *["torch"] * 2, ""]
+    assert [REVERSED in flags for flags in ran] == [*[False] * 2, *[True] * 2, *[False] * 2]
+    assert ran[4].endswith("--precision fp32")
     assert "failed: why it failed" in capsys.readouterr().out
     assert bench.main(words) == 0
-    assert len(ran) == 8 and ran[-1].endswith("--tp 2") and "--loss" not in ran[-1]
+    assert len(ran) == 7 and ran[-1].endswith("--tp 2") and "--loss" not in ran[-1]
     assert "met     --tp 2: losses are one rank's" in capsys.readouterr().out
 
 
@@ -229,6 +227,6 @@ def test_every_layout_on_eight_ranks(tmp_path: Path) -> None:
     speed = {each.case: each for each in found if each.op == SPEED}
     assert tuple(speed) == LAYOUTS and all(each.ranks == 8 for each in speed.values())
     trained = {each.case: each.by_step() for each in found if each.op == LOSSES}
-    assert set(trained) == {*FORWARD, *BACKWARD, *ROUNDED, *LAYOUTS}
+    assert set(trained) == {*FORWARD, *BACKWARD, *TRUTH, *LAYOUTS}
     for case, by_step in trained.items():
         assert by_step == pytest.approx(trained[FORWARD[0]], rel=1e-5), case

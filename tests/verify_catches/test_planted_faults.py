@@ -22,7 +22,9 @@ def verify_job(config: Config, fault: str | None) -> Verdict:
         return verify(config, groups, torch.device("cpu"), precisions=("fp64",))
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(f, marks=[pytest.mark.full] * (i % 2)) for i, f in enumerate(FAULTS)]
+)
 def test_fault(pool: RankPool, name: str) -> None:
     fault = FAULTS[name]
     config = shrink(run(*fault.flags.split())).config
