@@ -52,6 +52,7 @@ from surroundings import devices, surroundings
 
 from megalite.config import Config, resolve_device
 from megalite.errors import ConfigError
+from megalite.program import end
 
 GIB = 2**30
 
@@ -274,4 +275,4 @@ def measure_losses(bench: Bench) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -45,7 +45,7 @@ from megalite.check import check
 from megalite.config import Config, resolve_device
 from megalite.errors import ConfigError
 from megalite.pretrain import PROGRAM
-from megalite.program import checked
+from megalite.program import checked, end
 
 if TYPE_CHECKING:
     from megalite.parallel.launch import Prepared
@@ -223,4 +223,4 @@ def first_columns(options: argparse.Namespace, op: str, config: Config) -> dict[
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

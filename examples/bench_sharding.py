@@ -27,7 +27,7 @@ from megalite import cli
 from megalite.config import resolve_device
 from megalite.errors import ConfigError
 from megalite.pretrain import PROGRAM
-from megalite.program import checked
+from megalite.program import checked, end
 
 ALWAYS = "--mock-data --eval-steps 0 --sample-length 0 --no-save-weights"
 MODEL = "--model 1b --seq-length 4096 --micro-batch-size 2 --global-batch-size 32"
@@ -97,4 +97,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

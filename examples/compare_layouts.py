@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
-from loss_noise import FailedRunError, Yardstick, describe, losses
+from loss_noise import FailedRunError, TrainingRun, Yardstick, describe
 from settings import sharing_ranks, words_and_settings
+
+from megalite.program import end
 
 DEFAULT_FLAGS = (
     "--model 1b --global-batch-size 8 --lr-decay-steps 1000 --eval-steps 0 --sample-length 0"
@@ -65,7 +67,8 @@ def compare(flags: list[str], options: argparse.Namespace) -> int:
         more, settings = words_and_settings(layout)
         ranks = sharing_ranks(layout) if options.share_gpu else [{}]
         ranks = [{**rank, **settings} for rank in ranks]
-        verdict = yardstick.judge(losses([*flags, *more], ranks))
+        with TrainingRun([*flags, *more], ranks) as run:
+            verdict = yardstick.judge(run.losses())
         failures += not verdict.is_noise
         print(f"{layout:<24s} {verdict.text}", flush=True)
     return min(1, failures)
@@ -74,13 +77,17 @@ def compare(flags: list[str], options: argparse.Namespace) -> int:
 def one_rank_losses(flags: list[str], draws: int) -> tuple[list[list[float]], list[list[float]]]:
     """Losses of one-rank runs in forward and in reversed order; side by side on several GPUs."""
     gpus = max(1, gpu_count())
-    runs = [order for _ in range(draws) for order in (flags, [*flags, "--reverse-micro-batches"])]
-    with ThreadPoolExecutor(gpus) as pool:
-        places = [
-            [{"CUDA_VISIBLE_DEVICES": str(i % gpus)}] if gpus > 1 else [{}]
-            for i in range(len(runs))
-        ]
-        found = list(pool.map(losses, runs, places))
+    orders = [order for _ in range(draws) for order in (flags, [*flags, "--reverse-micro-batches"])]
+    found: list[list[float]] = []
+    while len(found) < len(orders):
+        with ExitStack() as held:
+            together = [
+                held.enter_context(
+                    TrainingRun(order, [{"CUDA_VISIBLE_DEVICES": str(gpu)} if gpus > 1 else {}])
+                )
+                for gpu, order in enumerate(orders[len(found) :][:gpus])
+            ]
+            found += [run.losses() for run in together]
     return found[::2], found[1::2]
 
 
@@ -92,4 +99,4 @@ def gpu_count() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

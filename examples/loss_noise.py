@@ -82,29 +82,49 @@ def _ratio(largest: float, noise: float) -> str:
     return f"{largest / noise:.2f}" if noise else "0" if not largest else "inf"
 
 
-def losses(flags: Sequence[str], processes: Sequence[Mapping[str, str]] = ({},)) -> list[float]:
-    """The training losses of one run, of one process for each of these environments.
+class TrainingRun:
+    """`python -m megalite.pretrain`, started; it ends with the block that holds this.
 
-    Raises:
-        FailedRunError: it failed.
+    Args:
+        flags: of the run.
+        processes: environments of the processes to start, each in addition to this one's.
     """
-    with tempfile.TemporaryDirectory() as runs:
-        command = [sys.executable, "-m", "megalite.pretrain", *flags, "--runs", runs, "--name", "c"]
-        started = [
+
+    def __init__(self, flags: Sequence[str], processes: Sequence[Mapping[str, str]] = ({},)):
+        self._folder = tempfile.TemporaryDirectory(prefix="loss-noise-")
+        self._runs = Path(self._folder.name)
+        where = ["--runs", str(self._runs), "--name", "run"]
+        self._command = [sys.executable, "-m", "megalite.pretrain", *flags, *where]
+        self._said = [open(self._runs / f"{i}.txt", "w+") for i in range(len(processes))]
+        self._started = [
             subprocess.Popen(
-                command,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, **environment},
+                self._command, stdout=subprocess.DEVNULL, stderr=said, env={**os.environ, **more}
             )
-            for environment in processes
+            for said, more in zip(self._said, processes, strict=True)
         ]
-        errors = [process.communicate()[1] for process in started]
-        if any(process.returncode for process in started):
-            raise FailedRunError(f"{' '.join(command)}\n{''.join(errors)}")
-        lines = (Path(runs) / "c" / "metrics.jsonl").read_text().splitlines()
-    return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
+
+    def __enter__(self) -> TrainingRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process, said in zip(self._started, self._said, strict=True):
+            process.kill()
+            process.wait()
+            said.close()
+        self._folder.cleanup()
+
+    def losses(self) -> list[float]:
+        """Wait; the training losses by step.
+
+        Raises:
+            FailedRunError: it failed.
+        """
+        codes = [process.wait() for process in self._started]
+        if any(codes):
+            told = [(self._runs / f"{i}.txt").read_text() for i in range(len(codes))]
+            raise FailedRunError(f"{' '.join(self._command)}\n{''.join(told)}")
+        lines = (self._runs / "run" / "metrics.jsonl").read_text().splitlines()
+        return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
 
 
 def differences(ours: Sequence[float], reference: Sequence[float]) -> list[float]:

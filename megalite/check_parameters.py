@@ -21,7 +21,10 @@ def rates(config: Config) -> Iterator[str]:
 
 def freezing(config: Config) -> Iterator[str]:
     """Whole parameters stay, and not all of them."""
-    found, frozen = patterns(config.parameters.freeze), frozen_names(config)
+    given = config.parameters.freeze
+    found, frozen = patterns(given), frozen_names(config)
+    if given and not found:
+        yield f"--freeze {' '.join(given)}: expected PATTERN,PATTERN..., as in model.embed_tokens.*"
     for rule in found:
         if not any(rule.matches(names) for names in names_of(config).values()):
             yield _no_match(config, "--freeze", rule)
@@ -41,6 +44,8 @@ def freezing(config: Config) -> Iterator[str]:
 
 def _valued(config: Config, flag: str, words: Sequence[str], example: float) -> Iterator[str]:
     found = rules(words)
+    if words and not found:
+        yield f"{flag} {' '.join(words)}: expected PATTERN=X, as in lm_head.*={example:g}"
     for rule in found:
         if not rule.pattern or rule.value is None:
             yield f"{flag} {rule.text}: expected PATTERN=X, as in lm_head.*={example:g}"

@@ -17,6 +17,7 @@ from megalite import cli
 from megalite.check import check
 from megalite.config import Config, resolve
 from megalite.errors import ConfigError
+from megalite.exit_codes import reader_gone
 from megalite.faults import wrong_faults
 from megalite.parallel.environment import World, detect_world, wrong_variables
 from megalite.parallel.stop import STOPS, ignore_stops, raise_at
@@ -88,6 +89,9 @@ def end(main: Callable[[], int]) -> NoReturn:
         raise_at(_stops())
         code = main()
         ignore_stops()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = reader_gone()
     except KeyboardInterrupt as stop:
         # An impatient second Ctrl-C has nothing more to stop.
         ignore_stops()

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
-from loss_noise import FailedRunError, Yardstick, losses
+from loss_noise import FailedRunError, TrainingRun, Yardstick
 from row_table import RowTable
 
 from eight_gpus.rows import FAILED, LOSSES, Row, measured
@@ -30,14 +30,19 @@ def measure_one_rank(
         cases: of one group.
         flags: of all runs.
         note: on the rows.
-        side_by_side: each case has a GPU of its own.
+        side_by_side: each case has a GPU of its own, and all run at once.
     """
-    cases = list(cases)
-    places = [[{"CUDA_VISIBLE_DEVICES": str(i)} if side_by_side else {}] for i in range(len(cases))]
-    all_flags = [f"{flags} {_more(case)}" for case in cases]
-    with ThreadPoolExecutor(len(cases) if side_by_side else 1) as pool:
-        rows = pool.map(run, cases, all_flags, places, [note] * len(cases))
-        return add_all(table, rows)
+    cases, good = list(cases), True
+    for together in [cases] if side_by_side else [[case] for case in cases]:
+        with ExitStack() as held:
+            runs = {}
+            for number, case in enumerate(together):
+                place = {"CUDA_VISIBLE_DEVICES": str(number)} if side_by_side else {}
+                words = f"{flags} {_more(case)}".split()
+                runs[case] = held.enter_context(TrainingRun(words, [place]))
+            for case, run in runs.items():
+                good &= add(table, case, run, note)
+    return good
 
 
 def _more(case: str) -> str:
@@ -58,26 +63,19 @@ def measure_layout(
         flags: of all runs.
         ranks: environments of the processes to start.
     """
-    return add_all(table, [run(case, f"{flags} {case}", ranks)])
+    with TrainingRun(f"{flags} {case}".split(), ranks) as run:
+        return add(table, case, run)
 
 
-def add_all(table: RowTable[Row], rows: Iterable[Row]) -> bool:
-    """Add rows as they come; whether all went well."""
-    good = True
-    for row in rows:
-        table.add(row)
-        good = good and row.status != FAILED
-    return good
-
-
-def run(case: str, flags: str, processes: Sequence[Mapping[str, str]], note: str = "") -> Row:
-    """Train once; see `loss_noise.losses`."""
+def add(table: RowTable[Row], case: str, run: TrainingRun, note: str = "") -> bool:
+    """Wait for a run and add its row; whether it went well."""
     try:
-        found = losses(flags.split(), processes)
+        row = Row(LOSSES, case, losses=" ".join(map(repr, run.losses())), note=note)
     except FailedRunError as error:
         print(error, file=sys.stderr, flush=True)
-        return Row(LOSSES, case, status=FAILED, note=str(error).strip().splitlines()[-1])
-    return Row(LOSSES, case, losses=" ".join(map(repr, found)), note=note)
+        row = Row(LOSSES, case, status=FAILED, note=str(error).strip().splitlines()[-1])
+    table.add(row)
+    return row.status != FAILED
 
 
 def judge(rows: Sequence[Row]) -> Iterator[tuple[str, str, bool]]:

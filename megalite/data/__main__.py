@@ -17,6 +17,7 @@ from megalite.config_file import read_saved
 from megalite.data.ledger import Entry, ledger
 from megalite.data.record import NAME, read_record
 from megalite.errors import ConfigError
+from megalite.program import end
 from megalite.wording import counted
 
 SHOWN_CHARACTERS = 160
@@ -78,4 +79,4 @@ def _short(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

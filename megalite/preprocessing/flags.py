@@ -11,6 +11,7 @@ from types import MappingProxyType, NoneType
 from typing import Any, NoReturn, TypeVar
 
 from megalite.errors import ConfigError
+from megalite.exit_codes import reader_gone
 from megalite.field_values import suggest
 
 T = TypeVar("T")
@@ -205,6 +206,9 @@ def end(main: Callable[[Sequence[str]], int]) -> NoReturn:
     for damaged files."""
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = reader_gone()
     except ConfigError as error:
         print(error.message(), file=sys.stderr)
         code = error.code

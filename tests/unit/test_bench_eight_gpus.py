@@ -176,13 +176,23 @@ def test_what_has_a_good_row_is_not_measured_again(tmp_path, monkeypatch, capsys
 def test_losses_go_on_too(tmp_path, monkeypatch, capsys) -> None:
     ran: list[str] = []
 
-    def run(flags: list[str], _processes: object) -> list[float]:
-        ran.append(" ".join(flags))
-        if "--tp" in flags and len(ran) < 7:
-            raise FailedRunError("the command\nwhy it failed")
-        return [2.0, 1.001 if REVERSED in flags else 1.0]
+    class Run:
+        def __init__(self, flags: list[str], _processes: object):
+            self._flags = flags
+            ran.append(" ".join(flags))
 
-    monkeypatch.setattr(agreement, "losses", run)
+        def __enter__(self) -> Run:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def losses(self) -> list[float]:
+            if "--tp" in self._flags and len(ran) < 7:
+                raise FailedRunError("the command\nwhy it failed")
+            return [2.0, 1.001 if REVERSED in self._flags else 1.0]
+
+    monkeypatch.setattr(agreement, "TrainingRun", Run)
     words = ["--op", "losses", "--flags", TINY, "--csv", str(tmp_path / "a.csv"), "--commit", "abc"]
     words += ["--layouts", "--tp 2"]
     assert bench.main(words) == 1

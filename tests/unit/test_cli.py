@@ -4,7 +4,9 @@ problem of a command at once; help needs no torch."""
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -499,3 +501,19 @@ sys.exit(30)
     assert result.returncode == 0, result.stderr
     assert "--num-attention-heads" in result.stdout
     assert "2 problems" in result.stderr
+
+
+@pytest.mark.parametrize("program", [["megalite.pretrain", "--dry-run"], ["megalite.plan"]])
+def test_a_reader_who_has_read_enough_is_no_error(program: list[str]) -> None:
+    """`| head`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", *program],
+        check=False,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

@@ -231,6 +231,8 @@ def test_the_opening_says_what_is_asked_of_how_many() -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
+        ("--freeze ,", "--freeze ,: expected PATTERN"),
+        ("--lr-scale ,", "--lr-scale ,: expected PATTERN=X"),
         ("--freeze lm_haed.*", "--freeze lm_haed.* matches no tensor; the nearest are lm_head"),
         ("--freeze lm_head.*=1", "matches no tensor"),
         ("--freeze *", "--freeze * leaves nothing to train"),
