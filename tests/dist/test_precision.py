@@ -19,12 +19,15 @@ from worlds import make_trainer, world_groups
 
 from megalite import verify as verify_program
 from megalite.config import Config, TrainConfig
+from megalite.data.mixture import prepare_mixture
+from megalite.data.splits import open_samples
 from megalite.optim import flat as flat_module
 from megalite.optim import segments
 from megalite.optim.buckets import make_buckets
 from megalite.optim.flat import FlatParameters
 from megalite.optim.optimizer import Optimizer
 from megalite.parallel.group import AxisGroup
+from megalite.trainer import Trainer
 from megalite.treatment import treatments
 from megalite.verification.run import Verdict, verify
 from megalite.verification.shrink import shrink
@@ -478,3 +481,39 @@ def test_three_hundred_steps_end_where_fp32_ends(
     found = run_in_pool(pool, [*LENGTH, *flags.split()], 2, tmp_path)
     assert fp32.valid_losses[-1] < 2.4, "it has learned more than pairs of neighbours"
     assert found.valid_losses[-1] < 1.02 * fp32.valid_losses[-1]
+
+
+def distance_job(values: dict[str, Any]) -> tuple[float, float]:
+    """Of this rank's gradients in bf16: sum of squared errors, fp32's being right; and of fp32's
+    gradients themselves."""
+    half = make_trainer(
+        precision="bf16", hidden_size=64, seq_length=64, global_batch_size=16, **values
+    )
+    config = half.config.replace(precision="fp32")
+    samples = open_samples(config, prepare_mixture(config.data))
+    full = Trainer(config, samples, half.groups, half.device)
+    for exact, rounded in zip(full.flat.slots, half.flat.slots, strict=True):
+        exact.parameter.data.copy_(rounded.parameter.data)
+    for trainer in (half, full):
+        trainer.accumulate(0)
+    pairs = [
+        (x.double(), y.double())
+        for x, y in zip(half.flat.own_gradients, full.flat.own_gradients, strict=True)
+    ]
+    error = sum((x - y).square().sum().item() for x, y in pairs)
+    return error, sum(y.square().sum().item() for _, y in pairs)
+
+
+def distance(pool: RankPool, tp: int) -> float:
+    found = [outcome.value for outcome in pool.run(tp, distance_job, dict(tp=tp))]
+    error, whole = (sum(each) for each in zip(*found, strict=True))
+    return math.sqrt(error / whole)
+
+
+def test_tensor_parallel_gradients_are_as_near_to_fp32_as_one_rank_s(pool: RankPool) -> None:
+    """Ranks round their parts of a product and the sum, one rank rounds the product: other errors,
+    and no larger ones."""
+    one = distance(pool, 1)
+    assert 0.002 < one < 0.05
+    for tp in (2, 4):
+        assert distance(pool, tp) < 1.25 * one, tp
