@@ -19,7 +19,7 @@ losses    20 steps on real text at sequence 512: the loss of every layout beside
 
 With `--share-gpu` all ranks of the loss pass run on one GPU, each as the only rank of a machine of
 its own as far as NCCL knows: the same program, for correctness. Other models and layouts, on two
-GPUs or none:
+GPUs or, with `--device cpu` among the flags, on none:
 
     python examples/bench_eight_gpus.py --flags "--model 1b" --layouts "--tp 2" "--pp 2" "--dp 2"
 """
@@ -27,9 +27,10 @@ GPUs or none:
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,9 +53,12 @@ from surroundings import devices, surroundings
 
 from megalite.config import Config, resolve_device
 from megalite.errors import ConfigError
+from megalite.estimate import rank_estimates
+from megalite.exit_codes import ExitCode
 from megalite.program import end
 
 GIB = 2**30
+OFFLOADED = "--offload-optimizer"
 
 
 @dataclass(frozen=True)
@@ -62,20 +66,20 @@ class Bench:
     """What is asked for, checked.
 
     Attributes:
-        runs: by layout; each as it runs here.
-        losses: flags of all runs of the loss pass.
-        one_rank: those that one rank needs beside them.
-        gpus: of this machine; 0: the ranks compute on its CPU.
+        runs: of the speed op, by layout; each as it runs here.
+        one_rank: flags of the one-rank cases of the loss op.
+        losses: flags of the loss op, by layout.
+        side_by_side: so many one-rank cases run at once; 0: on the CPU, one after the other.
         share: all ranks of the loss pass on the first GPU.
-        table: with what is there already.
+        table: of each op, with what is there already.
     """
 
-    runs: dict[str, Config]
-    losses: str
-    one_rank: str
-    gpus: int
+    runs: Mapping[str, Config]
+    one_rank: Mapping[str, str]
+    losses: Mapping[str, str]
+    side_by_side: int
     share: bool
-    table: RowTable[Row]
+    table: Mapping[str, RowTable[Row]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,12 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     code = 0
     if options.op in (SPEED, None):
-        code = max(code, measure_speed(bench))
-    if options.op in (LOSSES, None) and code <= 1:
+        code = measure_speed(bench)
+    if options.op in (LOSSES, None) and not is_stop(code):
         code = max(code, measure_losses(bench))
-    if code <= 1:
-        print("\n" + "\n".join(map(str, goals.judge(bench.table.rows()))))
+    if not is_stop(code):
+        rows = [*bench.table[SPEED].rows(), *bench.table[LOSSES].rows()]
+        print("\n" + "\n".join(map(str, goals.judge(rows))))
     return code
+
+
+def is_stop(code: int) -> bool:
+    """Whether somebody stopped a run: then the others are not wanted either."""
+    return code == ExitCode.STOPPED or code >= 128
 
 
 def parser() -> argparse.ArgumentParser:
@@ -119,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=5, help="timed steps")
     made.add_argument("--loss-steps", type=int, default=20)
     made.add_argument("--share-gpu", action="store_true", help="see above; with --op losses")
-    made.add_argument("--gpu-memory", type=float, metavar="GIB", help="if not this GPU's")
+    made.add_argument("--gpu-memory", type=float, metavar="GIB", help="if not this machine's")
     made.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
     made.add_argument("--csv", type=Path, default=Path("bench_eight_gpus.csv"), help="appended to")
     made.add_argument("--commit", help="for the CSV, where there is no checkout to ask")
@@ -127,52 +137,79 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan(options: argparse.Namespace) -> str:
-    """Each layout's memory, and what follows from it."""
-    usable = float("inf") if options.gpu_memory is None else options.gpu_memory * GIB
-    lines = [f"{'layout':<30s} {'GiB':>6s} {'bubble':>6s}  recompute"]
+    """Each layout's memory, and what follows from it.
+
+    Raises:
+        ConfigError, ValueError: something is wrong with the flags.
+    """
+    limit = usable_bytes(options)
+    if limit == float("inf"):
+        raise ValueError("--plan: this machine has no GPU; say what one has with --gpu-memory GIB")
+    lines = [
+        f"{'layout':<30s} {'GiB':>6s} {'bubble':>6s}  recompute (GPUs of {limit / GIB:.1f} GiB)"
+    ]
     for layout, asked in configurations(options).items():
-        config = fitted(resolve_device(asked, "cuda"), usable)
+        config = fitted(resolve_device(asked, "cuda"), limit)
+        fits = "" if peak_bytes(config) <= limit else ", and does not fit"
         lines.append(
             f"{layout:<30s} {peak_bytes(config) / GIB:6.1f} {planned_bubble(config):6.1%}  "
-            f"{config.train.recompute}"
+            f"{config.train.recompute}{fits}"
         )
     return "\n".join(lines)
 
 
+def usable_bytes(options: argparse.Namespace) -> float:
+    """What a run may take of a GPU's memory [bytes]; any amount without one."""
+    import torch
+
+    from megalite.planning.shared import USABLE
+
+    if options.gpu_memory is not None:
+        return USABLE * options.gpu_memory * GIB
+    if torch.cuda.is_available():
+        return USABLE * torch.cuda.get_device_properties(0).total_memory
+    return float("inf")
+
+
+def speed_flags(options: argparse.Namespace) -> str:
+    """Of all runs of the speed op."""
+    length = f"--steps {FIRST_TIMED - 1 + options.steps} --trace-steps {RECORDED}"
+    return f"{options.flags} {options.speed_flags} {length} {ALWAYS}"
+
+
+def loss_flags(options: argparse.Namespace) -> str:
+    """Of all runs of the loss op."""
+    return f"{options.flags} {options.loss_flags} --steps {options.loss_steps} {ALWAYS}"
+
+
 def configurations(options: argparse.Namespace) -> dict[str, Config]:
-    """The speed runs by layout, checked; nothing has been asked of this machine.
+    """The speed runs by layout, checked, as are those of losses; nothing has been asked of this
+    machine.
 
     Raises:
         ConfigError: all that is wrong with the flags of any run.
         ValueError: something is wrong with the other options.
     """
-    if options.steps < 1 or options.loss_steps < 2:
-        raise ValueError("--steps is at least 1, --loss-steps at least 2")
+    for name, least in (("steps", 1), ("loss_steps", 2)):
+        if getattr(options, name) < least:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {getattr(options, name)}: at least {least}")
     if options.share_gpu and options.op != LOSSES:
         raise ValueError("--share-gpu goes with --op losses: ranks that share a GPU are slow")
-    length = f"--steps {FIRST_TIMED - 1 + options.steps} --trace-steps {RECORDED}"
     found, problems = {}, []
     for layout in options.layouts:
         try:
-            flags = f"{options.flags} {options.speed_flags} {length} {layout}"
-            found[layout] = configuration(flags)
-            configuration(f"{loss_flags(options)} {layout}")
-            problems += [f"layout {layout}: {each}" for each in few(found[layout])]
+            runs = [
+                configuration(f"{flags(options)} {layout}") for flags in (speed_flags, loss_flags)
+            ]
+            wrong = [each for run in runs for each in too_few_micro_batches(run)]
+            found[layout] = runs[0]
         except ConfigError as error:
-            problems += [f"layout {layout}: {each}" for each in error.violations]
+            wrong = error.violations
+        problems += [f"layout {layout}: {each}" for each in dict.fromkeys(wrong)]
     if problems:
         raise ConfigError(problems)
     return found
-
-
-def few(config: Config) -> list[str]:
-    """What is wrong with the number of micro-batches."""
-    return list(filter(None, [too_few_micro_batches(config)]))
-
-
-def loss_flags(options: argparse.Namespace) -> str:
-    """Of all runs of the loss pass."""
-    return f"{options.flags} {options.loss_flags} --steps {options.loss_steps}"
 
 
 def prepared(options: argparse.Namespace) -> Bench:
@@ -184,93 +221,119 @@ def prepared(options: argparse.Namespace) -> Bench:
     asked = configurations(options)
     import torch
 
-    from megalite.parallel.devices import choose_device, own_machine, require_kernels
-    from megalite.planning.shared import USABLE
+    from megalite.parallel.devices import own_machine, require_kernels
 
-    usable = float("inf")
-    if torch.cuda.is_available():
-        usable = USABLE * torch.cuda.get_device_properties(0).total_memory
-    if options.gpu_memory is not None:
-        usable = options.gpu_memory * GIB
-    runs, problems, kinds = {}, list[str](), set()
+    gpus, kinds = torch.cuda.device_count(), set[str]()
+    problems = []
     for layout, config in asked.items():
-        try:
-            machine = own_machine(config.replace(tp=1, pp=1, dp=1) if options.share_gpu else config)
-            device, _ = choose_device(config, machine)
-            resolved = resolve_device(config, device)
-            require_kernels(device, [resolved.train.precision], machine)
-        except ConfigError as error:
-            problems += [f"layout {layout}: {each}" for each in error.violations]
-            continue
-        kinds.add(device)
-        runs[layout] = fitted(resolved, usable if device == "cuda" else float("inf"))
+        needed = 1 if options.share_gpu else config.world_size
+        kind = "cpu" if config.parallel.device == "cpu" else "cuda"
+        kinds.add(kind)
+        if kind == "cuda" and gpus < needed:
+            problems.append(
+                f"layout {layout}: needs {needed} GPUs, and this machine shows {gpus}; choose "
+                "others with --layouts, or put --device cpu among --flags"
+            )
     if problems:
         raise ConfigError(problems)
+    if len(kinds) > 1:
+        raise ValueError("--layouts: some are on a CPU and some on GPUs")
+    (kind,) = kinds
+    limit = usable_bytes(options) if kind == "cuda" else float("inf")
+    runs = {layout: fitted(resolve_device(c, kind), limit) for layout, c in asked.items()}
+    first = next(iter(runs.values()))
+    require_kernels(kind, [first.train.precision], own_machine(first.replace(tp=1, pp=1, dp=1)))
     flags = loss_flags(options)
-    gpus = torch.cuda.device_count() if kinds == {"cuda"} else 0
-    alone = resolve_device(configuration(flags), "cuda" if gpus else "cpu")
-    one_rank = "--offload-optimizer" if gpus and peak_bytes(alone) > usable else ""
-    ranks = max(config.world_size for config in runs.values())
-    device = devices("cuda" if gpus else "cpu", 1 if options.share_gpu else ranks)
-    where = {
-        **surroundings(options.commit, device),
-        "flags": f"{options.flags} {options.speed_flags}",
-        "loss_flags": flags,
-        "timed_steps": str(options.steps),
+    one_rank = {
+        case: alone(f"{flags} {more}", kind, limit) for case, more in agreement.MORE.items()
+    }
+    where = surroundings(options.commit, devices(kind))
+    if where["commit"] == "unknown":
+        raise ValueError("--commit: needed where there is no checkout to ask, to find rows by")
+    table = {
+        op: RowTable(options.csv, {**where, "flags": of(options)}, Row, show)
+        for op, of in ((SPEED, speed_flags), (LOSSES, loss_flags))
     }
     return Bench(
-        runs, flags, one_rank, gpus, options.share_gpu, RowTable(options.csv, where, Row, show)
+        runs=runs,
+        one_rank=one_rank,
+        losses={layout: f"{flags} {layout}" for layout in runs},
+        side_by_side=together(list(one_rank.values()), gpus) if kind == "cuda" else 0,
+        share=options.share_gpu,
+        table=table,
     )
 
 
+def alone(flags: str, kind: str, limit: float) -> str:
+    """The flags of a one-rank run, with its optimizer's states in the host's memory if they do not
+    fit into the GPU's."""
+    fits = peak_bytes(resolve_device(configuration(flags), kind)) <= limit
+    return flags if fits else f"{flags} {OFFLOADED}"
+
+
+def together(flags: Sequence[str], gpus: int) -> int:
+    """How many of some one-rank runs can go on side by side, by GPUs and the host's memory."""
+    from megalite.parallel.machine import free_host_bytes
+
+    configs = [resolve_device(configuration(each), "cuda") for each in flags]
+    most = max(rank.host for config in configs for rank in rank_estimates(config))
+    free = free_host_bytes()
+    by_memory = len(flags) if not most or free is None else free // most
+    return int(max(1, min(gpus, by_memory, len(flags))))
+
+
 def measure_speed(bench: Bench) -> int:
-    """Layouts without a good row, each in a start of its own; returns the worst exit code."""
+    """Layouts without a good row, each in a start of its own, those that failed before at last;
+    returns 1 if one failed, or the code of a stop."""
     print(f"{LEGEND}\n{HEAD}", flush=True)
-    there, worst = measured(bench.table.rows(), SPEED), 0
-    for layout, config in bench.runs.items():
-        if layout in there:
+    table, worst = bench.table[SPEED], 0
+    there, tried = measured(table.rows(), SPEED), {row.case for row in table.rows()}
+    for layout in sorted(bench.runs, key=lambda layout: layout in tried - there.keys()):
+        config = bench.runs[layout]
+        if layout in there and there[layout].recompute == config.train.recompute:
             print(show(there[layout]), flush=True)
             continue
-        code = start(layout, config, bench.table)
-        if code > 1:
+        code = start(layout, config, table)
+        if is_stop(code):
             return code
-        worst = max(worst, code)
         if code:
-            why = "the ranks ended; see above"
-            bench.table.add(Row(SPEED, layout, status=FAILED, note=why))
+            table.add(Row(SPEED, layout, status=FAILED, note=f"exit code {code}, see above"))
+        worst = max(worst, int(layout not in measured(table.rows(), SPEED)))
     return worst
 
 
 def start(layout: str, config: Config, table: RowTable[Row]) -> int:
-    """Start a layout's ranks, which add its row; returns their exit code."""
+    """Start a layout's ranks, which add its row; returns their exit code. The folder of a run that
+    failed stays: if ranks hung, their stacks are in it."""
     from eight_gpus.speed import measure_layout
 
     from megalite.data.mixture import prepare_mixture
     from megalite.parallel.launch import Prepared, launch
 
     job = partial(measure_layout, case=layout, mixture=prepare_mixture(config.data), table=table)
-    with tempfile.TemporaryDirectory(prefix="bench-eight-gpus-") as runs:
-        return launch(Prepared(config.replace(runs=runs, name="speed"), job, {}))
+    runs = tempfile.mkdtemp(prefix="bench-eight-gpus-")
+    code = launch(Prepared(config.replace(runs=runs, name="speed"), job, {}))
+    if code:
+        print(f"{layout}: exit code {code}; its folder: {runs}", file=sys.stderr, flush=True)
+    else:
+        shutil.rmtree(runs)
+    return code
 
 
 def measure_losses(bench: Bench) -> int:
     """Runs without a good row; returns 1 if one failed."""
     print("\nlosses", flush=True)
-    there, good = measured(bench.table.rows(), LOSSES), True
+    table = bench.table[LOSSES]
+    there = measured(table.rows(), LOSSES)
     for row in there.values():
         print(show(row), flush=True)
-    flags = f"{bench.losses} {ALWAYS}"
-    for group in agreement.ONE_RANK:
-        if missing := [case for case in group if case not in there]:
-            alone = f"{flags} {bench.one_rank}"
-            side_by_side = bench.gpus > 1
-            good &= agreement.measure_one_rank(
-                bench.table, missing, alone, note=bench.one_rank, side_by_side=side_by_side
-            )
-    for layout in bench.runs:
+    left = {case: flags for case, flags in bench.one_rank.items() if case not in there}
+    notes = {case: OFFLOADED if OFFLOADED in flags else "" for case, flags in left.items()}
+    good = agreement.measure_one_rank(table, left, notes, bench.side_by_side)
+    for layout, flags in bench.losses.items():
         if layout not in there:
             ranks = sharing_ranks(layout) if bench.share else [{}]
-            good &= agreement.measure_layout(bench.table, layout, flags, ranks)
+            good &= agreement.measure_layout(table, layout, flags, ranks)
     return 0 if good else 1
 
 

@@ -20,8 +20,8 @@ import argparse
 import sys
 from contextlib import ExitStack
 
-from loss_noise import FailedRunError, TrainingRun, Yardstick, describe
-from settings import sharing_ranks, words_and_settings
+from loss_noise import FailedRunError, Yardstick, describe, training_run
+from settings import on_gpu, sharing_ranks, words_and_settings
 
 from megalite.program import end
 
@@ -67,8 +67,8 @@ def compare(flags: list[str], options: argparse.Namespace) -> int:
         more, settings = words_and_settings(layout)
         ranks = sharing_ranks(layout) if options.share_gpu else [{}]
         ranks = [{**rank, **settings} for rank in ranks]
-        with TrainingRun([*flags, *more], ranks) as run:
-            verdict = yardstick.judge(run.losses())
+        with training_run([*flags, *more], ranks) as losses:
+            verdict = yardstick.judge(losses())
         failures += not verdict.is_noise
         print(f"{layout:<24s} {verdict.text}", flush=True)
     return min(1, failures)
@@ -82,12 +82,10 @@ def one_rank_losses(flags: list[str], draws: int) -> tuple[list[list[float]], li
     while len(found) < len(orders):
         with ExitStack() as held:
             together = [
-                held.enter_context(
-                    TrainingRun(order, [{"CUDA_VISIBLE_DEVICES": str(gpu)} if gpus > 1 else {}])
-                )
+                held.enter_context(training_run(order, [on_gpu(gpu) if gpus > 1 else {}]))
                 for gpu, order in enumerate(orders[len(found) :][:gpus])
             ]
-            found += [run.losses() for run in together]
+            found += [losses() for losses in together]
     return found[::2], found[1::2]
 
 

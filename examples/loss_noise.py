@@ -8,21 +8,26 @@ mean is within two standard errors of zero, or not larger than the yardstick's o
 
 The order of micro-batches changes sums of gradients alone. Over a few steps that is less than what
 rounding in the forward does, and tensor parallel ranks round their parts of a product, not the
-whole: their gradients are as near to fp32's as one rank's, but as far from one rank's. There the
-distance of one rank's run to the same run in fp32 is a second yardstick, and the larger one counts.
+whole: their gradients are as near to fp32's as one rank's, but as far from one rank's. So where
+there is one, the distance of one rank's run to the same run in fp32 is a second yardstick; a
+verdict says by which of them a run passes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 class FailedRunError(Exception):
@@ -58,20 +63,23 @@ class Yardstick:
     ):
         self.reference = forward[0]
         self.pairs = [differences(b, f) for f in forward for b in backward]
-        self.exact = [differences(e, f) for f in forward for e in exact]
-        self._by_order, self._by_rounding = _largest(self.pairs), _largest(self.exact)
-        self._offset = max(abs(statistics.mean(pair)) for pair in self.pairs + self.exact)
+        self._by_order = _largest(self.pairs)
+        self._to_exact = _largest([differences(e, f) for f in forward for e in exact])
+        self._offset = max(abs(statistics.mean(pair)) for pair in self.pairs)
 
     def judge(self, losses: Sequence[float]) -> Verdict:
         """A run with the same samples in the same steps."""
         found = differences(losses, self.reference)
+        largest = _largest([found])
         signless = abs(statistics.mean(found)) <= max(2 * standard_error(found), self._offset)
-        largest, noise = _largest([found]), max(self._by_order, self._by_rounding)
-        is_noise = signless and largest <= 2 * noise
         told = f"{describe(found)}, {_ratio(largest, self._by_order)} x the yardstick"
-        if self.exact:
-            told += f", {_ratio(largest, self._by_rounding)} x fp32's distance"
-        return Verdict(f"{told}: {'within noise' if is_noise else 'MORE THAN NOISE'}", is_noise)
+        if self._to_exact:
+            told += f", {_ratio(largest, self._to_exact)} x fp32's distance"
+        if signless and largest <= 2 * self._by_order:
+            return Verdict(f"{told}: within noise", True)
+        if signless and largest <= 2 * self._to_exact:
+            return Verdict(f"{told}: more than the order's noise, within that of rounding", True)
+        return Verdict(f"{told}: MORE THAN NOISE", False)
 
 
 def _largest(pairs: Sequence[Sequence[float]]) -> float:
@@ -82,49 +90,52 @@ def _ratio(largest: float, noise: float) -> str:
     return f"{largest / noise:.2f}" if noise else "0" if not largest else "inf"
 
 
-class TrainingRun:
-    """`python -m megalite.pretrain`, started; it ends with the block that holds this.
+@contextmanager
+def training_run(
+    flags: Sequence[str], processes: Sequence[Mapping[str, str]] = ({},)
+) -> Iterator[Callable[[], list[float]]]:
+    """`python -m megalite.pretrain`, started; it ends with the block.
 
     Args:
         flags: of the run.
         processes: environments of the processes to start, each in addition to this one's.
+
+    Yields:
+        A function that waits for the run and returns its training losses by step. It raises
+        FailedRunError if the run failed, whose folder then stays, or if a loss is not finite.
     """
+    runs = Path(tempfile.mkdtemp(prefix="training-run-"))
+    command = [sys.executable, "-m", "megalite.pretrain", *flags]
+    command += ["--runs", str(runs), "--name", "run"]
+    started: list[subprocess.Popen[bytes]] = []
+    failed = False
 
-    def __init__(self, flags: Sequence[str], processes: Sequence[Mapping[str, str]] = ({},)):
-        self._folder = tempfile.TemporaryDirectory(prefix="loss-noise-")
-        self._runs = Path(self._folder.name)
-        where = ["--runs", str(self._runs), "--name", "run"]
-        self._command = [sys.executable, "-m", "megalite.pretrain", *flags, *where]
-        self._said = [open(self._runs / f"{i}.txt", "w+") for i in range(len(processes))]
-        self._started = [
-            subprocess.Popen(
-                self._command, stdout=subprocess.DEVNULL, stderr=said, env={**os.environ, **more}
-            )
-            for said, more in zip(self._said, processes, strict=True)
-        ]
+    def losses() -> list[float]:
+        nonlocal failed
+        codes = [process.wait() for process in started]
+        failed = any(codes)
+        if failed:
+            told = [(runs / f"{number}.txt").read_text() for number in range(len(started))]
+            raise FailedRunError(f"{' '.join(command)}\nkept in {runs}\n{''.join(told)}")
+        lines = (runs / "run" / "metrics.jsonl").read_text().splitlines()
+        found = [float(r["loss"]) for line in lines if "loss" in (r := json.loads(line))]
+        for step, loss in enumerate(found, start=1):
+            if not math.isfinite(loss):
+                raise FailedRunError(f"{' '.join(command)}\nthe loss of step {step} is {loss}")
+        return found
 
-    def __enter__(self) -> TrainingRun:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for process, said in zip(self._started, self._said, strict=True):
+    try:
+        for number, more in enumerate(processes):
+            with open(runs / f"{number}.txt", "w") as said:
+                how: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": said}
+                started.append(subprocess.Popen(command, env={**os.environ, **more}, **how))
+        yield losses
+    finally:
+        for process in started:
             process.kill()
             process.wait()
-            said.close()
-        self._folder.cleanup()
-
-    def losses(self) -> list[float]:
-        """Wait; the training losses by step.
-
-        Raises:
-            FailedRunError: it failed.
-        """
-        codes = [process.wait() for process in self._started]
-        if any(codes):
-            told = [(self._runs / f"{i}.txt").read_text() for i in range(len(codes))]
-            raise FailedRunError(f"{' '.join(self._command)}\n{''.join(told)}")
-        lines = (self._runs / "run" / "metrics.jsonl").read_text().splitlines()
-        return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
+        if not failed:
+            shutil.rmtree(runs)
 
 
 def differences(ours: Sequence[float], reference: Sequence[float]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 
 
@@ -33,3 +34,9 @@ def sharing_ranks(layout: str) -> list[dict[str, str]]:
         }
         for rank in range(world_size)
     ]
+
+
+def on_gpu(number: int) -> dict[str, str]:
+    """What a process finds in its environment that is to see one of the GPUs that this one sees."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return {"CUDA_VISIBLE_DEVICES": seen.split(",")[number] if seen else str(number)}

@@ -24,17 +24,17 @@ def surroundings(of_commit: str | None, device: str) -> dict[str, str]:
     }
 
 
-def devices(kind: str, count: int) -> str:
-    """`2 x NVIDIA H200`.
+def devices(kind: str, count: int = 0) -> str:
+    """`2 x NVIDIA H200`, or the name alone.
 
     Args:
         kind: `cuda` or `cpu`.
-        count: of ranks, each with its own if they are GPUs.
+        count: of ranks, each with its own if they are GPUs; 0: not told.
     """
     import torch
 
     name = torch.cuda.get_device_name(0) if kind == "cuda" else "CPU"
-    return f"{count} x {name}"
+    return f"{count} x {name}" if count else name
 
 
 def commit() -> str:

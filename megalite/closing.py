@@ -50,6 +50,8 @@ def step_times(rank: Rank, events: Events) -> str:
     topology, size = groups.topology, groups.topology.world_size
     if size == 1:
         return ""
+    activity.begin("gathering where the time of steps went")
+    step_s = activity.samples.mean_step_s
     rank.store.set(f"times/{groups.world_rank}", json.dumps(activity.samples.ever()))
     if groups.world_rank > 0:
         return ""
@@ -60,10 +62,10 @@ def step_times(rank: Rank, events: Events) -> str:
         )
         for other, at in enumerate(places)
     }
-    told = table(shares, activity.step_s)
+    told = table(shares, step_s)
     if told:
-        events.write("times", step_s=round(activity.step_s, 6), ranks=list(shares.values()))
-        told = f"where the time of a step goes [ms of {1e3 * activity.step_s:.1f}]\n{told}"
+        events.write("times", step_s=round(step_s, 6), ranks=list(shares.values()))
+        told = f"where the time of a step goes [ms of {1e3 * step_s:.1f}]\n{told}"
     return told
 
 

@@ -25,6 +25,8 @@ PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
     {
         # Dense bf16, or fp16, from the vendors' data sheets, by a part of the device's name.
         "H100 PCIe": 756e12,
+        "H100 NVL": 835e12,
+        "H200 NVL": 835e12,
         "H100": 989e12,
         "H200": 989e12,
         "B200": 2250e12,

@@ -4,52 +4,50 @@ import."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
-from loss_noise import FailedRunError, TrainingRun, Yardstick
+from loss_noise import FailedRunError, Yardstick, training_run
 from row_table import RowTable
+from settings import on_gpu
 
 from eight_gpus.rows import FAILED, LOSSES, Row, measured
 
-FORWARD = tuple(f"one rank{again}" for again in ("", ", again"))
-BACKWARD = tuple(f"{case}, reversed" for case in FORWARD)
-REVERSED = "--reverse-micro-batches"
+FORWARD = ("one rank", "one rank, again")
+BACKWARD = ("one rank, reversed", "one rank, again, reversed")
 TRUTH = ("one rank, fp32",)
-ONE_RANK = (FORWARD, BACKWARD, TRUTH)
-"""Those of a group are run side by side, if there are GPUs enough."""
+MORE: Mapping[str, str] = {
+    **dict.fromkeys(FORWARD, ""),
+    **dict.fromkeys(BACKWARD, "--reverse-micro-batches"),
+    **dict.fromkeys(TRUTH, "--precision fp32"),
+}
+"""Flags of the one-rank cases, in order; fp32 takes longest."""
 
 
 def measure_one_rank(
-    table: RowTable[Row], cases: Iterable[str], flags: str, *, note: str, side_by_side: bool
+    table: RowTable[Row], flags: Mapping[str, str], notes: Mapping[str, str], side_by_side: int
 ) -> bool:
     """Rows of one-rank cases; whether all went well.
 
     Args:
         table: to add them to.
-        cases: of one group.
-        flags: of all runs.
-        note: on the rows.
-        side_by_side: each case has a GPU of its own, and all run at once.
+        flags: by case.
+        notes: by case, for the rows.
+        side_by_side: so many at once, each on a GPU of its own; 0: one after the other.
     """
-    cases, good = list(cases), True
-    for together in [cases] if side_by_side else [[case] for case in cases]:
+    left, good = list(flags), True
+    while left:
+        together, left = left[: side_by_side or 1], left[side_by_side or 1 :]
         with ExitStack() as held:
-            runs = {}
-            for number, case in enumerate(together):
-                place = {"CUDA_VISIBLE_DEVICES": str(number)} if side_by_side else {}
-                words = f"{flags} {_more(case)}".split()
-                runs[case] = held.enter_context(TrainingRun(words, [place]))
-            for case, run in runs.items():
-                good &= add(table, case, run, note)
+            runs = {
+                case: held.enter_context(
+                    training_run(flags[case].split(), [on_gpu(i) if side_by_side else {}])
+                )
+                for i, case in enumerate(together)
+            }
+            for case, losses in runs.items():
+                good &= add(table, case, losses, notes[case])
     return good
-
-
-def _more(case: str) -> str:
-    """Flags of a one-rank case."""
-    if case in TRUTH:
-        return "--precision fp32"
-    return REVERSED if case in BACKWARD else ""
 
 
 def measure_layout(
@@ -60,17 +58,17 @@ def measure_layout(
     Args:
         table: to add it to.
         case: the layout's flags.
-        flags: of all runs.
+        flags: of the run.
         ranks: environments of the processes to start.
     """
-    with TrainingRun(f"{flags} {case}".split(), ranks) as run:
-        return add(table, case, run)
+    with training_run(flags.split(), ranks) as losses:
+        return add(table, case, losses)
 
 
-def add(table: RowTable[Row], case: str, run: TrainingRun, note: str = "") -> bool:
+def add(table: RowTable[Row], case: str, losses: Callable[[], list[float]], note: str = "") -> bool:
     """Wait for a run and add its row; whether it went well."""
     try:
-        row = Row(LOSSES, case, losses=" ".join(map(repr, run.losses())), note=note)
+        row = Row(LOSSES, case, losses=" ".join(map(repr, losses())), note=note)
     except FailedRunError as error:
         print(error, file=sys.stderr, flush=True)
         row = Row(LOSSES, case, status=FAILED, note=str(error).strip().splitlines()[-1])
@@ -81,13 +79,14 @@ def add(table: RowTable[Row], case: str, run: TrainingRun, note: str = "") -> bo
 def judge(rows: Sequence[Row]) -> Iterator[tuple[str, str, bool]]:
     """Of each layout with losses: its flags, a verdict in words, whether it agrees."""
     found = measured(rows, LOSSES)
-    forward = [found[case].by_step() for case in FORWARD if case in found]
-    backward = [found[case].by_step() for case in BACKWARD if case in found]
-    rounded = [found[case].by_step() for case in TRUTH if case in found]
+    forward, backward, exact = (
+        [found[case].by_step() for case in cases if case in found]
+        for cases in (FORWARD, BACKWARD, TRUTH)
+    )
     if not forward or not backward:
         return
-    yardstick = Yardstick(forward, backward, rounded)
+    yardstick = Yardstick(forward, backward, exact)
     for case, row in found.items():
-        if case not in FORWARD + BACKWARD + TRUTH:
+        if case not in MORE:
             verdict = yardstick.judge(row.by_step())
             yield case, verdict.text, verdict.is_noise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from megalite import cli
 from megalite.config import Config
 from megalite.estimate import rank_estimates
@@ -34,20 +36,20 @@ def configuration(flags: str) -> Config:
     Raises:
         ConfigError: all that is wrong with the flags.
     """
-    words = f"{flags} {ALWAYS}".split()
-    return checked(cli.parse(words, prog="", description="", switches=PROGRAM.switches), None)
-
-
-def too_few_micro_batches(config: Config) -> str:
-    """What is wrong with them; empty if nothing is."""
-    least = MICRO_BATCHES * config.parallel.pp
-    if config.parallel.pp == 1 or config.num_micro_batches >= least:
-        return ""
-    return (
-        f"--global-batch-size {config.train.global_batch_size}: {config.num_micro_batches} "
-        f"micro-batches of {config.train.micro_batch_size} on {config.parallel.dp} data ranks; "
-        f"{config.parallel.pp} pipeline ranks need {least} here"
+    return checked(
+        cli.parse(flags.split(), prog="", description="", switches=PROGRAM.switches), None
     )
+
+
+def too_few_micro_batches(config: Config) -> Iterator[str]:
+    """What is wrong with them."""
+    least = MICRO_BATCHES * config.parallel.pp
+    if config.parallel.pp > 1 and config.num_micro_batches < least:
+        yield (
+            f"--global-batch-size {config.train.global_batch_size}: {config.num_micro_batches} "
+            f"micro-batches of {config.train.micro_batch_size} on {config.parallel.dp} data "
+            f"ranks; {config.parallel.pp} pipeline ranks need {least} here"
+        )
 
 
 def peak_bytes(config: Config) -> int:

@@ -17,7 +17,7 @@ class Row:
 
     Attributes:
         op, case: what was measured; a case is a layout's flags, or `one rank`.
-        ranks, micro_batches: of the layout; the latter of each data rank.
+        ranks, pp, micro_batches: of the layout; the last one of each data rank.
         recompute: as for `--recompute`.
         step_ms, spread: median of the timed steps, and (slowest - fastest) / median.
         predicted_ms: of a step, as simulated with the stages' times in the same run.
@@ -28,7 +28,8 @@ class Row:
         messages_ms: waited in a step for messages whose content was there, a rank's mean.
         comm_ms, comm_exposed_ms: of a step, a rank's mean: collectives, and those of them beside
             which no other kernel ran.
-        peak_gib, estimate_gib: memory of the rank that needs most, and what was predicted.
+        peak_gib, estimate_gib: memory of the rank that needs most, if it is a GPU's, and what was
+            predicted.
         losses: of all steps, with spaces between them.
         note: what else there is to say.
     """
@@ -37,6 +38,7 @@ class Row:
     case: str
     status: str = MEASURED
     ranks: int | None = None
+    pp: int | None = None
     micro_batches: int | None = None
     recompute: str = ""
     step_ms: float | None = None

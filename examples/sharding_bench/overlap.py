@@ -11,16 +11,28 @@ from torch.profiler import ProfilerActivity, profile
 Interval = tuple[float, float]
 
 
-def communication_ms(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
+def communication_ms(
+    step: Callable[[], object], ready: Callable[[], object], device: torch.device
+) -> tuple[float, float]:
     """Time of a step in which NCCL's collectives run, and in which no other kernel does [ms].
 
     Messages of a pipeline are left out: their kernels run while they wait for others' computing.
     Zeros on a CPU.
+
+    Args:
+        step: what is recorded.
+        ready: returns when all ranks have called it.
+        device: of this rank.
     """
     if device.type != "cuda":
         step()
         return 0.0, 0.0
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
+    how = {"activities": [ProfilerActivity.CUDA], "acc_events": True}
+    with profile(**how):
+        # The first profile of a process takes long to begin: others would seem to communicate.
+        torch.cuda.synchronize(device)
+    ready()
+    with profile(**how) as recorded:
         step()
         torch.cuda.synchronize(device)
     ours: list[Interval] = []

@@ -89,7 +89,11 @@ def _measure(rank: Rank, case: str, steps: int, mixture: Mixture) -> Row:
             if step == 1:
                 state = _allocated(device) - before
         peak = peak_memory_bytes(device)
-        comm, exposed = communication_ms(partial(trainer.train_step, WARM_UPS + steps), device)
+        comm, exposed = communication_ms(
+            partial(trainer.train_step, WARM_UPS + steps),
+            partial(rank.groups.wait_for_all, device),
+            device,
+        )
     if isinstance(trainer, Trainer):
         trainer.optimizer.validate()
         trainer.flat.release()

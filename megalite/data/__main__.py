@@ -17,7 +17,7 @@ from megalite.config_file import read_saved
 from megalite.data.ledger import Entry, ledger
 from megalite.data.record import NAME, read_record
 from megalite.errors import ConfigError
-from megalite.program import end
+from megalite.exit_codes import reader_gone
 from megalite.wording import counted
 
 SHOWN_CHARACTERS = 160
@@ -79,4 +79,9 @@ def _short(text: str) -> str:
 
 
 if __name__ == "__main__":
-    end(main)
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = reader_gone()
+    sys.exit(code)

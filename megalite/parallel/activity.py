@@ -138,6 +138,8 @@ class Activity:
         """
         now = time.monotonic()
         if self._kind == "step":
+            if self._durations:
+                self.samples.end_step(now - self.since)
             self._durations.append(now - self.since)
         self.phase, self.since, self._kind = phase, now, kind
         self.patient, self.allowance_s = patient, allowance_s

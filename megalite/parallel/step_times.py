@@ -30,6 +30,17 @@ class Samples:
     def __init__(self) -> None:
         self._lately: deque[str] = deque(maxlen=SAMPLES)
         self._ever: Counter[str] = Counter()
+        self._steps, self._steps_s = 0, 0.0
+
+    def end_step(self, seconds: float) -> None:
+        """A step has ended that was looked at; it took so long [s]."""
+        self._steps += 1
+        self._steps_s += seconds
+
+    @property
+    def mean_step_s(self) -> float:
+        """Of the steps that were looked at [s]; 0 before the first one has ended."""
+        return self._steps_s / max(1, self._steps)
 
     def add(self, doing: str, *, waits: bool) -> None:
         """One more: `stage 0, micro-batch 1, forward` counts as `forward`."""

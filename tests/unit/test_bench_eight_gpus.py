@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +17,21 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import bench_eight_gpus as bench
 from eight_gpus import agreement, goals
-from eight_gpus.agreement import BACKWARD, FORWARD, REVERSED, TRUTH
+from eight_gpus.agreement import BACKWARD, FORWARD, MORE, TRUTH
 from eight_gpus.layouts import FLAGSHIP, LAYOUTS, fitted, peak_bytes
 from eight_gpus.rows import FAILED, HEAD, LOSSES, SPEED, Row, show
 from kernel_bench.table import read
-from loss_noise import FailedRunError, Yardstick
+from loss_noise import FailedRunError, Yardstick, training_run
 from row_table import RowTable, row_of
 
 from megalite.config import resolve_device
+from megalite.exit_codes import ExitCode
+from megalite.parallel import machine
 
 EXAMPLES = Path(bench.__file__).parent
 TINY = (
     "--model tiny --num-layers 16 --num-attention-heads 8 --num-kv-heads 8 --seq-length 32 "
-    "--micro-batch-size 1 --global-batch-size 32"
+    "--micro-batch-size 1 --global-batch-size 32 --device cpu"
 )
 
 
@@ -51,7 +57,7 @@ def test_what_does_not_fit_computes_activations_again() -> None:
     assert fitted(config, need) == config
     again = fitted(config, need - 1)
     assert again == config.replace(recompute="full") and peak_bytes(again) < need
-    told = bench.plan(options("--gpu-memory", "70"))
+    told = bench.plan(options("--gpu-memory", "80"))
     rows = {line[:30].strip(): line.split()[-1] for line in told.splitlines()[1:]}
     assert rows == dict.fromkeys(LAYOUTS, "none") | {
         "--dp 8 --zero 1": "full",
@@ -62,7 +68,14 @@ def test_what_does_not_fit_computes_activations_again() -> None:
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
-        (["--steps", "0"], ["--steps is at least 1"]),
+        (["--steps", "0"], ["--steps 0: at least 1"]),
+        (["--loss-steps", "1"], ["--loss-steps 1: at least 2"]),
+        (["--plan"], ["--plan: this machine has no GPU; say what one has with --gpu-memory"]),
+        (["--layouts", "--tp 8"], ["layout --tp 8: needs 8 GPUs, and this machine shows 0"]),
+        (
+            ["--loss-flags", "--global-batch-size 8", "--layouts", "--pp 8"],
+            ["layout --pp 8: --global-batch-size 8: 8 micro-batches"],
+        ),
         (["--share-gpu"], ["--share-gpu goes with --op losses"]),
         (["--layouts", "--tp 3", "--zp 2"], ["layout --tp 3: ", "layout --zp 2: "]),
         (
@@ -82,7 +95,7 @@ def test_bad_input_is_told_before_anything_runs(words, messages, capsys) -> None
 
 
 def row(case: str = FLAGSHIP, **values: Any) -> Row:
-    return Row(**{"op": SPEED, "case": case, "recompute": "none", **values})
+    return Row(**{"op": SPEED, "case": case, "recompute": "none", "pp": 2, **values})
 
 
 def test_cells_stand_under_their_heads() -> None:
@@ -104,7 +117,8 @@ def test_goals_of_speed_and_memory() -> None:
     times = dict(step_ms=109.0, predicted_ms=100.0, peak_gib=50.0, estimate_gib=56.0)
     found = verdicts(
         row(mfu=0.45, **times),
-        row("--tp 8", mfu=0.519, **times | dict(step_ms=111.0, estimate_gib=54.0)),
+        row("--pp 2", mfu=0.519, **times | dict(step_ms=111.0, estimate_gib=54.0)),
+        row("--tp 8", pp=1, step_ms=150.0, predicted_ms=100.0),
         row("--pp 8", status=FAILED),
     )
     assert found == {
@@ -112,10 +126,13 @@ def test_goals_of_speed_and_memory() -> None:
         "best layout: MFU >= 52%": False,
         "--tp 4 --pp 2: step within 10% of the simulator's": True,
         "--tp 4 --pp 2: memory within 10% of the prediction": False,
-        "--tp 8: step within 10% of the simulator's": False,
-        "--tp 8: memory within 10% of the prediction": True,
+        "--pp 2: step within 10% of the simulator's": False,
+        "--pp 2: memory within 10% of the prediction": True,
+        "--pp 8: trains": False,
     }
-    assert list(verdicts(row(**times))) == ["--tp 4 --pp 2: step within 10% of the simulator's"]
+    on_a_cpu = row(**times | dict(peak_gib=None))
+    assert list(verdicts(on_a_cpu)) == ["--tp 4 --pp 2: step within 10% of the simulator's"]
+    assert "--pp 8: trains" not in verdicts(row("--pp 8", status=FAILED), row("--pp 8"))
 
 
 def losses(case: str, *values: float) -> Row:
@@ -140,68 +157,146 @@ def test_differences_with_a_sign_are_no_noise() -> None:
     assert not drift.is_noise and "MORE THAN NOISE" in drift.text
 
 
-def test_the_larger_noise_counts() -> None:
+def test_a_verdict_says_by_which_noise() -> None:
     ours = [1.003, 0.997, 1.003, 0.997]
     forward, backward = [[1.0] * 4], [[1.001, 0.999, 1.001, 0.999]]
     assert not Yardstick(forward, backward).judge(ours).is_noise
     told = Yardstick(forward, backward, [[1.002, 0.998, 1.002, 0.998]]).judge(ours)
-    assert told.is_noise and "3.00 x the yardstick, 1.50 x fp32's distance" in told.text
+    assert told.is_noise
+    words = "3.00 x the yardstick, 1.50 x fp32's distance: more than the order's noise, within that"
+    assert words in told.text
     assert "inf x the yardstick" in Yardstick(forward, forward).judge(ours).text
+    # A sign that only fp32's distance has is none of the layouts'.
+    drifts = Yardstick(forward, backward, [[1.01] * 4]).judge([1.004, 1.0042, 1.0038, 1.004])
+    assert not drifts.is_noise
+
+
+def fake_run(folder: Path, monkeypatch, script: str) -> None:
+    """`megalite.pretrain` is a script that gets the run's flags."""
+    (folder / "megalite").mkdir()
+    (folder / "megalite/__init__.py").touch()
+    (folder / "megalite/pretrain.py").write_text(script)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.chdir(folder)
+
+
+WRITES = """
+import sys, pathlib
+folder = pathlib.Path(sys.argv[sys.argv.index("--runs") + 1]) / "run"
+folder.mkdir()
+(folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\\n{"step": 2, "loss": %s}\\n')
+"""
+
+
+def test_losses_of_a_run(tmp_path, monkeypatch) -> None:
+    fake_run(tmp_path, monkeypatch, WRITES % "1.5")
+    with training_run(["--tp", "2"]) as losses:
+        assert losses() == [2.5, 1.5]
+
+
+def test_a_loss_that_is_not_finite_fails_the_run(tmp_path, monkeypatch) -> None:
+    fake_run(tmp_path, monkeypatch, WRITES % '"nan"')
+    table = RowTable(tmp_path / "a.csv", {"commit": "abc"}, Row, show)
+    assert not agreement.measure_layout(table, "--tp 2", "--tp 2", [{}])
+    (row,) = table.rows()
+    assert (row.status, row.note) == (FAILED, "the loss of step 2 is nan")
+
+
+def test_a_run_that_fails_keeps_its_folder_and_one_that_is_left_ends(tmp_path, monkeypatch) -> None:
+    fake_run(
+        tmp_path,
+        monkeypatch,
+        "import sys, time\nif 'x' in sys.argv: sys.exit('why')\ntime.sleep(600)",
+    )
+    with training_run(["x"], [{}, {}]) as losses, pytest.raises(FailedRunError) as failed:
+        losses()
+    assert str(failed.value).count("why") == 2
+    folder = Path(re.search(r"kept in (\S+)", str(failed.value))[1])
+    assert folder.is_dir()
+    shutil.rmtree(folder)
+    begun = time.monotonic()
+    with suppress(KeyboardInterrupt), training_run(["y"]):
+        raise KeyboardInterrupt
+    assert time.monotonic() - begun < 30
 
 
 # --- going on ---
 
 
-def test_what_has_a_good_row_is_not_measured_again(tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("code", [1, ExitCode.HUNG, ExitCode.INTERNAL])
+def test_what_fails_does_not_keep_the_others(code, tmp_path, monkeypatch, capsys) -> None:
+    """It is tried again by the next call, after the others; what has a good row is not."""
     started: list[str] = []
 
     def start(layout: str, _config: object, table: RowTable[Row]) -> int:
         started.append(layout)
         if layout == "--tp 2" and started.count(layout) == 1:
-            return 1
+            return code
         table.add(row(layout, step_ms=1.0))
         return 0
 
     monkeypatch.setattr(bench, "start", start)
     words = ["--op", "speed", "--flags", TINY, "--csv", str(tmp_path / "a.csv"), "--commit", "abc"]
-    layouts = ["--layouts", "--pp 2", "--tp 2", "--dp 2"]
+    layouts = ["--layouts", "--tp 2", "--pp 2", "--dp 2"]
     assert bench.main([*words, *layouts]) == 1
-    assert "--tp 2                         failed: the ranks ended" in capsys.readouterr().out
-    assert bench.main([*words, *layouts]) == 0
-    assert started == ["--pp 2", "--tp 2", "--dp 2", "--tp 2"]
+    told = capsys.readouterr().out
+    assert f"--tp 2                         failed: exit code {code}" in told
+    assert "missed  --tp 2: trains" in told
+    assert bench.main([*words, *layouts, "--tp 4"]) == 0
+    assert started == ["--tp 2", "--pp 2", "--dp 2", "--tp 4", "--tp 2"]
     assert bench.main([*words[:-1], "def", *layouts]) == 0, "other code is another figure"
-    assert len(started) == 7
+    assert len(started) == 8
+    assert bench.main([*words, "--loss-flags", "--lr 1e-3", *layouts]) == 0
+    assert len(started) == 8, "the other op's flags are none of its business"
+    again = [f"{layout} --recompute full" for layout in layouts[1:2]]
+    assert bench.main([*words, "--layouts", *again]) == 0 and started[8:] == again
+
+
+def test_a_stop_stops_all(tmp_path, monkeypatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(bench, "start", lambda layout, *_: started.append(layout) or 143)
+    words = ["--flags", TINY, "--csv", str(tmp_path / "a.csv"), "--commit", "abc"]
+    assert bench.main([*words, "--layouts", "--tp 2", "--pp 2"]) == 143
+    assert started == ["--tp 2"]
 
 
 def test_losses_go_on_too(tmp_path, monkeypatch, capsys) -> None:
     ran: list[str] = []
 
-    class Run:
-        def __init__(self, flags: list[str], _processes: object):
-            self._flags = flags
-            ran.append(" ".join(flags))
+    @contextmanager
+    def run(flags: list[str], _processes: object):
+        ran.append(" ".join(flags))
 
-        def __enter__(self) -> Run:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def losses(self) -> list[float]:
-            if "--tp" in self._flags and len(ran) < 7:
+        def losses() -> list[float]:
+            if "--tp" in flags and len(ran) < 7:
                 raise FailedRunError("the command\nwhy it failed")
-            return [2.0, 1.001 if REVERSED in self._flags else 1.0]
+            return [2.0, 1.001 if "--reverse-micro-batches" in flags else 1.0]
 
-    monkeypatch.setattr(agreement, "TrainingRun", Run)
+        yield losses
+
+    monkeypatch.setattr(agreement, "training_run", run)
     words = ["--op", "losses", "--flags", TINY, "--csv", str(tmp_path / "a.csv"), "--commit", "abc"]
     words += ["--layouts", "--tp 2"]
     assert bench.main(words) == 1
-    assert [REVERSED in flags for flags in ran] == [*[False] * 2, *[True] * 2, *[False] * 2]
-    assert ran[4].endswith("--precision fp32")
+    assert [flags.endswith(more) for flags, more in zip(ran, MORE.values(), strict=False)] == [
+        True
+    ] * 5
     assert "failed: why it failed" in capsys.readouterr().out
     assert bench.main(words) == 0
-    assert len(ran) == 7 and ran[-1].endswith("--tp 2") and "--loss" not in ran[-1]
+    assert len(ran) == 7 and ran[-1].endswith("--no-save-weights --tp 2")
     assert "met     --tp 2: losses are one rank's" in capsys.readouterr().out
+
+
+def test_one_rank_runs_share_the_hosts_memory(monkeypatch) -> None:
+    """Each that is offloaded pins 96 GiB of the 8B model's states."""
+    flags = [f"{bench.loss_flags(options())} {more}" for more in MORE.values()]
+    limit = bench.usable_bytes(options("--gpu-memory", "139.8"))
+    flags = [bench.alone(each, "cuda", limit) for each in flags]
+    assert [bench.OFFLOADED in each for each in flags] == [True] * 4 + [False]
+    for free, count in ((560, 5), (200, 2), (50, 1)):
+        monkeypatch.setattr(machine, "free_host_bytes", lambda free=free: free * 2**30)
+        assert bench.together(flags, 8) == count
+    assert bench.together([each.replace(bench.OFFLOADED, "") for each in flags], 2) == 2
 
 
 # --- the command ---

@@ -158,7 +158,7 @@ def test_every_flipped_bit_is_found_and_named(tmp_path: Path, count: int) -> Non
 
 @pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.full)])
 def test_every_flipped_bit_of_a_header_is_found(tmp_path: Path, stride: int) -> None:
-    """One makes `[0,16]` the single number `[0.16]`."""
+    """One makes `[0,16]` the single number `[0.16]`. Every 23rd is of every place in a byte."""
     folder = save(tmp_path, 1)
     path = folder / "rank-00000.safetensors"
     data = path.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megalite.parallel.activity import Activity
 from megalite.parallel.hang import State
 from megalite.parallel.step_times import ROWS, SAMPLES, WAITING, Samples, table
 
@@ -20,6 +21,18 @@ def test_shares_of_what_was_seen() -> None:
     assert shares == {"backward": 0.5, WAITING: 0.5}
     assert State.from_json(State(0, 1, "", "", 0.0, shares=shares).to_json()).shares == shares
     assert samples.ever() == pytest.approx({"backward": 49 / 74, WAITING: 25 / 74})
+
+
+def test_time_of_the_steps_that_are_looked_at() -> None:
+    """The first one, which compiles and allocates, is not."""
+    activity = Activity()
+    assert activity.samples.mean_step_s == 0
+    for seconds in (5.0, 1.0, 2.0):
+        activity.begin("step", "step")
+        activity.since -= seconds
+    activity.begin("the end")
+    assert activity.samples.mean_step_s == pytest.approx(1.5, abs=0.1)
+    assert activity.step_s == pytest.approx(2.0, abs=0.1)
 
 
 def test_a_row_of_each_rank() -> None:
