@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import bench_eight_gpus as bench
 from eight_gpus import agreement, goals
-from eight_gpus.agreement import BACKWARD, FORWARD, MORE, TRUTH
+from eight_gpus.agreement import BACKWARD, FORWARD, MORE
 from eight_gpus.layouts import FLAGSHIP, LAYOUTS, fitted, peak_bytes
 from eight_gpus.rows import FAILED, HEAD, LOSSES, SPEED, Row, show
 from kernel_bench.table import read
@@ -323,15 +323,21 @@ def test_the_command_on_two_ranks(tmp_path: Path) -> None:
     assert found.tokens_per_s == pytest.approx(32 * 32 / found.step_ms * 1e3 / 2, rel=1e-5)
 
 
+DRY = dict(zip(LAYOUTS, (4, 8, 2, 2, 2, 1, 1, 1), strict=True))
+"""Micro-batch sizes with which eight ranks on two cores come to an end: the samples stay."""
+
+
 @pytest.mark.full
 def test_every_layout_on_eight_ranks(tmp_path: Path) -> None:
-    """In fp32 layouts differ by less than the order of sums does in bf16: the bound is plain."""
+    """In fp32, in which layouts agree to its rounding."""
     csv = tmp_path / "a.csv"
-    command(csv, "--steps", "2", "--loss-steps", "6")
+    layouts = [f"{layout} --micro-batch-size {size}" for layout, size in DRY.items()]
+    command(csv, "--steps", "2", "--loss-steps", "4", "--layouts", *layouts)
     found = [row_of(Row, each) for each in read(csv)]
-    speed = {each.case: each for each in found if each.op == SPEED}
-    assert tuple(speed) == LAYOUTS and all(each.ranks == 8 for each in speed.values())
+    speed = [each for each in found if each.op == SPEED]
+    assert [(each.case, each.ranks) for each in speed] == [(layout, 8) for layout in layouts]
     trained = {each.case: each.by_step() for each in found if each.op == LOSSES}
-    assert set(trained) == {*FORWARD, *BACKWARD, *TRUTH, *LAYOUTS}
+    assert set(trained) == {*MORE, *layouts}
     for case, by_step in trained.items():
+        assert len(by_step) == 4
         assert by_step == pytest.approx(trained[FORWARD[0]], rel=1e-5), case
