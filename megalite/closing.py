@@ -72,6 +72,8 @@ def step_times(rank: Rank, events: Events) -> str:
 def stop(rank: Rank, result: Result, events: Events) -> int:
     """The end of a run that was asked to stop, once nothing is left to write but that."""
     times = step_times(rank, events)
+    if rank.stop.at_once():
+        return ExitCode.STOPPED
     by = rank.stop.by.name if rank.stop.by else "a signal to another rank"
     events.write("stop", step=result.steps, why=by, code=ExitCode.STOPPED)
     if rank.groups.world_rank == 0:

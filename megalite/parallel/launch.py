@@ -44,7 +44,7 @@ from megalite.parallel.machine import Machine, find_machine
 from megalite.parallel.progress import GpuProgress
 from megalite.parallel.stop import STOPS, StopRequest, ignore_stops
 from megalite.parallel.supervise import Asking, supervise
-from megalite.parallel.watchdog import Watchdog
+from megalite.parallel.watchdog import Watchdog, stops_at_once
 
 RENDEZVOUS_LIMIT = timedelta(seconds=300)
 """How long ranks wait for the first sign of each other."""
@@ -205,6 +205,7 @@ def run_rank(
     store = dist.PrefixStore(world.job, store)
     board = dist.PrefixStore(WATCH, board or store.clone())  # type: ignore[attr-defined]
     activity, stop = Activity(), StopRequest()
+    stop.at_once = partial(stops_at_once, board)
     with Watchdog(board, world.rank, world.size, activity, stop) as watchdog:
         try:
             machine = find_machine(store, world)

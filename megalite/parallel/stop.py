@@ -56,11 +56,13 @@ class StopRequest:
     Attributes:
         by: the signal that asked; None: nobody did.
         is_heeded: whether a step will see it.
+        at_once: whether somebody ends all ranks, and says so, without waiting for that step.
     """
 
     def __init__(self) -> None:
         self.by: signal.Signals | None = None
         self.is_heeded = False
+        self.at_once: Callable[[], bool] = lambda: False
         self._since = 0.0
         self._ears: tuple[socket.socket, socket.socket] | None = None
         self._terminated = False

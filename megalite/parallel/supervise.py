@@ -15,7 +15,7 @@ from megalite.events import Events
 from megalite.exit_codes import RETRIED, ExitCode
 from megalite.parallel.failures import Ending
 from megalite.parallel.stop import StopRequest, heed
-from megalite.parallel.watchdog import STOP, read_states
+from megalite.parallel.watchdog import AT_ONCE, STOP, read_states
 
 
 class Asking:
@@ -46,6 +46,14 @@ class Asking:
     def ask(self, by: signal.Signals) -> bool:
         """Answer a signal; returns False if all ranks have to be stopped at once: none of them
         would heed it yet, or it is not the first one."""
+        is_heeded = self._pass_on(by)
+        if not is_heeded and self._board is not None:
+            # One that has begun to listen since would stop in order, and say so.
+            self._board.set(AT_ONCE, by.name)
+        return is_heeded
+
+    def _pass_on(self, by: signal.Signals) -> bool:
+        """See `ask`."""
         if not self.is_asked:
             board = self._board
             states = [] if board is None else read_states(board, self._size)

@@ -54,6 +54,9 @@ TURN_S = 0.1
 STOP = "stop"
 """Under this key a launcher leaves the name of the signal by which it was asked to stop."""
 
+AT_ONCE = "stop at once"
+"""Likewise, if it doesn't wait for the ranks to do so in order."""
+
 STACKS = "stacks"
 """Folder in that of the run."""
 
@@ -318,6 +321,14 @@ def silence() -> None:
 def last_words(store: dist.Store, size: int) -> str:
     """The table of what each rank last said, for a launcher whose ranks are gone."""
     return "\n".join(f"  {line}" for line in explain(read_states(store, size), (), {}).table)
+
+
+def stops_at_once(store: dist.Store) -> bool:
+    """Whether the launcher ends all ranks, and says so itself."""
+    try:
+        return bool(store.check([AT_ONCE]))
+    except dist.DistError:
+        return True  # it has gone
 
 
 def steps_begun(store: dist.Store, size: int) -> int:

@@ -58,13 +58,15 @@ class World:
 
     def run(self, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> None:
         with ExitStack() as stack:
-            for dog in self.dogs():
-                stack.enter_context(dog)
+            dogs = [stack.enter_context(dog) for dog in self.dogs()]
             until = time.monotonic() + seconds
             while time.monotonic() < until and not self.ended:
                 meanwhile()
                 time.sleep(0.02)
             time.sleep(1.0 if self.ended else 0.0)
+            for dog in dogs:
+                # Together: one that looks on while the other leaves would have something to say.
+                dog._ended.set()
 
 
 @pytest.fixture
