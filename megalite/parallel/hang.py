@@ -143,7 +143,7 @@ def explain(
                 f"rank {rank} never arrived: it is in {_place(state)}; {_whom(waits, rank)}"
             )
     return Explanation(
-        tuple(culprits or _circle(waits) or _fewest_phases(states, waits)),
+        tuple(culprits or _circle(waits, states) or _fewest_phases(states, waits)),
         tuple(_line(rank, state, rank in lost) for rank, state in enumerate(states)),
     )
 
@@ -228,8 +228,8 @@ def _whom(waits: Mapping[int, _Waits], rank: int) -> str:
     return f"ranks {names} wait for it" if len(waiting) > 1 else f"rank {names} waits for it"
 
 
-def _circle(waits: Mapping[int, _Waits]) -> list[str]:
-    """Ranks that wait for each other."""
+def _circle(waits: Mapping[int, _Waits], states: Sequence[State | None]) -> list[str]:
+    """Ranks that wait for each other, and in what."""
     start = next((rank for rank, edges in waits.items() if edges.ranks), None)
     if start is None:
         return []
@@ -237,8 +237,22 @@ def _circle(waits: Mapping[int, _Waits]) -> list[str]:
     while path[-1] not in path[:-1] and waits.get(path[-1], _Waits()).ranks:
         path.append(min(waits[path[-1]].ranks))
     circle = path[path.index(path[-1]) :]
-    steps = ", ".join(f"rank {a} for rank {b}" for a, b in pairwise(circle))
+    steps = ", ".join(f"rank {a} for rank {b}{_in_what(states[a])}" for a, b in pairwise(circle))
     return [f"ranks wait for each other: {steps}"]
+
+
+def _in_what(state: State | None) -> str:
+    """What a rank that waits is in."""
+    if state is None:
+        return ""
+    found = [_collective(calls, group) for group, calls in state.calls.items() if calls.waiting]
+    return f" in {(found or [state.awaits])[0]}" if found or state.awaits else ""
+
+
+def _collective(calls: Calls, group: str) -> str:
+    """`broadcast (number 7 of its data group)`: the one that is waited for."""
+    name = calls.names.get(calls.waiting, "a collective")
+    return f"{name} (number {calls.waiting} of its {group} group)"
 
 
 def _fewest_phases(states: Sequence[State | None], waits: Mapping[int, _Waits]) -> list[str]:
@@ -262,11 +276,8 @@ def _line(rank: int, state: State | None, is_lost: bool) -> str:
     for group, calls in state.calls.items():
         if calls.waiting:
             others = ", ".join(str(other) for other in calls.ranks if other != rank)
-            text += (
-                f", waiting in {calls.names.get(calls.waiting, 'a collective')} (number "
-                f"{calls.waiting} of its {group} group) with "
-                f"rank{'s' if len(calls.ranks) > 2 else ''} {others}"
-            )
+            several = "s" if len(calls.ranks) > 2 else ""
+            text += f", waiting in {_collective(calls, group)} with rank{several} {others}"
     text += f"; GPU in {state.device}" if state.device else ""
     if state.ended:
         return f"{text}; ended"

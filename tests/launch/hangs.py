@@ -219,7 +219,15 @@ HANGS: dict[str, Hang] = {
     "never starts": Hang(
         never_starts, 3, TP_PP, ("rank 3 never arrived", "start: building the model")
     ),
-    "extra collective": Hang(extra_collective, 0, dict(dp=2, tp=2), ("ranks 0 and 2", "broadcast")),
+    "extra collective": Hang(
+        extra_collective,
+        0,
+        dict(dp=2, tp=2),
+        (
+            "ranks wait for each other: rank 0 for rank 2 in broadcast",
+            "rank 2 for rank 0 in reduce_",
+        ),
+    ),
     "never saved": Hang(never_saved, 2, TP_PP, ("rank 2 is behind all others", "starting to save")),
     "wrong order": Hang(
         wrong_order,

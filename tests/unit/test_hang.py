@@ -85,7 +85,8 @@ def test_the_end_of_a_chain_is_the_culprit() -> None:
 def test_ranks_in_a_circle() -> None:
     circle = [state(rank, awaits="x", peer=(rank + 1) % 3) for rank in range(3)]
     assert explain(circle, (), {}).culprits == (
-        "ranks wait for each other: rank 0 for rank 1, rank 1 for rank 2, rank 2 for rank 0",
+        "ranks wait for each other: rank 0 for rank 1 in x, rank 1 for rank 2 in x, "
+        "rank 2 for rank 0 in x",
     )
 
 
