@@ -45,8 +45,8 @@ from eight_gpus.layouts import (
     planned_bubble,
     too_few_micro_batches,
 )
-from eight_gpus.rows import FAILED, HEAD, LEGEND, LOSSES, SPEED, Row, measured, show
-from row_table import RowTable
+from eight_gpus.rows import HEAD, LEGEND, LOSSES, SPEED, Row, show
+from row_table import FAILED, RowTable, measured
 from schedule_bench.case import FIRST_TIMED, RECORDED
 from settings import sharing_ranks
 from surroundings import devices, surroundings

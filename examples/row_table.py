@@ -6,13 +6,31 @@ No torch import.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from kernel_bench.table import append, check_columns, read
 
+MEASURED, FAILED = "ok", "failed"
+"""Of a row's field `status`."""
+
+
+class CaseRow(Protocol):
+    """A row of one case of one op."""
+
+    @property
+    def op(self) -> str: ...  # noqa: D102
+
+    @property
+    def case(self) -> str: ...  # noqa: D102
+
+    @property
+    def status(self) -> str: ...  # noqa: D102
+
+
 R = TypeVar("R")
+C = TypeVar("C", bound=CaseRow)
 
 
 class RowTable(Generic[R]):
@@ -52,6 +70,11 @@ class RowTable(Generic[R]):
             for each in found
             if all(each[name] == self._where[name] for name in same)
         ]
+
+
+def measured(rows: Iterable[C], op: str) -> dict[str, C]:
+    """The last good row of each case of an op."""
+    return {row.case: row for row in rows if row.op == op and row.status == MEASURED}
 
 
 def field_names(kind: type) -> list[str]:

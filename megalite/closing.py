@@ -18,6 +18,7 @@ from megalite.events import Events, events_file, goodput, read_events
 from megalite.exit_codes import ExitCode
 from megalite.figures import Result
 from megalite.metrics import peak_memory_bytes
+from megalite.output import say
 from megalite.parallel.launch import Rank
 from megalite.parallel.step_times import table
 from megalite.resume import Candidate
@@ -80,13 +81,13 @@ def stop(rank: Rank, result: Result, events: Events) -> int:
         steps = rank.config.train.steps
         print(f"megalite: stopped by {by} after step {result.steps} of {steps}", file=sys.stderr)
         saved = rank.config.checkpoint.save
-        print(
+        say(
             f"checkpoint in {saved}; the same command goes on from it"
             if saved
             else "nothing is saved without --save: the run would begin anew"
         )
-        print("\n".join(filter(None, (times, str(goodput(read_events(events_file(rank.config))))))))
-        sys.stdout.flush()
+        spent = str(goodput(read_events(events_file(rank.config))))
+        say("\n".join(filter(None, (times, spent))))
     # The first rank to leave with a code of its own has the launcher end the others.
     rank.groups.activity.begin("the end")
     rank.groups.wait_for_all(rank.device)

@@ -5,9 +5,6 @@ A run that a signal stops at once ends with 128 + the signal's number.
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
 from enum import IntEnum
 
 
@@ -31,9 +28,3 @@ class ExitCode(IntEnum):
 
 RETRIED = frozenset({1, ExitCode.HUNG, ExitCode.INTERNAL})
 """After these --max-restarts starts all ranks again; 1 is Python's own."""
-
-
-def reader_gone() -> int:
-    """Print no more, as who read it has read enough (`| head`); returns the exit code."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE

@@ -20,6 +20,7 @@ from torch import Tensor
 from megalite.config import Config
 from megalite.data.mixture import Evaluated, Mixture
 from megalite.estimate import flops_per_token
+from megalite.output import say
 
 PEAK_FLOPS: Mapping[str, float] = MappingProxyType(
     {
@@ -212,7 +213,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         self._clear_bar()
-        print(text, flush=True)
+        say(text)
 
     def _line(self, record: Mapping[str, Any]) -> str:
         steps = self._config.train.steps

@@ -28,6 +28,7 @@ from megalite.errors import ConfigError, RunError
 from megalite.events import Events, environment, events_file, goodput, read_events
 from megalite.exit_codes import ExitCode
 from megalite.faults import banner
+from megalite.output import say
 from megalite.parallel.environment import World
 from megalite.pipeline.text import plan_text
 from megalite.planning.choice import choose_by_estimate, has_choice, without_choice
@@ -244,9 +245,9 @@ def _train(
             _open_run(config, "\n".join(lines), rank.device, device_line, told, folder)
             if injected := banner(os.environ, rank.attempt):
                 print(f"{injected}\n", file=sys.stderr, flush=True)
-            print(chosen, end="", flush=True)
+            say(chosen, end="")
         groups.activity.begin("start: looking for a checkpoint", patient=True)
-        tell = partial(print, flush=True) if first else nothing
+        tell = say if first else nothing
         start = start_point(config, groups.world_rank, rank.store, rank.attempt, tell)
         groups.activity.begin("start: building the model")
         trainer = Trainer(config, samples, groups, rank.device, costs, rank.stop, rank.faults)
@@ -308,7 +309,7 @@ def _open_run(
     if is_file(config.parallel.schedule):
         # The file may be edited later.
         (folder / "plan.txt").write_text(plan_text(run_plan(config)), encoding="utf-8")
-    print(
+    say(
         report.opening(
             config,
             version=megalite.__version__,
@@ -318,8 +319,7 @@ def _open_run(
             folder=str(folder),
             notes=told,
         )
-        + "\n",
-        flush=True,
+        + "\n"
     )
 
 

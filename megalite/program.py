@@ -17,8 +17,8 @@ from megalite import cli
 from megalite.check import check
 from megalite.config import Config, resolve
 from megalite.errors import ConfigError
-from megalite.exit_codes import reader_gone
 from megalite.faults import wrong_faults
+from megalite.output import reader_gone
 from megalite.parallel.environment import World, detect_world, wrong_variables
 from megalite.parallel.stop import STOPS, ignore_stops, raise_at
 

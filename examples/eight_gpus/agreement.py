@@ -6,21 +6,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 
 from loss_noise import FailedRunError, Yardstick, training_run
-from row_table import RowTable
+from row_table import FAILED, RowTable, measured
 from settings import on_gpu
 
-from eight_gpus.rows import FAILED, LOSSES, Row, measured
+from eight_gpus.rows import LOSSES, Row
 
 FORWARD = ("one rank", "one rank, again")
 BACKWARD = ("one rank, reversed", "one rank, again, reversed")
 TRUTH = ("one rank, fp32",)
-MORE: Mapping[str, str] = {
-    **dict.fromkeys(FORWARD, ""),
-    **dict.fromkeys(BACKWARD, "--reverse-micro-batches"),
-    **dict.fromkeys(TRUTH, "--precision fp32"),
-}
+MORE: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(FORWARD, ""),
+        **dict.fromkeys(BACKWARD, "--reverse-micro-batches"),
+        **dict.fromkeys(TRUTH, "--precision fp32"),
+    }
+)
 """Flags of the one-rank cases, in order; fp32 takes longest."""
 
 

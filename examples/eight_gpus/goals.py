@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from row_table import measured
 from schedule_bench.goals import Verdict
 
 from eight_gpus import agreement
 from eight_gpus.layouts import FLAGSHIP
-from eight_gpus.rows import SPEED, Row, measured, ratio
+from eight_gpus.rows import SPEED, Row, ratio
 
 FLAGSHIP_MFU, BEST_MFU, OFF = 0.45, 0.52, 0.10
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from row_table import cell, share
+from row_table import FAILED, MEASURED, cell, share
 
 SPEED, LOSSES = "speed", "losses"
-MEASURED, FAILED = "ok", "failed"
 
 
 @dataclass(frozen=True)
@@ -101,8 +99,3 @@ def show(row: Row) -> str:
         cell(row.estimate_gib, 6, 1),
     ]
     return f"{row.case:<30s} {' '.join(cells)}  {row.recompute}"
-
-
-def measured(rows: Iterable[Row], op: str) -> dict[str, Row]:
-    """The last good row of each case of an op."""
-    return {row.case: row for row in rows if row.op == op and row.status == MEASURED}

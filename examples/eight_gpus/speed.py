@@ -6,12 +6,12 @@ import math
 from functools import partial
 
 import torch
-from row_table import RowTable
+from row_table import FAILED, RowTable
 from schedule_bench.measure import train
 from sharding_bench.overlap import communication_ms
 
 from eight_gpus.layouts import planned_bubble
-from eight_gpus.rows import FAILED, SPEED, Row
+from eight_gpus.rows import SPEED, Row
 from megalite.data.mixture import Mixture
 from megalite.estimate import flops_per_token
 from megalite.metrics import peak_flops

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from row_table import measured
+
 from schedule_bench.case import ALONE
-from schedule_bench.rows import Row, measured
+from schedule_bench.rows import Row
 
 BUBBLE, PRESET, EXECUTOR = "bubble", "1b", "executor"
 ZERO_BUBBLE = ("zb-h1", "zb-h2", "zb-v", "v-half", "v-min", "dualpipe-v")

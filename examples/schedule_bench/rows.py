@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from row_table import RowTable, cell, share
-
-MEASURED, FAILED = "ok", "failed"
+from row_table import FAILED, MEASURED, RowTable, cell, share
 
 
 @dataclass(frozen=True)
@@ -113,11 +111,6 @@ def show(row: Row) -> str:
     ]
     note = f"  {row.note}" if row.note else ""
     return f"{row.case:<20s} {' '.join(cells)}{note}"
-
-
-def measured(rows: Iterable[Row], op: str) -> dict[str, Row]:
-    """The last good row of each case of an op."""
-    return {row.case: row for row in rows if row.op == op and row.status == MEASURED}
 
 
 def missing(rows: Sequence[Row], op: str, cases: Iterable[str]) -> list[str]:

@@ -17,7 +17,7 @@ from megalite.config_file import read_saved
 from megalite.data.ledger import Entry, ledger
 from megalite.data.record import NAME, read_record
 from megalite.errors import ConfigError
-from megalite.exit_codes import reader_gone
+from megalite.output import reader_gone
 from megalite.wording import counted
 
 SHOWN_CHARACTERS = 160

@@ -11,8 +11,8 @@ from types import MappingProxyType, NoneType
 from typing import Any, NoReturn, TypeVar
 
 from megalite.errors import ConfigError
-from megalite.exit_codes import reader_gone
 from megalite.field_values import suggest
+from megalite.output import reader_gone
 
 T = TypeVar("T")
 

@@ -310,6 +310,23 @@ def test_a_slow_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert re.search(r"^1 \(tp 1, pp 0, dp 0\) .*\d$", stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize("layout", ["--dp 1", "--pp 2"])
+def test_a_run_that_nobody_reads_goes_on(tmp_path: Path, layout: str) -> None:
+    """`| head -1`, or a `tee` that has died."""
+    command = pretrain_command(
+        *RUN, "--runs", str(tmp_path), *layout.split(), "--log-interval", "1"
+    )
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **ONE_THREAD}
+    ) as process:
+        assert process.stdout.readline().startswith(b"megalite ")
+        process.stdout.close()
+        told = process.stderr.read().decode()
+    assert process.returncode == ExitCode.DONE, told
+    assert told == "megalite: nobody reads what this run prints any more; it goes on\n"
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
 def test_a_wrong_fault_is_told_before_anything_starts(tmp_path: Path) -> None:
     result = run(tmp_path, "kil:step=3", "--tp", "2")
     assert result.returncode == ExitCode.BAD_INPUT

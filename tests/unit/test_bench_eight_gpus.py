@@ -19,10 +19,10 @@ import bench_eight_gpus as bench
 from eight_gpus import agreement, goals
 from eight_gpus.agreement import BACKWARD, FORWARD, MORE
 from eight_gpus.layouts import FLAGSHIP, LAYOUTS, fitted, peak_bytes
-from eight_gpus.rows import FAILED, HEAD, LOSSES, SPEED, Row, show
+from eight_gpus.rows import HEAD, LOSSES, SPEED, Row, show
 from kernel_bench.table import read
 from loss_noise import FailedRunError, Yardstick, training_run
-from row_table import RowTable, row_of
+from row_table import FAILED, RowTable, row_of
 
 from megalite.config import resolve_device
 from megalite.exit_codes import ExitCode

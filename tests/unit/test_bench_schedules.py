@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import bench_schedules
 from kernel_bench import table as kernel_table
-from row_table import row_of
+from row_table import measured, row_of
 from schedule_bench import executor, goals, rows
 from schedule_bench.case import ALONE, Case
 from schedule_bench.figures import figures
@@ -156,7 +156,7 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert table.rows() == written
     assert rows.missing(table.rows(), "bubble", ["zb-v", "gpipe", "1f1b"]) == ["gpipe"]
     assert rows.missing(table.rows(), "1b", ["1f1b"]) == ["1f1b"]
-    assert list(rows.measured(table.rows(), "bubble")) == ["1f1b"]
+    assert list(measured(table.rows(), "bubble")) == ["1f1b"]
 
 
 def test_rows_of_other_code_or_flags_do_not_count(tmp_path: Path) -> None:
